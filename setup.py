@@ -1,0 +1,47 @@
+"""Package metadata. Tool settings are in pyproject.toml, the exact versions of CI in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+setup(
+    name="hf_fpdt",
+    version="0.1.0",
+    description="Train a stock Hugging Face decoder on sequences of millions of tokens (FPDT)",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="The hf_fpdt authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["hf_fpdt", "hf_fpdt.*"]),
+    package_data={"hf_fpdt": ["py.typed"]},
+    entry_points={"console_scripts": ["hf-fpdt=hf_fpdt.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "accelerate>=1.15",
+        "peft>=0.21",
+        "datasets",
+        "safetensors",
+    ],
+    extras_require={
+        # Only pre-releases exist so far; pip takes them because there is nothing else to choose.
+        "flash": ["flash-attn-4"],
+        "bench": ["matplotlib", "liger-kernel"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "pre-commit", "matplotlib"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
