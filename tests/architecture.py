@@ -18,13 +18,13 @@ PACKAGE = "hf_fpdt"
 # A module imports from strictly lower ranks, so modules of one rank do not know each other.
 RANKS = MappingProxyType(
     {
-        **dict.fromkeys(("config", "progress"), 0),
+        **dict.fromkeys(("config", "progress", "ambient", "support"), 0),
         "layout": 1,
         **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner"), 2),
-        "attention": 3,
+        **dict.fromkeys(("attention", "patch"), 3),
         "layer": 4,
         "loss": 5,
-        "interface": 6,
+        **dict.fromkeys(("interface", "head"), 6),
         "model": 7,
         "data": 8,
         **dict.fromkeys(("accelerate", "trainer"), 9),
@@ -43,12 +43,10 @@ MAX_UNDOCUMENTED_LINES = 8
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
 MUTABLE_LITERALS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
-MUTABLE_CALLS = frozenset(
-    {"list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"}
-)
+MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"})
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
 HOT_PATH = frozenset({"attention", "layer", "offload", "kernels", "loss"})
-HF_ROOMS = frozenset(["model", "interface", "loss", "trainer", "accelerate", "data", "planner", "cli"])
+HF_ROOMS = frozenset(["model", "head", "interface", "loss", "trainer", "accelerate", "data", "planner", "cli"])
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
 

@@ -37,12 +37,7 @@ def function(lines: int, head: str = "def f():") -> str:
 
 def nested(depth: int) -> str:
     """A function with `depth` blocks one inside the other."""
-    return (
-        "def f():\n"
-        + "".join(f"{'    ' * (i + 1)}if x:\n" for i in range(depth))
-        + "    " * (depth + 1)
-        + "pass"
-    )
+    return "def f():\n" + "".join(f"{'    ' * (i + 1)}if x:\n" for i in range(depth)) + "    " * (depth + 1) + "pass"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

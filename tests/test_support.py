@@ -35,9 +35,7 @@ def test_as_accurate_accepts_the_rounded_truth_when_the_naive_run_is_lucky() -> 
     truth = torch.tensor([1.0 + 2.0**-9], dtype=torch.float64)
     assert_as_accurate(truth.bfloat16(), truth.bfloat16(), truth)
     with pytest.raises(AssertionError, match="loss: our error 1.*naive error 0"):
-        assert_as_accurate(
-            torch.tensor([2.0]), torch.tensor([1.0]), truth.float().round().double(), name="loss"
-        )
+        assert_as_accurate(torch.tensor([2.0]), torch.tensor([1.0]), truth.float().round().double(), name="loss")
 
 
 def test_as_accurate_rejects_a_naive_run_of_nan() -> None:
@@ -116,8 +114,6 @@ def test_spawn_joins_the_processes() -> None:
 
 
 @pytest.mark.parametrize(("raised", "seen"), [(KeyError, RuntimeError), (AssertionError, AssertionError)])
-def test_spawn_raises_the_first_failure_with_its_traceback(
-    raised: type[Exception], seen: type[Exception]
-) -> None:
+def test_spawn_raises_the_first_failure_with_its_traceback(raised: type[Exception], seen: type[Exception]) -> None:
     with pytest.raises(seen, match="rank 1 of 2(?s:.*)_fail_on_rank_one(?s:.*)broke"):
         spawn(_fail_on_rank_one, 2, raised("broke"))

@@ -1,0 +1,137 @@
+"""Online attention: one query row against a stream of K, V spans, and the same for whole tensors.
+
+The row's calls are merged by log-add-exp with the maximum subtracted, in fp32 (paper section 4.1); a row that is one
+kernel call is not merged and keeps the kernel's own precision and speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .kernels import MAX_ELEMENTS, Kernel, select_kernel
+from .layout import Span, row_spans
+from .offload import KVStore, accumulation_dtype
+
+Stream = Iterable[tuple[Span, Tensor, Tensor]]
+
+
+def forward_row(kernel: Kernel, q_BSNH: Tensor, kv: Stream, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of one query row over the spans of `kv`.
+
+    Returns:
+        out [B, S, N, H] in the dtype of q, and the row's lse [B, N, S].
+    """
+    merged: tuple[Tensor, Tensor] | None = None
+    for span, k, v in kv:
+        part = kernel.forward(q_BSNH, k, v, causal=span.causal, scale=scale)
+        merged = part if merged is None else merge(merged, part)
+    assert merged is not None
+    return merged[0].to(q_BSNH.dtype), merged[1]
+
+
+def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(out, lse) over the keys of a and of b: each out weighs exp(its lse - the lse of both). out is fp32 or wider."""
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    lse = torch.logaddexp(lse_a, lse_b)
+    dtype = accumulation_dtype(out_a.dtype)
+    weight_a, weight_b = (x.sub(lse).exp_().transpose(1, 2).unsqueeze(-1) for x in (lse_a, lse_b))
+    return out_a.to(dtype) * weight_a + out_b.to(dtype) * weight_b, lse
+
+
+def backward_row(
+    kernel: Kernel,
+    dout_BSNH: Tensor,
+    q_BSNH: Tensor,
+    row: tuple[Tensor, Tensor],
+    store: KVStore,
+    spans: Iterable[Span],
+    *,
+    scale: float,
+) -> Tensor:
+    """dq of one query row, whose merged (out, lse) is `row`; dK and dV of the spans it reads are added in `store`."""
+    dq: Tensor | None = None
+    for span, k, v in store.stream(spans):
+        part, dk, dv = kernel.backward(dout_BSNH, q_BSNH, k, v, *row, causal=span.causal, scale=scale)
+        store.add_grad(span, dk, dv)
+        dq = part if dq is None else dq.to(accumulation_dtype(dq.dtype)).add_(part)
+    assert dq is not None
+    return dq.to(q_BSNH.dtype)
+
+
+def kernel_spans(kernel: Kernel, start: int, stop: int, unit_tokens: int, k_BTGH: Tensor) -> tuple[Span, ...]:
+    """The calls for the row with diagonal [start, stop), none of them over the kernels' 32-bit limit.
+
+    Args:
+        k_BTGH: any tensor with the batch and heads of K; its tokens are not looked at.
+    """
+    batch, _, heads, head_dim = k_BTGH.shape
+    limit = MAX_ELEMENTS // (batch * heads * head_dim)
+    return row_spans(start, stop, shape=kernel.row_shape, unit_tokens=unit_tokens, max_tokens=limit)
+
+
+def attend_whole(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float, kernel: str = "auto") -> Tensor:
+    """Exact causal attention of whole tensors, differentiable; the last query is aligned with the last key.
+
+    Args:
+        q_BSNH: queries [B, S, N, H]; S may be less than T (a prompt continued on a cache).
+        k_BTGH, v_BTGH: keys and values [B, T, G, H], G a divisor of N.
+        scale: factor of the scores before softmax.
+        kernel: a name of `hf_fpdt.kernels` or "auto".
+
+    Returns:
+        out [B, S, N, H] in the dtype of q.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+        NotImplementedError: no kernel serves, or the named one does not.
+    """
+    _check_shapes(q_BSNH, k_BTGH, v_BTGH)
+    chosen = select_kernel(kernel, q_BSNH.device, q_BSNH.dtype, q_BSNH.shape[-1])
+    return _WholeAttention.apply(chosen, scale, q_BSNH, k_BTGH, v_BTGH)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    fits = k.shape == v.shape and q.shape[::3] == k.shape[::3] and q.shape[2] % k.shape[2] == 0
+    if not fits or q.shape[1] > k.shape[1]:
+        raise ValueError(
+            f"fpdt attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} as [batch, tokens, heads, "
+            "head_dim]: k and v of one shape, query heads a multiple of key/value heads, no more queries than keys."
+        )
+
+
+def _rows(kernel: Kernel, q: Tensor, k: Tensor) -> Iterator[tuple[slice, tuple[Span, ...]]]:
+    """(queries, spans) of each row of whole tensors."""
+    left_of_q = k.shape[1] - q.shape[1]
+    for start in range(0, q.shape[1], kernel.row_tokens):
+        stop = min(start + kernel.row_tokens, q.shape[1])
+        yield (
+            slice(start, stop),
+            kernel_spans(kernel, left_of_q + start, left_of_q + stop, kernel.row_tokens, k),
+        )
+
+
+class _WholeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kv = KVStore.holding(k, v)
+        parts = [forward_row(kernel, q[:, rows], kv.stream(spans), scale=scale) for rows, spans in _rows(kernel, q, k)]
+        out = torch.cat([part[0] for part in parts], dim=1)
+        ctx.save_for_backward(q, k, v, out, torch.cat([part[1] for part in parts], dim=2))
+        ctx.kernel, ctx.scale = kernel, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        kv = KVStore.holding(k, v)
+        dq = torch.empty_like(q)
+        for rows, spans in _rows(ctx.kernel, q, k):
+            row = out[:, rows], lse[:, :, rows].contiguous()
+            dq[:, rows] = backward_row(ctx.kernel, dout[:, rows], q[:, rows], row, kv, spans, scale=ctx.scale)
+        return None, None, dq, *kv.take_grad(kv.plan.chunks[0])

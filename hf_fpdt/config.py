@@ -1,0 +1,125 @@
+"""What a user may choose: one frozen object, in Accelerate's plugin habit.
+
+Every field can also be set by an environment variable, so that a script started by `accelerate launch` needs no code:
+`FPDT_` and the field's name in capitals (`FPDT_CHUNK_TOKENS=32K`). An argument given in code wins over the
+environment. Sizes in tokens take the suffixes K and M (1K = 1024) in the environment and on command lines.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+KERNEL_NAMES = ("auto", "fa4", "flash-attn-3", "flash-attn-2", "cudnn", "flash", "cpu", "math")
+CHECKPOINT_POLICIES = ("auto", "attention", "input", "segment")
+
+
+def parse_tokens(text: str) -> int:
+    """Number of tokens in `text`: "8192", "32K" (1024 each) or "1M" (1024 × 1024 each).
+
+    Raises:
+        ValueError: `text` is no such number.
+    """
+    scale = {"K": 1024, "M": 1024**2}.get(text[-1:].upper(), 1)
+    number = text if scale == 1 else text[:-1]
+    try:
+        return int(float(number) * scale)
+    except ValueError:
+        raise ValueError(f"A number of tokens was expected (8192, 32K, 1M), got {text!r}.") from None
+
+
+def _tokens_or_auto(text: str) -> int | str:
+    return "auto" if text == "auto" else parse_tokens(text)
+
+
+def _number_or_auto(text: str) -> float | str:
+    return "auto" if text == "auto" else float(text)
+
+
+def _flag(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError(f"expected one of {', '.join(values)}, got {text!r}")
+    return values[text.lower()]
+
+
+def _from_env(name: str, parse: Any, default: Any) -> Any:
+    """A dataclass field whose default is the environment variable `FPDT_<name>`, else `default`."""
+
+    def read() -> Any:
+        text = os.environ.get(f"FPDT_{name}")
+        if text is None:
+            return default
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise ValueError(f"The environment variable FPDT_{name} cannot be read: {error}") from None
+
+    return field(default_factory=read)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FPDTPlugin:
+    """Settings of FPDT (Fully Pipelined Distributed Transformer, arXiv 2408.16978) for one model.
+
+    Attributes:
+        sp_size: Ranks that share one sequence (Ulysses, paper section 4.1). 1: each process trains its own sequences.
+        chunk_tokens: GLOBAL tokens of one sequence that a chunk holds, summed over its `sp_size` ranks. "auto": 32,768
+            on a GPU, 4,096 on a CPU. Smaller saves memory; below about 16K a GPU is no longer busy.
+        kernel: Attention kernel, a name of `hf_fpdt.kernels`. "auto": the fastest that serves this machine and dtype.
+            A named kernel that cannot serve raises with its reason; nothing falls back in silence.
+        checkpoints: What the backward pass finds of the forward pass. "attention": every layer's input, attention
+            output and lse; attention is not run again. "input": the layer's input alone; half the memory, one more
+            attention forward a layer. "auto": "attention".
+        device_budget_gib: GPU memory the stores may fill ("auto" or GiB).
+        host_budget_gib: Host memory the stores may fill ("auto" or GiB).
+        disk_dir: Folder for what neither budget holds (None: none).
+        loss_chunk_tokens: Tokens whose logits exist at a time. "auto": as many as make 512 MiB of fp32 logits.
+        progress: Show a line inside long steps.
+
+    Raises:
+        ValueError: a field has a value that is not allowed.
+    """
+
+    sp_size: int = _from_env("SP_SIZE", int, 1)
+    chunk_tokens: int | Literal["auto"] = _from_env("CHUNK_TOKENS", _tokens_or_auto, "auto")
+    kernel: str = _from_env("KERNEL", str, "auto")
+    checkpoints: str = _from_env("CHECKPOINTS", str, "auto")
+    device_budget_gib: float | Literal["auto"] = _from_env("DEVICE_BUDGET_GIB", _number_or_auto, "auto")
+    host_budget_gib: float | Literal["auto"] = _from_env("HOST_BUDGET_GIB", _number_or_auto, "auto")
+    disk_dir: str | None = _from_env("DISK_DIR", str, None)
+    loss_chunk_tokens: int | Literal["auto"] = _from_env("LOSS_CHUNK_TOKENS", _tokens_or_auto, "auto")
+    progress: bool = _from_env("PROGRESS", _flag, False)
+
+    def __post_init__(self) -> None:
+        _check_count("sp_size", self.sp_size)
+        for name in ("chunk_tokens", "loss_chunk_tokens"):
+            if getattr(self, name) != "auto":
+                _check_count(name, getattr(self, name))
+        for name in ("device_budget_gib", "host_budget_gib"):
+            _check_gib(name, getattr(self, name))
+        _check_choice("kernel", self.kernel, KERNEL_NAMES)
+        _check_choice("checkpoints", self.checkpoints, CHECKPOINT_POLICIES)
+        if self.chunk_tokens != "auto" and self.chunk_tokens % self.sp_size:
+            raise ValueError(
+                f"FPDTPlugin(chunk_tokens={self.chunk_tokens}): a chunk is cut in sp_size={self.sp_size} equal pieces; "
+                f"take a multiple of {self.sp_size}."
+            )
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"FPDTPlugin({name}={value!r}): a whole number from 1 is expected.")
+
+
+def _check_gib(name: str, value: object) -> None:
+    if value == "auto":
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ValueError(f'FPDTPlugin({name}={value!r}): "auto" or a number of GiB from 0 is expected.')
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"FPDTPlugin({name}={value!r}): one of {', '.join(map(repr, allowed))} is expected.")

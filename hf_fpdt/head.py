@@ -1,0 +1,129 @@
+"""The model outside of its layers: final norm, head and loss, on the model's own code, in chunks.
+
+The head is whatever the model's own forward does after its base model: `lm_head`, a scale, a softcap. It is run on a
+slice of hidden states by running that forward with the base model standing aside, so nothing here knows architectures.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .loss import Head, chunked_loss, norm_by_chunks, shifted
+from .patch import Settings, arguments_by_name, patch
+
+
+def patch_head(model: Any, settings: Settings) -> list[nn.Module]:
+    """Patch the final norm and, where the model has a head, its base model and itself; the patched modules."""
+    patched = []
+    for child in model.get_decoder().children():
+        if "norm" in type(child).__name__.lower():
+            patch(child, _norm_forward, settings)
+            patched.append(child)
+    if model.get_output_embeddings() is not None:
+        patch(model.base_model, _base_forward, settings)
+        patch(model, _causal_lm_forward, settings)
+        patched += [model.base_model, model]
+    return patched
+
+
+def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
+    size = self._fpdt.settings.plan(hidden).chunk_tokens
+    return norm_by_chunks(self._fpdt.forward, hidden, list(self.parameters()), size)
+
+
+@dataclass
+class _HeadCall:
+    """Set while the model's own forward runs for the sake of its head.
+
+    Without `hidden` the base model runs and leaves its hidden states here; with it, the base model stands aside and
+    the head sees `hidden`.
+    """
+
+    hidden: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        """The hidden states [B, S, D] that the base model left."""
+        if self.hidden is None:
+            raise RuntimeError("fpdt: the model's forward did not run its base model.")
+        return self.hidden
+
+
+_head_call: ContextVar[_HeadCall | None] = ContextVar("fpdt_head_call", default=None)
+
+
+@contextmanager
+def _as_head_call(call: _HeadCall) -> Iterator[_HeadCall]:
+    token = _head_call.set(call)
+    try:
+        yield call
+    finally:
+        _head_call.reset(token)
+
+
+def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    call = _head_call.get()
+    if call is None:
+        return self._fpdt.forward(*args, **kwargs)
+    if call.hidden is not None:
+        return BaseModelOutputWithPast(last_hidden_state=call.hidden)
+    outputs = self._fpdt.forward(*args, **kwargs)
+    call.hidden = outputs[0]
+    # One token is enough for the model to make its output object; that token's logits are dropped.
+    return type(outputs)(**{**outputs, "last_hidden_state": outputs[0][:, :1]})
+
+
+def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's forward. With `labels`: loss in chunks, `logits=None` unless `logits_to_keep` asks for some."""
+    arguments = arguments_by_name(inspect.signature(self._fpdt.forward), *args, **kwargs)
+    if self.training:
+        arguments["use_cache"] = False
+    if arguments.get("labels") is None:
+        return self._fpdt.forward(**arguments)
+    loss_arguments = {name: arguments.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
+    ignore_index, kept = arguments.pop("ignore_index", -100), arguments.pop("logits_to_keep", None)
+    as_tuple = arguments.pop("return_dict", self.config.return_dict) is False
+    arguments["return_dict"] = True
+    if arguments.get("past_key_values") is None:
+        arguments["use_cache"] = False
+
+    with _as_head_call(_HeadCall()) as call:
+        outputs = self._fpdt.forward(**arguments)
+    hidden = call.whole()
+    outputs.loss = _loss(self, hidden, arguments, ignore_index, **loss_arguments)
+    outputs.logits = None if kept is None else _logits(self, hidden, arguments, logits_to_keep=kept)
+    return outputs.to_tuple() if as_tuple else outputs
+
+
+def _loss(
+    model: Any,
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    ignore_index: int,
+    *,
+    labels: Tensor,
+    shift_labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    heads = [child for child in model.children() if child is not model.base_model]
+    head = Head(
+        logits_of=lambda x: _logits(model, x, arguments),
+        parameters=list({id(p): p for child in heads for p in child.parameters()}.values()),
+        chunk_tokens=model._fpdt.settings.loss_chunk_tokens(model.config),
+        ignore_index=ignore_index,
+    )
+    targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+    return chunked_loss(head, hidden, targets, num_items_in_batch)
+
+
+def _logits(model: Any, hidden: Tensor, arguments: dict[str, Any], **kept: int | Tensor) -> Tensor:
+    """Logits of hidden states [B, S, D] by the model's own forward."""
+    with _as_head_call(_HeadCall(hidden)):
+        return model._fpdt.forward(**arguments, **kept).logits

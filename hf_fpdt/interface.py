@@ -1,0 +1,164 @@
+"""What transformers calls: the attention function and the mask function registered under "fpdt".
+
+The attention function alone is exact causal attention of whole q, k, v. Inside the layer executor the same function
+does one chunk's part. What it cannot compute exactly it refuses. A padding mask is never dropped: right padding needs
+none, and what does need a mask is computed by SDPA without gradients (left-padded `generate()`), refused with them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .attention import attend_whole
+from .layer import current_call
+
+logger = logging.getLogger(__name__)
+
+NAME = "fpdt"
+MASK_BYTES_LIMIT = 4 * 2**30  # of a boolean [batch, 1, queries, keys] mask
+
+
+def register() -> None:
+    """Make `attn_implementation="fpdt"` known to transformers."""
+    AttentionInterface.register(NAME, fpdt_attention)
+    AttentionMaskInterface.register(NAME, fpdt_mask)
+
+
+def fpdt_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Exact causal attention, differentiable, in transformers' calling convention.
+
+    Args:
+        query: [B, N, S, H]; the last query is aligned with the last key.
+        key, value: [B, G, T, H], G a divisor of N.
+        attention_mask: None, or a 4-D mask, which SDPA then computes (only without gradients).
+        scaling: factor of the scores; None: 1/√H.
+
+    Returns:
+        out [B, S, N, H] and None (attention weights are never built).
+
+    Raises:
+        NotImplementedError: the model asks for something that is not computed exactly; the message names it.
+    """
+    _refuse(module, key, attention_mask, dropout, kwargs)
+    call = current_call()
+    if attention_mask is not None or (query.shape[2] == 1 and call is None):
+        if attention_mask is not None:
+            _refuse_mask_in_training(query, key, value)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    q_BSNH, k_BTGH, v_BTGH = (_at_autocast(x).transpose(1, 2) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attend = attend_whole if call is None else call.attend
+    return attend(q_BSNH, k_BTGH, v_BTGH, scale=scale), None
+
+
+def _at_autocast(x: Tensor) -> Tensor:
+    """Autocast runs attention in its own dtype; RoPE may have made q and k wider."""
+    kind = x.device.type
+    narrow = torch.is_autocast_enabled(kind) and x.dtype == torch.float32
+    return x.to(torch.get_autocast_dtype(kind)) if narrow else x
+
+
+# Arguments some models pass to attention, with why none of them may be dropped.
+_REFUSED_ARGUMENTS = (
+    ("softcap", "attention softcap is not served by a kernel yet"),
+    ("s_aux", "attention sinks are not served by a kernel yet"),
+    ("position_bias", "attention bias is not served by a kernel yet"),
+    ("cu_seq_lens_q", "packed documents are not supported yet; give one document a sequence"),
+    ("cache", "continuous batching is not supported; use generate(), or another attn_implementation"),
+)
+
+
+def _refuse(module: nn.Module, key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    reason = next((why for name, why in _REFUSED_ARGUMENTS if kwargs.get(name) is not None), None)
+    window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
+    if dropout:
+        reason = f"attention dropout {dropout} is not supported; load the model with attention_dropout=0.0"
+    elif window is not None and mask is None and window < key.shape[2]:
+        reason = f"a sliding window of {window} over {key.shape[2]} keys is not served by a kernel yet"
+    elif not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        reason = "attention that is not causal is not supported"
+    elif kwargs.get("output_attentions"):
+        reason = "attention weights are never built; leave output_attentions off"
+    if reason is not None:
+        raise NotImplementedError(
+            f'attn_implementation="{NAME}" in {type(module).__name__}: {reason}. Otherwise choose "sdpa" or "eager".'
+        )
+
+
+def _refuse_mask_in_training(*qkv: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
+        raise NotImplementedError(
+            f'attn_implementation="{NAME}": an attention mask (left padding, a 4-D mask, packed documents) is not '
+            "supported in training; pad on the right with label -100 and pass no other mask."
+        )
+
+
+def fpdt_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """None where plain causal attention is right for every real token; else SDPA's mask, only without gradients.
+
+    Plain: no padding, or padding on the right of a whole sequence (a real token never sees it; its own outputs are
+    nobody's, label -100).
+
+    Raises:
+        NotImplementedError: a mask is needed while gradients are on, or it would fill memory.
+    """
+    window = kwargs.get("local_size")
+    full = allow_is_causal_skip and (window is None or kv_length <= window)
+    aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset
+    if full and aligned and _padded_on_the_right_at_most(attention_mask, q_length, kv_length):
+        return None
+    needed = batch_size * q_length * kv_length
+    reason = _why_no_mask(attention_mask, full, needed)
+    if reason is not None:
+        raise NotImplementedError(f'attn_implementation="{NAME}": {reason}')
+    kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask}
+    return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
+
+
+def _padded_on_the_right_at_most(mask_BT: Tensor | None, q_length: int, kv_length: int) -> bool:
+    """Whether every row of a 2-D mask (1 real, 0 padding) is all ones, or ones then zeros of a whole sequence."""
+    if mask_BT is None:
+        return True
+    if mask_BT.shape[-1] != kv_length:
+        return False
+    if q_length < kv_length:
+        return bool(mask_BT.all())
+    return bool((mask_BT[:, 1:] <= mask_BT[:, :-1]).all() & mask_BT[:, 0].all())
+
+
+def _why_no_mask(mask_BT: Tensor | None, full: bool, needed_bytes: int) -> str | None:
+    what = "padding that is not on the right alone" if full and mask_BT is not None else "a mask other than causal"
+    if torch.is_grad_enabled():
+        return (
+            f"{what} (left padding, sliding windows, position_ids that restart as in packed documents) is not "
+            "supported with gradients on. Pad on the right with label -100, one document a sequence; or, without training, "
+            "run under torch.no_grad()."
+        )
+    if needed_bytes > MASK_BYTES_LIMIT:
+        return f"{what} would need a mask of {needed_bytes / 2**30:.0f} GiB. Pad on the right, or shorten the input."
+    return None

@@ -1,0 +1,278 @@
+"""`apply_fpdt(model, plugin)`: the layer executor, the chunked loss and the chunked final norm on a model's instance.
+
+Nothing of a class is changed. Each decoder layer gets a subclass of its own class under the same name (accelerate
+finds layers by that name), the model and its base get a `forward` of the instance, and `handle.remove()` takes all of
+it away.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .config import FPDTPlugin
+from .head import patch_head
+from .interface import NAME
+from .layer import LayerRun, run_layer
+from .offload import CheckpointStore
+from .patch import (
+    AUTO_CHUNK_TOKENS_CPU,
+    AUTO_CHUNK_TOKENS_GPU,
+    Settings,
+    arguments_by_name,
+    check_patched,
+    unpatch,
+)
+from .support import why_unsupported
+
+logger = logging.getLogger(__name__)
+
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+
+
+def apply_fpdt(model: nn.Module, plugin: FPDTPlugin | None = None) -> FPDTHandle:
+    """Run `model` chunk by chunk from now on: exact loss and gradients, memory of one chunk.
+
+    Works on a transformers decoder (`PreTrainedModel`, with or without a language-model head), before or after
+    `get_peft_model`. The attention implementation becomes "fpdt". With `labels` the model returns the loss and
+    `logits=None`; without, full logits as ever. Layers' own gradient checkpointing is switched off: FPDT recomputes
+    chunk by chunk already.
+
+    Args:
+        model: the model, or the PEFT model around it.
+        plugin: settings; None: `FPDTPlugin()`, which reads FPDT_* environment variables.
+
+    Returns:
+        A handle whose `remove()` restores the model.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        RuntimeError: FPDT is applied already.
+        NotImplementedError: the model, or a setting, is not supported; every reason is named.
+    """
+    plugin = FPDTPlugin() if plugin is None else plugin
+    target = _transformers_model(model)
+    layers = decoder_layers(target)
+    if any(isinstance(layer, _ChunkedLayerMixin) for layer in layers):
+        raise RuntimeError(
+            f"FPDT is applied to this {type(target).__name__} already; call remove() on its handle first."
+        )
+    reasons = [*why_unsupported(target, layers), *_unsupported_settings(plugin), *_loss_reasons(target)]
+    if reasons:
+        raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
+    return FPDTHandle(target, layers, plugin)
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    unwrapped: Any = model
+    inner = unwrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            f"apply_fpdt takes a transformers model (or a PEFT model around one), got {type(model).__name__}; apply "
+            "it before the model is wrapped by DDP or FSDP."
+        )
+    return inner
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the text decoder, in order; [] where there is no such stack."""
+    decoder = model.get_decoder()
+    for child in decoder.children() if decoder is not None else ():
+        if (
+            isinstance(child, nn.ModuleList)
+            and len(child)
+            and all(isinstance(m, GradientCheckpointingLayer) for m in child)
+        ):
+            return list(child)
+    return []
+
+
+def _unsupported_settings(plugin: FPDTPlugin) -> list[str]:
+    not_yet = {
+        "sp_size": 1,
+        "device_budget_gib": "auto",
+        "host_budget_gib": "auto",
+        "disk_dir": None,
+        "progress": False,
+    }
+    reasons = [
+        f"FPDTPlugin({name}={getattr(plugin, name)!r}) is not built yet; leave it at {default!r}"
+        for name, default in not_yet.items()
+        if getattr(plugin, name) != default
+    ]
+    if plugin.checkpoints == "segment":
+        reasons.append('FPDTPlugin(checkpoints="segment") is not built yet; take "attention" or "input"')
+    return reasons
+
+
+def _loss_reasons(model: PreTrainedModel) -> list[str]:
+    if model.get_output_embeddings() is None or model.loss_function is ForCausalLMLoss:
+        return []
+    return ["its loss function is not transformers' ForCausalLMLoss, which is the one FPDT computes in chunks"]
+
+
+class FPDTHandle:
+    """What `apply_fpdt` did to a model; `remove()` undoes it."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[nn.Module], plugin: FPDTPlugin) -> None:
+        self.model, self.plugin = model, plugin
+        self._layers = layers
+        self._attention_before = model.config._attn_implementation
+        self._settings = settings = Settings(plugin, CheckpointStore())
+        model.set_attn_implementation(NAME)
+        for index, layer in enumerate(layers):
+            _enter_layer(layer, settings, f"layer {index} ({type(layer).__name__})")
+        self._patched = patch_head(model, settings)
+        logger.info("hf_fpdt: %s", self)
+
+    def __str__(self) -> str:
+        p = self.plugin
+        gpu, cpu = (f"{n:,}" for n in (AUTO_CHUNK_TOKENS_GPU, AUTO_CHUNK_TOKENS_CPU))
+        chunk = f"{gpu} tokens on a GPU, {cpu} on a CPU" if p.chunk_tokens == "auto" else f"{p.chunk_tokens:,} tokens"
+        return (
+            f"{type(self.model).__name__}, {len(self._layers)} layers in chunks of {chunk}; kernel {p.kernel!r}; "
+            f"checkpoints {'attention' if p.checkpoints == 'auto' else p.checkpoints!r}; loss in chunks of "
+            f"{self._settings.loss_chunk_tokens(self.model.config):,} tokens"
+        )
+
+    def remove(self) -> None:
+        """Restore the model exactly; a second call does nothing.
+
+        Raises:
+            RuntimeError: something else replaced a forward or wrapped a layer since; undo that first.
+        """
+        for module in self._patched:
+            check_patched(module)
+        for layer in self._layers:
+            _check_entered(layer)
+        for module in self._patched:
+            unpatch(module)
+        for layer in self._layers:
+            _leave_layer(layer)
+        if self._layers:
+            self.model.set_attn_implementation(self._attention_before)
+        self._patched, self._layers = [], []
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+class _ChunkedLayerMixin(nn.Module):
+    """Mixed into the class of each decoder layer; `_fpdt_*` are set by `_enter_layer`."""
+
+    _fpdt_settings: Settings
+    _fpdt_name: str
+    _fpdt_class: Any
+    _fpdt_checkpointing: bool
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Always off: chunks are recomputed one by one already. What was asked for is kept for `remove()`."""
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._fpdt_checkpointing = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, chunk by chunk; as it is for generation with a cache."""
+        raw = _raw_forward(self._fpdt_class)
+        arguments = arguments_by_name(inspect.signature(raw), self, *args, **kwargs)
+        name = next(iter(arguments))
+        hidden = arguments.pop(name)
+        if _needs_whole_sequence(self, arguments):
+            return raw(self, hidden, **arguments)
+        _check_arguments(arguments, hidden, self._fpdt_name)
+        settings = self._fpdt_settings
+        run = LayerRun(
+            name=self._fpdt_name,
+            forward=functools.partial(raw, self),
+            kwargs=arguments,
+            plan=settings.plan(hidden),
+            kernel=settings.plugin.kernel,
+            keep_attention=settings.plugin.checkpoints in ("auto", "attention"),
+            checkpoint=settings.store.new_layer(),
+        )
+        return run_layer(run, hidden, list(self.parameters()))
+
+
+def _enter_layer(layer: Any, settings: Settings, name: str) -> None:
+    original: Any = type(layer)
+    checkpointing = layer.__dict__.pop("gradient_checkpointing", False)
+    layer.__class__ = _chunked_class(original)
+    layer._fpdt_settings, layer._fpdt_name = settings, name
+    layer._fpdt_class, layer._fpdt_checkpointing = original, checkpointing
+
+
+def _check_entered(layer: Any) -> None:
+    if type(layer) is not _chunked_class(layer._fpdt_class):
+        raise RuntimeError(f"{layer._fpdt_name} was wrapped after apply_fpdt (FSDP2?); it cannot be restored now.")
+
+
+def _leave_layer(layer: Any) -> None:
+    original, checkpointing = layer._fpdt_class, layer._fpdt_checkpointing
+    for name in [name for name in layer.__dict__ if name.startswith("_fpdt_")]:
+        delattr(layer, name)
+    layer.__class__ = original
+    if checkpointing:
+        layer.gradient_checkpointing = True
+
+
+@functools.lru_cache
+def _chunked_class(original: Any) -> type[nn.Module]:
+    return type(original.__name__, (_ChunkedLayerMixin, original), {"__module__": original.__module__})
+
+
+@functools.lru_cache
+def _raw_forward(layer_class: Any) -> Callable[..., Any]:
+    """The layer's forward without the checkpointing wrapper that newer transformers put around it."""
+    forward = layer_class.forward
+    wrapped = forward.__code__.co_name == "forward_with_checkpointing"
+    return forward.__wrapped__ if wrapped else forward
+
+
+def _needs_whole_sequence(layer: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Generation with a cache, or evaluation under a mask: the layer runs as it is, over the bare attention function.
+
+    In training an empty cache is dropped, as transformers' own checkpointing does.
+    """
+    name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+    if name is not None:
+        if not layer.training:
+            return True
+        if arguments[name].get_seq_length() > 0:
+            raise NotImplementedError(
+                "fpdt: training behind a filled cache (prefix tuning?) is not supported; use LoRA or full fine-tuning."
+            )
+        arguments |= {name: None, "use_cache": False}
+    return arguments.get("attention_mask") is not None and not torch.is_grad_enabled()
+
+
+def _check_arguments(arguments: dict[str, Any], hidden: Tensor, name: str) -> None:
+    """Refuse what a chunk cannot be given a part of: masks, and tensors whose token axis is not where it should be."""
+    n_tokens = hidden.shape[1]
+    for key, value in arguments.items():
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            why = _why_not_sliced(key, tensor, n_tokens) if isinstance(tensor, Tensor) else None
+            if why is not None:
+                raise NotImplementedError(f"fpdt: {name} got {key!r} of shape {tuple(tensor.shape)}: {why}")
+
+
+def _why_not_sliced(key: str, value: Tensor, n_tokens: int) -> str | None:
+    if key == "attention_mask":
+        return "masks are not supported in training; pad on the right with label -100 and pass no 4-D mask."
+    if value.requires_grad:
+        return "only hidden states may carry a gradient into a layer."
+    elsewhere = [axis for axis, size in enumerate(value.shape) if size == n_tokens > 1 and axis != 1]
+    if value.dim() > 1 and elsewhere and value.shape[1] != n_tokens:
+        return f"its token axis is {elsewhere[0]}, but only axis 1 is cut in chunks."
+    return None

@@ -1,0 +1,92 @@
+"""Replacing the `forward` of one module instance, and taking the replacement away again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import Tensor
+
+from .config import FPDTPlugin
+from .layout import ChunkPlan
+from .offload import CheckpointStore
+
+AUTO_CHUNK_TOKENS_GPU = 32_768
+AUTO_CHUNK_TOKENS_CPU = 4_096
+LOGITS_BYTES = 512 * 2**20
+
+
+@dataclass
+class Settings:
+    """What the patched modules of one model share."""
+
+    plugin: FPDTPlugin
+    store: CheckpointStore
+
+    def plan(self, hidden_BSD: Tensor) -> ChunkPlan:
+        """The cut of a sequence of this length on this device."""
+        chunk_tokens = self.plugin.chunk_tokens
+        if chunk_tokens == "auto":
+            chunk_tokens = AUTO_CHUNK_TOKENS_GPU if hidden_BSD.is_cuda else AUTO_CHUNK_TOKENS_CPU
+        return ChunkPlan(hidden_BSD.shape[1], chunk_tokens)
+
+    def loss_chunk_tokens(self, config: Any) -> int:
+        """Tokens whose logits exist at a time; "auto": a power of two whose fp32 logits fill at most 512 MiB."""
+        if self.plugin.loss_chunk_tokens != "auto":
+            return self.plugin.loss_chunk_tokens
+        tokens = LOGITS_BYTES // (4 * config.get_text_config().vocab_size)
+        return max(256, 2 ** (tokens.bit_length() - 1))
+
+
+@dataclass
+class Patch:
+    """Left on a patched module as `_fpdt`: what its new forward needs, and what was there before."""
+
+    settings: Settings
+    forward: Callable[..., Any]
+    instance_forward: Callable[..., Any] | None
+
+
+def patch(module: Any, forward: Callable[..., Any], settings: Settings) -> None:
+    """Make `forward(module, *args, **kwargs)` the forward of this instance; it finds the old one in `module._fpdt`."""
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    # Trainer and accelerate read the signature to decide which columns of a batch to pass. `__wrapped__` would not do:
+    # accelerate unwinds it, past this patch.
+    shown = inspect.signature(module.forward)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    patched.__signature__ = shown.replace(parameters=[own, *shown.parameters.values()])  # type: ignore[attr-defined]
+    patched._fpdt_patch = True  # type: ignore[attr-defined]
+    module._fpdt = Patch(settings, module.forward, module.__dict__.get("forward"))
+    module.forward = MethodType(patched, module)
+
+
+def check_patched(module: Any) -> None:
+    """Raise RuntimeError unless the instance's forward is still the one `patch` put there."""
+    present = module.__dict__.get("forward")
+    if not hasattr(getattr(present, "__func__", None), "_fpdt_patch"):
+        raise RuntimeError(
+            f"{type(module).__name__}.forward was replaced after apply_fpdt (by accelerate, Liger, …); undo that "
+            "first, for accelerate by accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
+        )
+
+
+def unpatch(module: Any) -> None:
+    """Undo `patch`."""
+    before = module._fpdt.instance_forward
+    del module.forward, module._fpdt
+    if before is not None:
+        module.forward = before
+
+
+def arguments_by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Arguments by name, `**kwargs` merged in; a leading `self` is left out."""
+    arguments = signature.bind(*args, **kwargs).arguments
+    variadic = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    merged = {key: value for key, value in arguments.items() if key not in ("self", *variadic)}
+    return merged | {key: value for name in variadic for key, value in arguments.get(name, {}).items()}

@@ -1,0 +1,34 @@
+"""Slow and obvious twins of the fast paths, in the dtype they are given. For tests and checks only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal softmax(q·kᵀ·scale)·v, the last query aligned with the last key, differentiable by autograd.
+
+    Returns:
+        out [B, S, N, H] and lse [B, N, S], in the dtype of q.
+    """
+    group = q_BSNH.shape[2] // k_BTGH.shape[2]
+    k = k_BTGH.repeat_interleave(group, dim=2)
+    v = v_BTGH.repeat_interleave(group, dim=2)
+    scores_BNST = torch.einsum("bsnh,btnh->bnst", q_BSNH, k) * scale
+    s, t = scores_BNST.shape[-2:]
+    hidden = torch.ones(s, t, dtype=torch.bool, device=q_BSNH.device).triu(t - s + 1)
+    scores_BNST = scores_BNST.masked_fill(hidden, float("-inf"))
+    out_BSNH = torch.einsum("bnst,btnh->bsnh", scores_BNST.softmax(-1), v)
+    return out_BSNH, scores_BNST.logsumexp(-1)
+
+
+def causal_lm_loss(
+    logits_BSV: Tensor, labels_BS: Tensor, *, num_items: Tensor | int | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Next-token cross-entropy of whole logits as transformers' `ForCausalLMLoss` has it, without its fp32 cast."""
+    log_p = logits_BSV[:, :-1].log_softmax(-1)
+    targets = labels_BS[:, 1:]
+    kept = targets != ignore_index
+    picked = log_p.gather(-1, targets.masked_fill(~kept, 0).unsqueeze(-1)).squeeze(-1)
+    return -(picked * kept).sum() / (kept.sum() if num_items is None else num_items)
