@@ -103,7 +103,7 @@ class FPDTPlugin:
         _check_choice("checkpoints", self.checkpoints, CHECKPOINT_POLICIES)
         if self.chunk_tokens != "auto" and self.chunk_tokens % self.sp_size:
             raise ValueError(
-                f"FPDTPlugin(chunk_tokens={self.chunk_tokens}): a chunk is cut in sp_size={self.sp_size} equal pieces; "
+                f"FPDTPlugin(chunk_tokens={self.chunk_tokens}): it is cut in sp_size={self.sp_size} equal pieces; "
                 f"take a multiple of {self.sp_size}."
             )
 
