@@ -37,9 +37,7 @@ def naive_results(qkv: Qkv, dout: Tensor, scale: float, exact: list[Tensor]) -> 
     return [max(pair, key=lambda x: max_error(x, t)) for *pair, t in zip(by_hand, sdpa, exact, strict=True)]
 
 
-def by_rows(
-    kernel: Kernel, qkv: Qkv, dout: Tensor, scale: float, chunk: int, spans_of: object = None
-) -> list[Tensor]:
+def by_rows(kernel: Kernel, qkv: Qkv, dout: Tensor, scale: float, chunk: int, spans_of: object = None) -> list[Tensor]:
     """out, dq, dk, dv over rows of `chunk` queries, as the layer executor runs them."""
     q, k, v = qkv
     plan = ChunkPlan(q.shape[1], chunk)
