@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
@@ -80,7 +81,7 @@ def _with(outputs: Any, **fields: Any) -> Any:
 def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's forward. With `labels`: loss in chunks, `logits=None` unless `logits_to_keep` asks for some."""
     arguments = arguments_by_name(inspect.signature(self._fpdt.forward), *args, **kwargs)
-    if self.training:
+    if self.training and torch.is_grad_enabled():
         arguments["use_cache"] = False
     if arguments.get("labels") is None:
         return self._fpdt.forward(**arguments)

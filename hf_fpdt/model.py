@@ -243,11 +243,12 @@ def _raw_forward(layer_class: Any) -> Callable[..., Any]:
 def _needs_whole_sequence(layer: nn.Module, arguments: dict[str, Any]) -> bool:
     """Generation with a cache, or evaluation under a mask: the layer runs as it is, over the bare attention function.
 
-    In training an empty cache is dropped, as transformers' own checkpointing does.
+    In training an empty cache is dropped, as transformers' own checkpointing does. Without gradients nothing is
+    trained, whatever mode the layer is in: samples may be generated between two steps.
     """
     name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
     if name is not None:
-        if not layer.training:
+        if not (layer.training and torch.is_grad_enabled()):
             return True
         if arguments[name].get_seq_length() > 0:
             raise NotImplementedError(
