@@ -156,8 +156,8 @@ def _why_no_mask(mask_BT: Tensor | None, full: bool, needed_bytes: int) -> str |
     if torch.is_grad_enabled():
         return (
             f"{what} (left padding, sliding windows, position_ids that restart as in packed documents) is not "
-            "supported with gradients on. Pad on the right with label -100, one document a sequence; or, where nothing "
-            "is trained, run under torch.no_grad()."
+            "supported with gradients on. Pad on the right with label -100, one document a sequence; or, where "
+            "nothing is trained, run under torch.no_grad()."
         )
     if needed_bytes > MASK_BYTES_LIMIT:
         return f"{what} would need a mask of {needed_bytes / 2**30:.0f} GiB. Pad on the right, or shorten the input."

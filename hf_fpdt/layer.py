@@ -264,7 +264,7 @@ def _backward_chunk(
 
 @contextmanager
 def _hooks_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Hooks of `Tensor.register_hook` see the whole gradient, when autograd receives it; not that of each chunk too."""
+    """Hooks of `Tensor.register_hook` see the whole gradient when autograd receives it, not that of each chunk too."""
     hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
     for parameter, _ in hooked:
         parameter._backward_hooks = None
