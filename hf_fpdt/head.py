@@ -14,24 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, patch
 
 
-def patch_head(model: Any, settings: Settings) -> list[nn.Module]:
-    """Patch the final norm and, where the model has a head, its base model and itself; the patched modules."""
-    patched = []
+def patch_head(model: Any, settings: Settings) -> None:
+    """Patch the final norm and, where the model has a head, its base model and itself."""
     for child in model.get_decoder().children():
         if "norm" in type(child).__name__.lower():
             patch(child, _norm_forward, settings)
-            patched.append(child)
     if model.get_output_embeddings() is not None:
         patch(model.base_model, _base_forward, settings)
         patch(model, _causal_lm_forward, settings)
-        patched += [model.base_model, model]
-    return patched
 
 
 def _norm_forward(self: Any, hidden: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from .patch import (
     Settings,
     arguments_by_name,
     check_patched,
+    is_patched,
     unpatch,
 )
 from .support import why_unsupported
@@ -131,7 +132,7 @@ class FPDTHandle:
         model.set_attn_implementation(NAME)
         for index, layer in enumerate(layers):
             _enter_layer(layer, settings, f"layer {index} ({type(layer).__name__})")
-        self._patched = patch_head(model, settings)
+        patch_head(model, settings)
         logger.info("hf_fpdt: %s", self)
 
     def __str__(self) -> str:
@@ -150,17 +151,20 @@ class FPDTHandle:
         Raises:
             RuntimeError: something else replaced a forward or wrapped a layer since; undo that first.
         """
-        for module in self._patched:
+        if not self._layers:
+            return
+        # Not a list made at the start: PEFT's modules_to_save copies modules, patch and all.
+        patched = [module for module in self.model.modules() if is_patched(module)]
+        for module in patched:
             check_patched(module)
         for layer in self._layers:
             _check_entered(layer)
-        for module in self._patched:
+        for module in patched:
             unpatch(module)
         for layer in self._layers:
             _leave_layer(layer)
-        if self._layers:
-            self.model.set_attn_implementation(self._attention_before)
-        self._patched, self._layers = [], []
+        self.model.set_attn_implementation(self._attention_before)
+        self._layers = []
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
