@@ -176,7 +176,7 @@ class _ChunkedLayerMixin(nn.Module):
     _fpdt_settings: Settings
     _fpdt_name: str
     _fpdt_class: Any
-    _fpdt_checkpointing: bool
+    _fpdt_checkpointing: bool | None  # None: never asked for, on this instance
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -211,7 +211,7 @@ class _ChunkedLayerMixin(nn.Module):
 
 def _enter_layer(layer: Any, settings: Settings, name: str) -> None:
     original: Any = type(layer)
-    checkpointing = layer.__dict__.pop("gradient_checkpointing", False)
+    checkpointing = layer.__dict__.pop("gradient_checkpointing", None)
     layer.__class__ = _chunked_class(original)
     layer._fpdt_settings, layer._fpdt_name = settings, name
     layer._fpdt_class, layer._fpdt_checkpointing = original, checkpointing
@@ -227,8 +227,8 @@ def _leave_layer(layer: Any) -> None:
     for name in [name for name in layer.__dict__ if name.startswith("_fpdt_")]:
         delattr(layer, name)
     layer.__class__ = original
-    if checkpointing:
-        layer.gradient_checkpointing = True
+    if checkpointing is not None:
+        layer.gradient_checkpointing = checkpointing
 
 
 @functools.lru_cache
