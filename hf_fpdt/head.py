@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, patch
@@ -79,8 +80,17 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     arguments = arguments_by_name(inspect.signature(self._fpdt.forward), *args, **kwargs)
     if self.training and torch.is_grad_enabled():
         arguments["use_cache"] = False
+    if arguments.get("output_router_logits") or getattr(self.config.get_text_config(), "output_router_logits", False):
+        raise NotImplementedError(
+            "fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False."
+        )
     if arguments.get("labels") is None:
         return self._fpdt.forward(**arguments)
+    if self.loss_function is not ForCausalLMLoss:
+        raise NotImplementedError(
+            "fpdt: the loss is computed in chunks, so a loss_function set on the model would not be called; call the "
+            "model without labels and compute the loss from its logits."
+        )
     loss_arguments = {name: arguments.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
     ignore_index, kept = arguments.pop("ignore_index", -100), arguments.pop("logits_to_keep", None)
     as_tuple = arguments.pop("return_dict", self.config.return_dict) is False
