@@ -112,7 +112,8 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return self._fpdt.forward(**arguments, **kept).logits
 
     hidden = call.outputs[0]
-    loss = _loss(self, hidden, logits_of, ignore_index, **loss_arguments)
+    mask = arguments.get("attention_mask")
+    loss = _loss(self, hidden, logits_of, ignore_index, attention_mask=mask, **loss_arguments)
     logits = None if kept is None else logits_of(hidden, logits_to_keep=kept)
     outputs = _with(outputs, loss=loss, logits=logits)
     return outputs.to_tuple() if as_tuple else outputs
@@ -127,6 +128,7 @@ def _loss(
     labels: Tensor,
     shift_labels: Tensor | None,
     num_items_in_batch: Tensor | int | None,
+    attention_mask: Tensor | None,
 ) -> Tensor:
     heads = [child for child in model.children() if child is not model.base_model]
     head = Head(
@@ -136,4 +138,15 @@ def _loss(
         ignore_index=ignore_index,
     )
     targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+    if attention_mask is not None and attention_mask.shape == targets.shape:
+        _check_padding(attention_mask.to(targets.device), targets, ignore_index)
     return chunked_loss(head, hidden, targets, num_items_in_batch)
+
+
+def _check_padding(mask_BS: Tensor, targets_BS: Tensor, ignore_index: int) -> None:
+    """Padding on the right is not masked, so what it predicts is nobody's and may not count."""
+    if bool(((mask_BS == 0) & (targets_BS != ignore_index)).any()):
+        raise ValueError(
+            f"fpdt: attention_mask marks tokens as padding whose labels count; set the labels of padding to "
+            f"{ignore_index} (a collator that pads labels does)."
+        )
