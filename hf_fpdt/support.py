@@ -30,7 +30,7 @@ def why_unsupported(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
         *_registry_reasons(model, layers),
         *_config_reasons(config),
         *_attention_reasons(config, layers),
-        *_wrapper_reasons(model),
+        *_wrapper_reasons(model, layers),
     ]
 
 
@@ -80,9 +80,14 @@ def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
     return reasons
 
 
-def _wrapper_reasons(model: nn.Module) -> list[str]:
+def _wrapper_reasons(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
     names = {type(module).__name__ for module in model.modules()}
     reasons = [reason for name, reason in _REFUSED_WRAPPERS if name in names]
+    if any("forward" in vars(layer) for layer in layers):
+        reasons.append(
+            "the forward of its layers was replaced on the instance (accelerate's hooks for a device_map of several "
+            "devices or for offloading), so FPDT's would not be called; load the model on one device"
+        )
     forward = getattr(model.forward, "__func__", model.forward)
     if getattr(forward, "__module__", "").startswith("liger_kernel"):
         reasons.append(
