@@ -63,7 +63,8 @@ def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
     modules = [module for layer in layers for module in layer.modules()]
     # Where no module says, the config's window is passed to attention by every layer (Mistral's habit).
     windows: set[Any] = {m.sliding_window for m in modules if hasattr(m, "sliding_window")}
-    window = (windows or {getattr(config, "sliding_window", None)}) - {None}
+    # Zero means none there (Qwen2-MoE).
+    window = (windows or {getattr(config, "sliding_window", None)}) - {None, 0}
     dropout = {getattr(m, "attention_dropout", 0.0) for m in modules} | {getattr(config, "attention_dropout", 0.0)}
     reasons = []
     if window:
