@@ -61,6 +61,11 @@ def fpdt_attention(
         if attention_mask is not None:
             _refuse_mask_in_training(query, key, value)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if key.shape[-1] != value.shape[-1]:
+        raise NotImplementedError(
+            f'attn_implementation="{NAME}" in {type(module).__name__}: heads of {key.shape[-1]} for keys and of '
+            f'{value.shape[-1]} for values are not served by a kernel yet. Otherwise choose "sdpa" or "eager".'
+        )
     q_BSNH, k_BTGH, v_BTGH = (_at_autocast(x).transpose(1, 2) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = attend_whole if call is None else call.attend
@@ -80,6 +85,7 @@ _REFUSED_ARGUMENTS = (
     ("s_aux", "attention sinks are not served by a kernel yet"),
     ("position_bias", "attention bias is not served by a kernel yet"),
     ("cu_seq_lens_q", "packed documents are not supported yet; give one document a sequence"),
+    ("cu_seq_lens_k", "packed documents are not supported yet; give one document a sequence"),
     ("cache", "continuous batching is not supported; use generate(), or another attn_implementation"),
 )
 
