@@ -133,8 +133,8 @@ def fpdt_mask(
     Raises:
         NotImplementedError: a mask is needed while gradients are on, or it would fill memory.
     """
-    window = kwargs.get("local_size")
-    full = allow_is_causal_skip and (window is None or kv_length <= window)
+    window = kwargs.get("local_size")  # Qwen2-MoE makes a mask for a window of 0 too, which no layer uses
+    full = allow_is_causal_skip and (not window or kv_length <= window)
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset
     if full and aligned and _padded_on_the_right_at_most(attention_mask, q_length, kv_length):
         return None

@@ -76,7 +76,7 @@ def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
         reasons.append("attention dropout is not supported; load the model with attention_dropout=0.0")
     if any(hasattr(m, "sinks") for m in modules):
         reasons.append("attention sinks are not served by a kernel yet")
-    if any(getattr(m, "is_causal", True) is False for m in modules):
+    if any(getattr(m, "is_causal", True) is False for m in (config, *modules)):
         reasons.append("its attention is not causal")
     return reasons
 
