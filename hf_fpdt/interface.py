@@ -143,7 +143,8 @@ def fpdt_mask(
     if reason is not None:
         raise NotImplementedError(f'attn_implementation="{NAME}": {reason}')
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask}
-    return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
+    # Never None from here: over a static cache SDPA means by it that the FIRST query is aligned with the first key.
+    return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, **kwargs)
 
 
 def _padded_on_the_right_at_most(mask_BT: Tensor | None, q_length: int, kv_length: int) -> bool:
