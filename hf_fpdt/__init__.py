@@ -6,10 +6,11 @@ registers `attn_implementation="fpdt"`; it needs no GPU.
 
 from .attention import attend_whole
 from .config import FPDTPlugin
+from .data import ShardingCollator
 from .interface import register
 from .model import FPDTHandle, apply_fpdt
 
 __version__ = "0.1.0"
-__all__ = ["FPDTHandle", "FPDTPlugin", "apply_fpdt", "attend_whole"]
+__all__ = ["FPDTHandle", "FPDTPlugin", "ShardingCollator", "apply_fpdt", "attend_whole"]
 
 register()

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
 from .layout import ChunkPlan
 from .offload import CheckpointStore
@@ -25,13 +26,14 @@ class Settings:
 
     plugin: FPDTPlugin
     store: CheckpointStore
+    group: SequenceParallelGroup
 
     def plan(self, hidden_BSD: Tensor) -> ChunkPlan:
-        """The cut of a sequence of this length on this device."""
+        """The cut of the sequence of which this rank holds `hidden_BSD`."""
         chunk_tokens = self.plugin.chunk_tokens
         if chunk_tokens == "auto":
             chunk_tokens = AUTO_CHUNK_TOKENS_GPU if hidden_BSD.is_cuda else AUTO_CHUNK_TOKENS_CPU
-        return ChunkPlan(hidden_BSD.shape[1], chunk_tokens)
+        return ChunkPlan(hidden_BSD.shape[1] * self.group.size, chunk_tokens, self.group.size)
 
     def loss_chunk_tokens(self, config: Any) -> int:
         """Tokens whose logits exist at a time; "auto": a power of two whose fp32 logits fill at most 512 MiB."""
