@@ -80,6 +80,11 @@ def apply_fpdt(
     return FPDTHandle(target, layers, Settings(plugin, CheckpointStore(), group))
 
 
+def is_applied(model: nn.Module) -> bool:
+    """Whether FPDT is applied to this model, or to the one PEFT or DDP wraps."""
+    return any(isinstance(module, _ChunkedLayerMixin) for module in model.modules())
+
+
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     unwrapped: Any = model
     inner = unwrapped.get_base_model() if hasattr(model, "get_base_model") else model

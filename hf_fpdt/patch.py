@@ -30,9 +30,7 @@ class Settings:
 
     def plan(self, hidden_BSD: Tensor) -> ChunkPlan:
         """The cut of the sequence of which this rank holds `hidden_BSD`."""
-        chunk_tokens = self.plugin.chunk_tokens
-        if chunk_tokens == "auto":
-            chunk_tokens = AUTO_CHUNK_TOKENS_GPU if hidden_BSD.is_cuda else AUTO_CHUNK_TOKENS_CPU
+        chunk_tokens = resolve_chunk_tokens(self.plugin, on_gpu=hidden_BSD.is_cuda)
         return ChunkPlan(hidden_BSD.shape[1] * self.group.size, chunk_tokens, self.group.size)
 
     def loss_chunk_tokens(self, config: Any) -> int:
@@ -41,6 +39,14 @@ class Settings:
             return self.plugin.loss_chunk_tokens
         tokens = LOGITS_BYTES // (4 * config.get_text_config().vocab_size)
         return max(256, 2 ** (tokens.bit_length() - 1))
+
+
+def resolve_chunk_tokens(plugin: FPDTPlugin, *, on_gpu: bool) -> int:
+    """Global tokens a chunk; "auto" is resolved by device, down to a multiple of `sp_size`."""
+    if plugin.chunk_tokens != "auto":
+        return plugin.chunk_tokens
+    chunk_tokens = AUTO_CHUNK_TOKENS_GPU if on_gpu else AUTO_CHUNK_TOKENS_CPU
+    return chunk_tokens - chunk_tokens % plugin.sp_size
 
 
 @dataclass
