@@ -145,7 +145,8 @@ def _loss(
 
 def _check_padding(mask_BS: Tensor, targets_BS: Tensor, ignore_index: int) -> None:
     """Padding on the right is not masked, so what it predicts is nobody's and may not count."""
-    if bool(((mask_BS == 0) & (targets_BS != ignore_index)).any()):
+    on_the_right = (mask_BS == 0) & (mask_BS.cumsum(1) > 0)
+    if bool((on_the_right & (targets_BS != ignore_index)).any()):
         raise ValueError(
             f"fpdt: attention_mask marks tokens as padding whose labels count; set the labels of padding to "
             f"{ignore_index} (a collator that pads labels does)."
