@@ -71,7 +71,8 @@ def trainer(folder: Path, *, fpdt: bool, lora: bool = False, **arguments: Any) -
     chosen: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": STEPS,
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 3,
         "gradient_accumulation_steps": ACCUMULATION,
@@ -116,7 +117,7 @@ def test_training_and_evaluation_equal_sdpa(case: str, tmp_path: Path) -> None:
     ours, theirs = (trainer(tmp_path, fpdt=fpdt, **CASES[case]) for fpdt in (True, False))
     truth = losses_of(theirs)
     assert_same_losses(losses_of(ours), truth)
-    assert truth[-1] < 0.9 * truth[0], "nothing was learnt, so nothing was compared"
+    assert sum(truth[-8:]) < 0.95 * sum(truth[:8]), "nothing was learnt, so nothing was compared"
     broken = {"one step behind": [truth[0], *truth[:-1]], "not trained": [truth[0]] * len(truth)}
     assert_rejects(lambda losses: assert_same_losses(losses, truth), broken)
     ours_eval, theirs_eval = (run.evaluate()["eval_loss"] for run in (ours, theirs))
