@@ -131,6 +131,12 @@ def _loss(
     attention_mask: Tensor | None,
 ) -> Tensor:
     heads = [child for child in model.children() if child is not model.base_model]
+    if any(hasattr(p, "placements") for child in heads for p in child.parameters()):
+        # FSDP2 put them back as shards after the pass above; what computes the logits would be other tensors.
+        raise NotImplementedError(
+            "fpdt: FSDP2 reshards the head as soon as it has run; wrap it with reshard_after_forward=False, or leave it "
+            "in the root's unit."
+        )
     head = Head(
         logits_of=logits_of,
         parameters=list({id(p): p for child in heads for p in child.parameters()}.values()),
