@@ -134,8 +134,8 @@ def _loss(
     if any(hasattr(p, "placements") for child in heads for p in child.parameters()):
         # FSDP2 put them back as shards after the pass above; what computes the logits would be other tensors.
         raise NotImplementedError(
-            "fpdt: FSDP2 reshards the head as soon as it has run; wrap it with reshard_after_forward=False, or leave it "
-            "in the root's unit."
+            "fpdt: FSDP2 reshards the head as soon as it has run; wrap it with reshard_after_forward=False, or leave "
+            "it in the root's unit."
         )
     head = Head(
         logits_of=logits_of,
