@@ -14,11 +14,32 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
-from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedModel,
+)
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
-from tests.models import PLUGIN, assert_same_step, tiny, tokens, train_step
+from tests.models import (
+    PLUGIN,
+    SIZES,
+    TOLERANCE_FP32,
+    VOCAB,
+    Step,
+    assert_same_step,
+    taken_step,
+    tiny,
+    tokens,
+    train_step,
+)
+from tests.support import assert_rejects
 
 IDS = tokens(2, 37)
 
@@ -83,6 +104,33 @@ def test_remove_restores_the_model_exactly(case: str, used: bool) -> None:
     assert torch.equal(model(input_ids=IDS)[0], logits)
     handle.remove()
     assert state_of(model) == before
+
+
+def llava() -> PreTrainedModel:
+    """A text decoder beside a vision tower that is not causal."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=16)
+    config = LlavaConfig(text_config=LlamaConfig(**SIZES), vision_config=vision, image_token_index=VOCAB - 1)
+    attention = {"text_config": "sdpa", "vision_config": "eager"}
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+    return model.to(torch.float64).train()
+
+
+def test_the_decoder_of_a_vision_model_is_trained_and_its_tower_left_alone() -> None:
+    ids = tokens(1, 37).clamp(max=VOCAB - 2)
+    ids[0, 5:9] = VOCAB - 1  # four patches of the image
+    image = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    model = llava()
+    truth, other_image = (train_step(model, ids, pixel_values=pixels) for pixels in (image, -image))
+    before = state_of(model)  # after a first pass: transformers leaves a note in modules whose outputs it captures
+    handle = apply_fpdt(model, PLUGIN)
+    assert model.config.vision_config._attn_implementation == "eager"
+    assert_same_step(train_step(model, ids, pixel_values=image), truth)
+    assert_rejects(lambda step: assert_same_step(step, truth), {"another image": other_image})
+    handle.remove()
+    assert state_of(model) == before
+    assert model.config.text_config._attn_implementation == "sdpa"
 
 
 def test_fpdt_can_be_applied_again_after_remove() -> None:
@@ -235,6 +283,53 @@ def test_a_wrapped_model_is_refused_before_the_wrapper(process_group: None, wrap
     on_cpu = {"device_id": torch.device("cpu")} if wrap is FullyShardedDataParallel else {}
     with pytest.raises(TypeError, match="before the model is wrapped"):
         apply_fpdt(wrap(tiny(dtype=torch.float32), **on_cpu), PLUGIN)
+
+
+def sharded(model: PreTrainedModel, tail: list[str], **options: Any) -> PreTrainedModel:
+    """FSDP2 as accelerate does it: each layer, the modules named in `tail` together, and the rest."""
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if tail:
+        fully_shard([model.get_submodule(name) for name in tail], mesh=mesh, **options)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+KEPT = {"reshard_after_forward": False}
+FSDP2: dict[str, tuple[list[str], dict[str, bool]]] = {
+    "tail in the root's unit": ([], {}),
+    "norm and head": (["model.norm", "lm_head"], KEPT),
+    "head": (["lm_head"], KEPT),
+    "norm": (["model.norm"], {}),
+}
+
+
+@pytest.mark.parametrize("layout", FSDP2)
+def test_fsdp2_after_apply_trains_every_parameter(layout: str, process_group: None) -> None:
+    tail, options = FSDP2[layout]
+    model = sharded(applied(dtype=torch.float32), tail, **options)
+    for _ in range(2):
+        step = train_step(model, IDS)
+        gradients = {name: grad.full_tensor() for name, grad in step.grads.items()}
+        assert_same_step(Step(step.loss, gradients), train_step(tiny(dtype=torch.float32), IDS), TOLERANCE_FP32)
+
+
+def test_a_head_that_fsdp2_reshards_at_once_is_refused(process_group: None) -> None:
+    """It would get no gradient."""
+    model = sharded(applied(dtype=torch.float32), ["model.norm", "lm_head"], reshard_after_forward=True)
+    with pytest.raises(NotImplementedError, match="reshard_after_forward=False"):
+        train_step(model, IDS)
+
+
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+def test_ddp_after_apply_accumulates_every_gradient(find_unused_parameters: bool, process_group: None) -> None:
+    model, reference = applied(dtype=torch.float32), tiny(dtype=torch.float32)
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
+    for module in (wrapped, wrapped, reference, reference):
+        loss = module(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+    assert_same_step(taken_step(model, loss), taken_step(reference, loss), TOLERANCE_FP32)
 
 
 def test_what_is_no_transformers_model_is_refused() -> None:
