@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .comms import SAMPLE_KEY
 from .layout import ChunkPlan
 
 IGNORE_INDEX = -100
@@ -35,7 +36,8 @@ class ShardingCollator:
 
     The result has `input_ids`, `position_ids` and, if there were labels, `shift_labels` (the next token at each
     position) and `labels` (the same, so that the model knows it is to compute a loss), all [B, S/P]. An inner
-    collator's own `shift_labels` count, and `labels` beside them do not.
+    collator's own `shift_labels` count, and `labels` beside them do not. `fpdt_sample` [B] is a number made of each
+    whole row, by which the model sees that the ranks hold parts of the same samples; pass it on if you can.
 
     Raises:
         ValueError: no `input_ids`, labels of another shape, or padding that is not on the right or whose labels count.
@@ -60,6 +62,7 @@ class ShardingCollator:
             batch["shift_labels"] = pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
         if batch.get("shift_labels") is not None:
             batch["labels"] = batch["shift_labels"] = pad(batch["shift_labels"], (0, missing), value=IGNORE_INDEX)
+        batch[SAMPLE_KEY] = _fingerprint(batch["input_ids"], batch.get("shift_labels"))
         batch = {name: self._fill(name, value, n_tokens, missing) for name, value in batch.items()}
         batch["position_ids"] = torch.arange(n_tokens + missing).expand(batch["input_ids"].shape[0], -1)
         own = self._own_tokens(n_tokens + missing)
@@ -77,6 +80,13 @@ class ShardingCollator:
     def _own_tokens(self, n_tokens: int) -> Tensor:
         plan = ChunkPlan(n_tokens, self.chunk_tokens, self.sp_size)
         return torch.cat([torch.arange(start, stop) for start, stop in plan.rank_pieces(self.rank)])
+
+
+def _fingerprint(ids_BS: Tensor, shift_labels_BS: Tensor | None) -> Tensor:
+    """A number for each row that differs between samples, in all likelihood; below 2^40, so that sums stay exact."""
+    weights = torch.arange(1, ids_BS.shape[1] + 1) * 2_654_435_761 % 1_048_573
+    labels = 0 if shift_labels_BS is None else shift_labels_BS[:, : ids_BS.shape[1]]
+    return ((ids_BS * 31 + labels) * weights).sum(1) % 2**40
 
 
 def _by_token(value: Any, n_tokens: int) -> bool:

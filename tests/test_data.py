@@ -54,7 +54,7 @@ def check_parts(features: list[Batch], sp: int, cut_of: Callable[[int], Batch]) 
     following = pad(whole["labels"], (0, missing + 1), value=IGNORE_INDEX)[:, 1:]
     for rank in range(sp):
         part, own = cut_of(rank), own_tokens(length, sp, rank)
-        assert set(part) == {"input_ids", "position_ids", "labels", "shift_labels"}
+        assert set(part) == {"input_ids", "position_ids", "labels", "shift_labels", "fpdt_sample"}
         assert torch.equal(part["position_ids"], own.expand(len(features), -1)), "positions"
         assert torch.equal(part["input_ids"], ids[:, own]), "ids"
         for name in ("labels", "shift_labels"):
@@ -81,10 +81,11 @@ def test_labels_count_once_over_the_ranks() -> None:
 def test_the_check_rejects_broken_cuts(length: int) -> None:
     sp, features = 2, rows(length, 2)
     whole = ShardingCollator(stacked, 1, 0, CHUNK, PAD)(features)
+    number = {"fpdt_sample": whole.pop("fpdt_sample")}
     padded = {name: pad(value, (0, -length % sp), value=PAD) for name, value in whole.items()}
 
     def contiguous(rank: int) -> Batch:
-        return {name: value.chunk(sp, dim=1)[rank] for name, value in padded.items()}
+        return {**number, **{name: value.chunk(sp, dim=1)[rank] for name, value in padded.items()}}
 
     def changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[int], Batch]:
         return lambda rank: {**(part := cut(features, sp, rank)), name: change(part[name])}
@@ -101,6 +102,16 @@ def test_the_check_rejects_broken_cuts(length: int) -> None:
     }
     check_parts(features, sp, lambda rank: cut(features, sp, rank))
     assert_rejects(lambda variant: check_parts(features, sp, variant), broken)
+
+
+def test_a_sample_has_one_number_on_every_rank_and_others_another() -> None:
+    first, second = rows(20, 2)
+    numbers = {int(cut([row], 2, rank)["fpdt_sample"]) for row in (first, second) for rank in (0, 1)}
+    assert len(numbers) == 2
+    swapped = {**first, "input_ids": first["input_ids"].flip(0)}
+    masked = {**first, "labels": first["labels"].masked_fill(torch.arange(20) < 10, IGNORE_INDEX)}
+    numbers |= {int(cut([row], 2, 0)["fpdt_sample"]) for row in (swapped, masked)}
+    assert len(numbers) == 4
 
 
 def test_padding_is_the_pad_token_without_a_label() -> None:
@@ -176,7 +187,7 @@ def test_labels_that_are_shifted_already_are_only_cut() -> None:
 
 def test_a_batch_without_labels_stays_without() -> None:
     part = cut([{"input_ids": torch.arange(10)}], 2, 1)
-    assert set(part) == {"input_ids", "position_ids"}
+    assert set(part) == {"input_ids", "position_ids", "fpdt_sample"}
 
 
 def test_other_tensors_with_a_token_axis_are_cut_and_the_rest_passes() -> None:
