@@ -77,8 +77,7 @@ class FPDTAccelerator(Accelerator):
 
     def prepare_data_loader(self, data_loader: DataLoader, *args: Any, **kwargs: Any) -> DataLoader:
         """As `Accelerator.prepare_data_loader`; the prepared loader yields this rank's part of each batch."""
-        seeds = agreed_seeds(self, self.fpdt_group, getattr(data_loader, "sampler", None))
-        with seeds, self._cutting(data_loader):
+        with agreed_seeds(self, self.fpdt_group, data_loader), self._cutting(data_loader):
             return super().prepare_data_loader(data_loader, *args, **kwargs)
 
     @contextmanager

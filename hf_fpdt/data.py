@@ -64,7 +64,9 @@ class ShardingCollator:
             batch["labels"] = batch["shift_labels"] = pad(batch["shift_labels"], (0, missing), value=IGNORE_INDEX)
         batch[SAMPLE_KEY] = _fingerprint(batch["input_ids"], batch.get("shift_labels"))
         batch = {name: self._fill(name, value, n_tokens, missing) for name, value in batch.items()}
-        batch["position_ids"] = torch.arange(n_tokens + missing).expand(batch["input_ids"].shape[0], -1)
+        batch["position_ids"] = torch.arange(n_tokens + missing, device=batch["input_ids"].device).expand(
+            batch["input_ids"].shape[0], -1
+        )
         own = self._own_tokens(n_tokens + missing)
         return {
             name: value[:, own] if _by_token(value, n_tokens + missing) else value for name, value in batch.items()
@@ -84,7 +86,7 @@ class ShardingCollator:
 
 def _fingerprint(ids_BS: Tensor, shift_labels_BS: Tensor | None) -> Tensor:
     """A number for each row that differs between samples, in all likelihood; below 2^40, so that sums stay exact."""
-    weights = torch.arange(1, ids_BS.shape[1] + 1) * 2_654_435_761 % 1_048_573
+    weights = torch.arange(1, ids_BS.shape[1] + 1, device=ids_BS.device) * 2_654_435_761 % 1_048_573
     labels = 0 if shift_labels_BS is None else shift_labels_BS[:, : ids_BS.shape[1]]
     return ((ids_BS * 31 + labels) * weights).sum(1) % 2**40
 

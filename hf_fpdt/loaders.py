@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import get_sampler
 from accelerate.utils import DistributedType, broadcast
-from torch.utils.data import RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 
 from .comms import SequenceParallelGroup, build_group
 from .config import FPDTPlugin
@@ -38,9 +39,12 @@ def join_group(accelerator: Accelerator, plugin: FPDTPlugin) -> SequenceParallel
 
 
 @contextmanager
-def agreed_seeds(accelerator: Accelerator, group: SequenceParallelGroup, sampler: Any) -> Iterator[None]:
-    """Inside, loaders are prepared whose ranks shuffle alike, whatever their own seeds: the main process's counts."""
-    config = accelerator.dataloader_config
+def agreed_seeds(accelerator: Accelerator, group: SequenceParallelGroup, loader: DataLoader) -> Iterator[None]:
+    """Inside, `loader` is prepared such that ranks shuffle alike, whatever their own seeds: the main process's counts.
+
+    `RandomSampler` is seeded by Accelerate; other samplers that draw from the global generator get one of their own.
+    """
+    config, sampler = accelerator.dataloader_config, get_sampler(loader)
     before = config.data_seed
     if group.size > 1:
         seed = broadcast(torch.tensor(torch.initial_seed() % 2**63, device=accelerator.device))

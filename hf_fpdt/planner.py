@@ -84,8 +84,8 @@ class StepPlan:
         head_dim: elements of a head.
         batch: sequences in the batch.
         element_bytes: bytes of an element of q, k, v (2 for bf16).
-        backward_layers: layers with a backward pass into their attention; None: all. With LoRA on MLPs alone the first
-            layer has none.
+        backward_layers: layers with a backward pass; None: all. Below the lowest layer that trains there is none.
+        frozen_attentions: those of them whose attention needs no gradient: with LoRA on MLPs alone, the lowest.
         mean_of_labels: whether the model itself counts the labels of the sequence, as it does in loops of one's own;
             Trainer hands it `num_items_in_batch`.
 
@@ -103,6 +103,7 @@ class StepPlan:
     batch: int = 1
     element_bytes: int = 2
     backward_layers: int | None = None
+    frozen_attentions: int = 0
     mean_of_labels: bool = True
 
     def __post_init__(self) -> None:
@@ -124,13 +125,13 @@ class StepPlan:
         """The exchanges of one layer's forward pass, in order: two a chunk."""
         return self._made(self._forward())
 
-    def layer_backward(self) -> tuple[Exchange, ...]:
+    def layer_backward(self, *, into_attention: bool = True) -> tuple[Exchange, ...]:
         """The exchanges of one layer's backward pass, in order.
 
         K and V of every chunk but the last are made again first; then the chunks are replayed from the last to the
-        first, and each sends its queries, its output, and the gradients of both.
+        first, and each sends its queries, its output, and (`into_attention`) the gradients of both.
         """
-        return self._made(self._backward())
+        return self._made(self._backward(into_attention))
 
     def layers_forward(self) -> Collectives:
         """All layers' forward passes."""
@@ -138,7 +139,9 @@ class StepPlan:
 
     def layers_backward(self) -> Collectives:
         """All layers' backward passes."""
-        return _total(self.layer_backward()) * (self.layers if self.backward_layers is None else self.backward_layers)
+        layers = self.layers if self.backward_layers is None else self.backward_layers
+        frozen = _total(self.layer_backward(into_attention=False)) * self.frozen_attentions
+        return _total(self.layer_backward()) * (layers - self.frozen_attentions) + frozen
 
     def outside_layers(self) -> Collectives:
         """Around the layers, in the forward pass: the ranks compare their parts, and count the labels."""
@@ -157,15 +160,16 @@ class StepPlan:
             yield chunk, "q k v"
             yield chunk, "out"
 
-    def _backward(self) -> Iterator[tuple[Chunk, str]]:
+    def _backward(self, into_attention: bool) -> Iterator[tuple[Chunk, str]]:
         *earlier, last = self.chunks
         for chunk in earlier:
             yield chunk, "k v"
         for chunk in (last, *reversed(earlier)):
             yield chunk, "q k v" if chunk is last else "q"
             yield chunk, "out"
-            yield chunk, "dout"
-            yield chunk, "dq dk dv"
+            if into_attention:
+                yield chunk, "dout"
+                yield chunk, "dq dk dv"
 
     def _made(self, calls: Iterator[tuple[Chunk, str]]) -> tuple[Exchange, ...]:
         if self.sp_size == 1:

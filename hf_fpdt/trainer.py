@@ -23,7 +23,7 @@ class FPDTTrainerMixin:
 
     Everything that Trainer counts stays what it is without sequence parallelism: the batch size is that of the
     data-parallel groups, losses are means over tokens, `evaluate()` gives the loss that one process gives, also where
-    the set does not divide.
+    the set does not divide (of a set without a length, the rows that Accelerate repeats at its end count too).
 
     Args:
         fpdt_plugin: settings; None: `FPDTPlugin()`, which reads FPDT_* environment variables.

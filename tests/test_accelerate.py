@@ -23,7 +23,7 @@ from accelerate.utils import (
 )
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
 from hf_fpdt import FPDTAccelerator, FPDTPlugin, ShardingCollator, apply_fpdt
 from hf_fpdt.loaders import _refused_options
@@ -238,10 +238,12 @@ def _other_samplers(rank: int, world: int) -> None:
     runner = accelerator(2)
     set_seed(rank)
     sampler = WeightedRandomSampler([1.0] * 20, 12)
-    loader = runner.prepare(DataLoader(Samples(20), sampler=sampler, collate_fn=stacked))
-    for _ in range(2):
-        first, second = everyones([int(batch["number"]) for batch in loader])
-        assert first == second and len(first) == 12
+    plain = DataLoader(Samples(20), sampler=sampler, collate_fn=stacked)
+    batched = DataLoader(Samples(20), batch_sampler=BatchSampler(WeightedRandomSampler([1.0] * 20, 12), 1, False))
+    for loader in (runner.prepare(plain), runner.prepare(batched)):
+        orders = [everyones([int(batch["number"]) for batch in loader]) for _ in range(2)]
+        assert all(first == second and len(first) == 12 for first, second in orders)
+        assert orders[0] != orders[1]
 
 
 def test_samplers_that_draw_draw_alike_in_a_group() -> None:

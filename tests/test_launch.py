@@ -99,6 +99,7 @@ TWO_PROCESSES: Mapping[str, Case] = {
     "sp, streamed": Case(Run(sp_size=2, batch_size=2, stream=True), {}),
     "ddp, two epochs": Case(Run(epochs=2, batch_size=3), {"batch_size": 6}),
     "sp, two epochs": Case(Run(sp_size=2, epochs=2, batch_size=5), {}),
+    "sp, by length": Case(Run(sp_size=2, batch_size=2, sampling="group_by_length"), {}),
     "ddp, saved": Case(SAVED, {"batch_size": 2}),
     "sp, saved": Case(replace(SAVED, sp_size=2, batch_size=2), {}),
 }

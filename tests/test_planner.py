@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -75,6 +76,7 @@ class Case:
     plan: StepPlan
     checkpoints: str = "attention"
     dtype: torch.dtype = torch.float64
+    trained: str = "."  # pattern of the parameters that train
 
 
 def plan(sp_size: int, n_tokens: int, kv_heads: int = 2, **more: Any) -> StepPlan:
@@ -92,6 +94,10 @@ CASES = [
     Case("llama", plan(2, 60, 12, element_bytes=4), dtype=torch.float32),
     Case("llama", plan(2, 60, 6, element_bytes=2), "input", dtype=torch.bfloat16),
     Case("neox", plan(2, 50, 12)),
+    Case("llama", plan(2, 50, layers=3, frozen_attentions=1), trained=r"\.mlp\."),
+    Case("llama", plan(2, 50, layers=3, backward_layers=2), trained=r"layers\.[12]\.self_attn"),
+    Case("llama", plan(2, 50, layers=3, backward_layers=1, frozen_attentions=1), trained=r"layers\.2\.mlp"),
+    Case("llama", plan(2, 50, backward_layers=0), trained="lm_head"),
 ]
 WIDER = [Case("llama", plan(3, 100, kv_heads), policy) for kv_heads in (1, 2, 4) for policy in ("attention", "input")]
 WIDER += [Case("neox-sequential", plan(3, 71, 12, chunk_tokens=9))]
@@ -107,6 +113,8 @@ def counted_step(case: Case, rank: int) -> tuple[Counted, Counted]:
     model = in_double(model) if case.dtype == torch.float64 else model
     settings = FPDTPlugin(chunk_tokens=step.chunk_tokens, sp_size=step.sp_size, checkpoints=case.checkpoints)
     apply_fpdt(model, settings)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(case.trained, name) is not None)
     collator = ShardingCollator(stacked, step.sp_size, rank % step.sp_size, step.chunk_tokens)
     features = [sample(index, max(step.n_tokens, 2)) for index in range(step.batch)]
     if step.n_tokens == 1:
@@ -123,9 +131,11 @@ def counted_step(case: Case, rank: int) -> tuple[Counted, Counted]:
 
 def assert_planned(step: StepPlan, forward: Counted, backward: Counted) -> None:
     sent_forward = [exchange.sent_bytes for exchange in step.layer_forward()]
-    sent_backward = [exchange.sent_bytes for exchange in step.layer_backward()]
+    trained = (step.layers if step.backward_layers is None else step.backward_layers) - step.frozen_attentions
+    lowest = [False] * step.frozen_attentions  # the last to be reached
+    backwards = [step.layer_backward(into_attention=into) for into in [True] * trained + lowest]
     assert forward.sent == sent_forward * step.layers
-    assert backward.sent == sent_backward * step.layers
+    assert backward.sent == [exchange.sent_bytes for exchanges in backwards for exchange in exchanges]
     assert not backward.reduced
     outside = step.outside_layers()
     assert (len(forward.reduced), sum(forward.reduced)) == (outside.reductions, outside.reduced_bytes)
@@ -141,6 +151,7 @@ def _steps(rank: int, world: int, cases: list[Case]) -> None:
         wrong = {
             "another chunk size": {"chunk_tokens": case.plan.chunk_tokens * 4},
             "a layer more": {"layers": case.plan.layers + 1},
+            "a frozen attention more": {"frozen_attentions": case.plan.frozen_attentions + 1},
             "bytes of another dtype": {"element_bytes": 1},
             "labels counted or not": {"mean_of_labels": not case.plan.mean_of_labels},
             "a longer sequence": {"n_tokens": case.plan.n_tokens + case.plan.sp_size},

@@ -250,6 +250,40 @@ def test_no_label_at_all_gives_nan_on_every_rank_as_on_one_process() -> None:
     spawn(_all_ignored, 2)
 
 
+def _one_token(rank: int, world: int) -> None:
+    """Nothing follows the one token, so there is no label: NaN as on one process, and NaN gradients, but no hang."""
+    model = model_of("llama-2")
+    apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, sp_size=2))
+    first = {name: value[:1] for name, value in sample(0, 4).items()}
+    batch = ShardingCollator(stacked, 2, rank, CHUNK)([first])
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.isnan() and batch["input_ids"].shape == (1, 1)
+    counted = model(**batch, num_items_in_batch=torch.tensor(5)).loss  # beside other samples, in a Trainer's step
+    assert counted == 0
+
+
+def test_a_sample_of_one_token_has_no_loss_on_every_rank() -> None:
+    spawn(_one_token, 2)
+
+
+def _generates(rank: int, world: int) -> None:
+    """In generation every rank has the whole of a sequence: samples may be drawn between two steps."""
+    stock, model = model_of("llama-2"), model_of("llama-2")
+    apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, sp_size=2))
+    prompt = sample(rank, 21)["input_ids"][None]
+    for mode in (True, False):
+        stock.train(mode), model.train(mode)
+        drawn = model.generate(prompt, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(prompt))
+        exact = stock.generate(prompt, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(prompt))
+        assert torch.equal(drawn, exact)
+    assert not model(**own_batch(2, rank, 20)).loss.isnan()
+
+
+def test_ranks_generate_by_themselves() -> None:
+    spawn(_generates, 2)
+
+
 def _refused(rank: int, world: int) -> None:
     with pytest.raises(ValueError, match="does not divide the model's 4 query heads.*take one of 1, 2, 4"):
         apply_fpdt(tiny("llama"), FPDTPlugin(sp_size=3, chunk_tokens=24), SequenceParallelGroup(3))

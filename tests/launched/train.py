@@ -40,6 +40,7 @@ class Run:
     random_rows: bool = False
     lora: bool = False
     stream: bool = False
+    sampling: str = "random"
     fail_on_rank: int = -1
     fail_at_step: int = 2
 
@@ -122,6 +123,7 @@ def arguments(run: Run, output: Path, name: str) -> TrainingArguments:
         save_strategy="steps" if run.save_steps else "no",
         save_steps=run.save_steps or 500,
         dataloader_num_workers=run.workers,
+        train_sampling_strategy=run.sampling,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
