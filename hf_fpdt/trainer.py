@@ -191,8 +191,10 @@ class _Evaluation:
 
 def _first_rows(arrays: Any, rows: int, concatenated: bool) -> Any:
     """Arrays that Trainer gathered (a list by batch, or one), without the filling at the end."""
-    if arrays is None or concatenated:
-        return arrays if arrays is None else nested_truncate(arrays, rows)
+    if arrays is None:
+        return None
+    if concatenated:
+        return nested_truncate(arrays, rows)
     kept = []
     for batch in arrays:
         kept.append(nested_truncate(batch, max(rows, 0)))
@@ -210,7 +212,7 @@ def _filled(dataset: Any, rows: int, multiple: int) -> Any:
 
 
 def _pad_token_id(trainer: Any) -> int:
-    vocabulary = trainer.model.get_input_embeddings().num_embeddings
+    vocabulary = trainer.model.config.get_text_config().vocab_size
     for owner in (trainer.processing_class, trainer.model.config):
         token = getattr(owner, "pad_token_id", None)
         if token is not None and 0 <= int(token) < vocabulary:
