@@ -31,15 +31,19 @@ def forward_row(kernel: Kernel, q_BSNH: Tensor, kv: Stream, *, scale: float) -> 
         part = kernel.forward(q_BSNH, k, v, causal=span.causal, scale=scale)
         merged = part if merged is None else merge(merged, part)
     assert merged is not None
-    return merged[0].to(q_BSNH.dtype), merged[1]
+    return merged[0].to(q_BSNH.dtype), merged[1].to(accumulation_dtype(q_BSNH.dtype))
 
 
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(out, lse) over the keys of a and of b: each out weighs exp(its lse - the lse of both). out is fp32 or wider."""
-    (out_a, lse_a), (out_b, lse_b) = a, b
-    lse = torch.logaddexp(lse_a, lse_b)
+    """(out, lse) over the keys of a and of b: each out weighs exp(its lse - the lse of both).
+
+    out is fp32 or wider; lse is float64: backward recovers probabilities as exp(score - lse), and an fp32 lse that was
+    rounded at every merge costs fp32 attention several times its own error.
+    """
+    (out_a, lse_a), (out_b, lse_b) = a, (b[0], b[1].double())
+    lse = torch.logaddexp(lse_a.double(), lse_b)
     dtype = accumulation_dtype(out_a.dtype)
-    weight_a, weight_b = (x.sub(lse).exp_().transpose(1, 2).unsqueeze(-1) for x in (lse_a, lse_b))
+    weight_a, weight_b = ((x - lse).exp_().to(dtype).transpose(1, 2).unsqueeze(-1) for x in (lse_a, lse_b))
     return out_a.to(dtype) * weight_a + out_b.to(dtype) * weight_b, lse
 
 

@@ -24,9 +24,12 @@ def parse_tokens(text: str) -> int:
     scale = {"K": 1024, "M": 1024**2}.get(text[-1:].upper(), 1)
     number = text if scale == 1 else text[:-1]
     try:
-        return int(float(number) * scale)
+        tokens = float(number) * scale
     except ValueError:
-        raise ValueError(f"A number of tokens was expected (8192, 32K, 1M), got {text!r}.") from None
+        tokens = float("nan")
+    if not tokens.is_integer():
+        raise ValueError(f"A number of tokens was expected (8192, 32K, 1M), got {text!r}.")
+    return int(tokens)
 
 
 def _tokens_or_auto(text: str) -> int | str:
@@ -116,7 +119,7 @@ def _check_count(name: str, value: object) -> None:
 def _check_gib(name: str, value: object) -> None:
     if value == "auto":
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ValueError(f'FPDTPlugin({name}={value!r}): "auto" or a number of GiB from 0 is expected.')
 
 

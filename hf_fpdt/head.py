@@ -7,31 +7,27 @@ slice of hidden states by running that forward with the base model standing asid
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+import torch
+from torch import Tensor
 
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, patch
 
 
-def patch_head(model: Any, settings: Settings) -> list[nn.Module]:
-    """Patch the final norm and, where the model has a head, its base model and itself; the patched modules."""
-    patched = []
+def patch_head(model: Any, settings: Settings) -> None:
+    """Patch the final norm and, where the model has a head, its base model and itself."""
     for child in model.get_decoder().children():
         if "norm" in type(child).__name__.lower():
             patch(child, _norm_forward, settings)
-            patched.append(child)
     if model.get_output_embeddings() is not None:
         patch(model.base_model, _base_forward, settings)
         patch(model, _causal_lm_forward, settings)
-        patched += [model.base_model, model]
-    return patched
 
 
 def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
@@ -43,17 +39,11 @@ def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
 class _HeadCall:
     """Set while the model's own forward runs for the sake of its head.
 
-    Without `hidden` the base model runs and leaves its hidden states here; with it, the base model stands aside and
-    the head sees `hidden`.
+    Without `outputs` the base model runs and leaves its outputs here; with them, the base model stands aside and the
+    head sees them.
     """
 
-    hidden: Tensor | None = None
-
-    def whole(self) -> Tensor:
-        """The hidden states [B, S, D] that the base model left."""
-        if self.hidden is None:
-            raise RuntimeError("fpdt: the model's forward did not run its base model.")
-        return self.hidden
+    outputs: Any = None
 
 
 _head_call: ContextVar[_HeadCall | None] = ContextVar("fpdt_head_call", default=None)
@@ -72,18 +62,22 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     call = _head_call.get()
     if call is None:
         return self._fpdt.forward(*args, **kwargs)
-    if call.hidden is not None:
-        return BaseModelOutputWithPast(last_hidden_state=call.hidden)
-    outputs = self._fpdt.forward(*args, **kwargs)
-    call.hidden = outputs[0]
+    if call.outputs is not None:
+        return call.outputs
+    call.outputs = self._fpdt.forward(*args, **kwargs)
     # One token is enough for the model to make its output object; that token's logits are dropped.
-    return type(outputs)(**{**outputs, "last_hidden_state": outputs[0][:, :1]})
+    return _with(call.outputs, last_hidden_state=call.outputs[0][:, :1])
+
+
+def _with(outputs: Any, **fields: Any) -> Any:
+    """A copy of a model's output with other `fields`; assigning to one would leave its entry as a mapping behind."""
+    return type(outputs)(**{**outputs, **fields})
 
 
 def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's forward. With `labels`: loss in chunks, `logits=None` unless `logits_to_keep` asks for some."""
     arguments = arguments_by_name(inspect.signature(self._fpdt.forward), *args, **kwargs)
-    if self.training:
+    if self.training and torch.is_grad_enabled():
         arguments["use_cache"] = False
     if arguments.get("labels") is None:
         return self._fpdt.forward(**arguments)
@@ -96,16 +90,28 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
     with _as_head_call(_HeadCall()) as call:
         outputs = self._fpdt.forward(**arguments)
-    hidden = call.whole()
-    outputs.loss = _loss(self, hidden, arguments, ignore_index, **loss_arguments)
-    outputs.logits = None if kept is None else _logits(self, hidden, arguments, logits_to_keep=kept)
+    if call.outputs is None:
+        raise NotImplementedError(
+            f"fpdt: the forward of {type(self).__name__} does not run its base model as a whole; train it without "
+            "apply_fpdt."
+        )
+
+    def logits_of(hidden: Tensor, **kept: int | Tensor) -> Tensor:
+        """Logits of hidden states [B, S, D] by the model's own forward."""
+        with _as_head_call(_HeadCall(_with(call.outputs, last_hidden_state=hidden))):
+            return self._fpdt.forward(**arguments, **kept).logits
+
+    hidden = call.outputs[0]
+    loss = _loss(self, hidden, logits_of, ignore_index, **loss_arguments)
+    logits = None if kept is None else logits_of(hidden, logits_to_keep=kept)
+    outputs = _with(outputs, loss=loss, logits=logits)
     return outputs.to_tuple() if as_tuple else outputs
 
 
 def _loss(
     model: Any,
     hidden: Tensor,
-    arguments: dict[str, Any],
+    logits_of: Callable[..., Tensor],
     ignore_index: int,
     *,
     labels: Tensor,
@@ -114,16 +120,10 @@ def _loss(
 ) -> Tensor:
     heads = [child for child in model.children() if child is not model.base_model]
     head = Head(
-        logits_of=lambda x: _logits(model, x, arguments),
+        logits_of=logits_of,
         parameters=list({id(p): p for child in heads for p in child.parameters()}.values()),
         chunk_tokens=model._fpdt.settings.loss_chunk_tokens(model.config),
         ignore_index=ignore_index,
     )
     targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
     return chunked_loss(head, hidden, targets, num_items_in_batch)
-
-
-def _logits(model: Any, hidden: Tensor, arguments: dict[str, Any], **kept: int | Tensor) -> Tensor:
-    """Logits of hidden states [B, S, D] by the model's own forward."""
-    with _as_head_call(_HeadCall(hidden)):
-        return model._fpdt.forward(**arguments, **kept).logits

@@ -127,8 +127,7 @@ def _math_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
     with torch.autocast(q.device.type, enabled=False):
         _, _, scores = _math_scores(q, k, causal, scale)
         lse_BGRS = scores.logsumexp(-1)
-        p = scores.sub_(lse_BGRS.unsqueeze(-1)).exp_()
-        out = torch.einsum("bgrst,btgh->bsgrh", p, v.to(p.dtype))
+        out = torch.einsum("bgrst,btgh->bsgrh", scores.softmax(-1), v.to(scores.dtype))
     return out.flatten(2, 3).to(q.dtype), lse_BGRS.flatten(1, 2)
 
 

@@ -262,6 +262,19 @@ def _backward_chunk(
             dx.add_(part) if part is not None else None
 
 
+@contextmanager
+def _hooks_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks of `Tensor.register_hook` see the whole gradient when autograd receives it, not that of each chunk too."""
+    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    for parameter, _ in hooked:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
+
+
 class GradientSums:
     """Parameter gradients of one layer, added up over its chunks in fp32 (float64 for float64)."""
 
@@ -279,9 +292,10 @@ class GradientSums:
         retain_graph: bool = False,
     ) -> list[Tensor | None]:
         """Gradients of `inputs` (None where unused); those of the parameters are added to the sums."""
-        grads = torch.autograd.grad(
-            outputs, [*inputs, *self._parameters], d_outputs, retain_graph=retain_graph, allow_unused=True
-        )
+        with _hooks_aside(self._parameters):
+            grads = torch.autograd.grad(
+                outputs, [*inputs, *self._parameters], d_outputs, retain_graph=retain_graph, allow_unused=True
+            )
         for parameter, grad in zip(self._parameters, grads[len(inputs) :], strict=True):
             if grad is not None:
                 self._add(id(parameter), grad)

@@ -30,6 +30,7 @@ from .patch import (
     Settings,
     arguments_by_name,
     check_patched,
+    is_patched,
     unpatch,
 )
 from .support import why_unsupported
@@ -131,7 +132,7 @@ class FPDTHandle:
         model.set_attn_implementation(NAME)
         for index, layer in enumerate(layers):
             _enter_layer(layer, settings, f"layer {index} ({type(layer).__name__})")
-        self._patched = patch_head(model, settings)
+        patch_head(model, settings)
         logger.info("hf_fpdt: %s", self)
 
     def __str__(self) -> str:
@@ -150,17 +151,20 @@ class FPDTHandle:
         Raises:
             RuntimeError: something else replaced a forward or wrapped a layer since; undo that first.
         """
-        for module in self._patched:
+        if not self._layers:
+            return
+        # Not a list made at the start: PEFT's modules_to_save copies modules, patch and all.
+        patched = [module for module in self.model.modules() if is_patched(module)]
+        for module in patched:
             check_patched(module)
         for layer in self._layers:
             _check_entered(layer)
-        for module in self._patched:
+        for module in patched:
             unpatch(module)
         for layer in self._layers:
             _leave_layer(layer)
-        if self._layers:
-            self.model.set_attn_implementation(self._attention_before)
-        self._patched, self._layers = [], []
+        self.model.set_attn_implementation(self._attention_before)
+        self._layers = []
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -172,7 +176,7 @@ class _ChunkedLayerMixin(nn.Module):
     _fpdt_settings: Settings
     _fpdt_name: str
     _fpdt_class: Any
-    _fpdt_checkpointing: bool
+    _fpdt_checkpointing: bool | None  # None: never asked for, on this instance
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -207,7 +211,7 @@ class _ChunkedLayerMixin(nn.Module):
 
 def _enter_layer(layer: Any, settings: Settings, name: str) -> None:
     original: Any = type(layer)
-    checkpointing = layer.__dict__.pop("gradient_checkpointing", False)
+    checkpointing = layer.__dict__.pop("gradient_checkpointing", None)
     layer.__class__ = _chunked_class(original)
     layer._fpdt_settings, layer._fpdt_name = settings, name
     layer._fpdt_class, layer._fpdt_checkpointing = original, checkpointing
@@ -223,8 +227,8 @@ def _leave_layer(layer: Any) -> None:
     for name in [name for name in layer.__dict__ if name.startswith("_fpdt_")]:
         delattr(layer, name)
     layer.__class__ = original
-    if checkpointing:
-        layer.gradient_checkpointing = True
+    if checkpointing is not None:
+        layer.gradient_checkpointing = checkpointing
 
 
 @functools.lru_cache
@@ -243,11 +247,12 @@ def _raw_forward(layer_class: Any) -> Callable[..., Any]:
 def _needs_whole_sequence(layer: nn.Module, arguments: dict[str, Any]) -> bool:
     """Generation with a cache, or evaluation under a mask: the layer runs as it is, over the bare attention function.
 
-    In training an empty cache is dropped, as transformers' own checkpointing does.
+    In training an empty cache is dropped, as transformers' own checkpointing does. Without gradients nothing is
+    trained, whatever mode the layer is in: samples may be generated between two steps.
     """
     name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
     if name is not None:
-        if not layer.training:
+        if not (layer.training and torch.is_grad_enabled()):
             return True
         if arguments[name].get_seq_length() > 0:
             raise NotImplementedError(

@@ -66,6 +66,11 @@ def patch(module: Any, forward: Callable[..., Any], settings: Settings) -> None:
     module.forward = MethodType(patched, module)
 
 
+def is_patched(module: Any) -> bool:
+    """Whether `patch` was applied to this instance, or to the one it was copied from."""
+    return "_fpdt" in vars(module)
+
+
 def check_patched(module: Any) -> None:
     """Raise RuntimeError unless the instance's forward is still the one `patch` put there."""
     present = module.__dict__.get("forward")
