@@ -40,7 +40,8 @@ def write_card(path: Path, facts: Mapping[str, Any], loss_table: str) -> None:
     arguments, data = facts["arguments"], facts["data"]
     full = arguments["full"]
     places = {
-        "base_model": arguments["model"],
+        # The hub knows base models by hub name only; a local folder there would be flagged as an error.
+        "base_model": "" if Path(arguments["model"]).exists() else f"base_model: {arguments['model']}\n",
         "library_name": "transformers" if full else "peft",
         "extra_tags": "- full-fine-tune" if full else "- lora",
         "title": f"{Path(arguments['model']).name} at {arguments['max_length_tokens']:,} tokens",

@@ -1,6 +1,7 @@
 """The one exception of these scripts that is the user's to mend: printed as one line, exit code 2, no traceback."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -25,6 +26,8 @@ def run_main(main: Callable[[], None]) -> None:
     ):  # bars redraw their line: in a file or a pipe they are noise beside the scripts' own lines
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+    # PEFT still asks by the old name of a property; nothing a user of these scripts could change.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
         main()
     except UserError as error:
