@@ -156,11 +156,7 @@ def _why_no_mask(mask_BT: Tensor | None, full: bool, needed_bytes: int) -> str |
     if torch.is_grad_enabled():
         return (
             f"{what} (left padding, sliding windows, position_ids that restart as in packed documents) is not "
-<<<<<<< HEAD
             "supported with gradients on. Pad on the right with label -100 and give one document a sequence; where "
-=======
-            "supported with gradients on. Pad on the right with label -100, one document a sequence; or, where "
->>>>>>> tests-iface
             "nothing is trained, run under torch.no_grad()."
         )
     if needed_bytes > MASK_BYTES_LIMIT:

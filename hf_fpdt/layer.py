@@ -314,6 +314,10 @@ class GradientSums:
             self._sums[key] = total + grad
             self._own.add(key)
 
-    def totals(self) -> dict[int, Tensor]:
-        """Gradient by id of its parameter, in the parameter's dtype; parameters no chunk used are absent."""
-        return {id(p): self._sums[id(p)].to(p.dtype) for p in self._parameters if id(p) in self._sums}
+    def totals(self, factor: Tensor | None = None) -> dict[int, Tensor]:
+        """Gradient by id of its parameter, times `factor`, rounded once to the parameter's dtype.
+
+        Parameters that no chunk used are absent.
+        """
+        scaled = {key: total if factor is None else total * factor for key, total in self._sums.items()}
+        return {id(p): scaled[id(p)].to(p.dtype) for p in self._parameters if id(p) in scaled}

@@ -80,8 +80,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     dx = sums.differentiate([loss], [torch.ones_like(loss)], [] if d_hidden is None else [x])
                     _write(d_hidden, tokens, dx)
                 total = loss.detach() if total is None else total + loss.detach()
-        totals = sums.totals()
-        ctx.grads = [d_hidden, *(totals.get(id(p)) for p in parameters)]
+        ctx.grads, ctx.parameter_ids = (d_hidden, sums), [id(p) for p in parameters]
         assert total is not None
         return total
 
@@ -92,8 +91,15 @@ class _ChunkedLoss(torch.autograd.Function):
             raise RuntimeError(
                 "The chunked loss frees its gradients as backward uses them: run the forward pass again."
             )
-        grads, ctx.grads = ctx.grads, None
-        return None, None, None, *(None if g is None else g.mul_(d_loss) for g in grads)
+        (d_hidden, sums), ctx.grads = ctx.grads, None
+        totals = sums.totals(d_loss)
+        return (
+            None,
+            None,
+            None,
+            None if d_hidden is None else d_hidden.mul_(d_loss),
+            *map(totals.get, ctx.parameter_ids),
+        )
 
 
 def _write(whole_BSD: Tensor | None, tokens: slice, part: list[Tensor | None]) -> None:
