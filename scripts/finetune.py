@@ -41,6 +41,8 @@ from user_error import UserError, run_main, tokens_text
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
 
+ROPE_ONLY = {"yarn": "YaRN only, before training", "linear": "linear scaling only, before training"}
+
 
 @dataclass
 class Progress:
@@ -250,7 +252,7 @@ def run(
     apply_rope(model, plan)
     if plan.changes:
         with progress.phase("evaluate"):
-            curves.append(measure(model, windows, f"{plan.kind} only, untrained", progress.say))
+            curves.append(measure(model, windows, ROPE_ONLY[plan.kind], progress.say))
     model = with_lora(model, options)
     with progress.phase("train"):
         steps = train(model, data, tokenizer, options, progress)
@@ -305,7 +307,7 @@ def report(
     facts = collect_facts(curves, model, steps, plan, data, options, progress)
     (options.output / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     write_csv(options.output / "loss_by_position.csv", curves)
-    title = f"Loss by position, {Path(options.model).name} extended to {tokens_text(options.max_length_tokens)} tokens"
+    title = f"Loss by position: {Path(options.model).name} extended to {tokens_text(options.max_length_tokens)} tokens"
     draw(options.output / "loss_by_position.png", curves, plan.pretrained_tokens, title)
     write_card(options.output / "README.md", facts, "\n".join(table))
     print("\nHeld-out loss by position (nats a token):\n", *table, sep="\n")

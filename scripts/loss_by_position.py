@@ -8,6 +8,7 @@ window; the head then runs on slices of the hidden states, so logits of the whol
 
 import argparse
 import csv
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from user_error import parse_tokens, run_main, tokens_text
 
 LOGIT_SLICE_TOKENS = 1024
 CHECK_TOKENS = 32
+SECONDS_BETWEEN_REPORTS = 10.0
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,25 @@ def measure(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    rows = []
+    rows: list[Tensor] = []
+    reported = time.monotonic()
     for number, window in enumerate(windows):
         input_ids = window["input_ids"][None].to(device)
         if number == 0:
             check_head(model, input_ids)
         rows.append(token_losses(model, input_ids).float().cpu())
-        report(f"evaluating {label}: window {number + 1} of {len(windows)}, loss {rows[-1].mean().item():.4f}")
+        if len(rows) == len(windows) or time.monotonic() - reported > SECONDS_BETWEEN_REPORTS:
+            reported = time.monotonic()
+            report(f"evaluating {label}: window {len(rows)} of {len(windows)}, mean loss {torch.cat(rows).mean():.4f}")
     model.train(was_training)
     return Curve(label, torch.cat(rows))
 
 
-def position_bins(length_tokens: int, first_stop: int = 64, per_octave: int = 2) -> list[tuple[int, int]]:
-    """Half-open ranges of positions, evenly spaced in log2: (1, 64), (64, 91), (91, 128), ... up to the last "
-    "position."""
-    edges = [1]
-    step = 0
-    while edges[-1] < length_tokens:
-        edges.append(min(length_tokens, round(first_stop * 2 ** (step / per_octave))))
-        step += 1
+def position_bins(length_tokens: int) -> list[tuple[int, int]]:
+    """Half-open ranges of positions, even in log2: octaves up to 256, where tokens are few, then half-octaves."""
+    octaves = [1, 32, 64, 128]
+    half_octaves = [round(256 * 2 ** (step / 2)) for step in range(2 * max(0, length_tokens.bit_length() - 8))]
+    edges = [edge for edge in (*octaves, *half_octaves) if edge < length_tokens] + [length_tokens]
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 

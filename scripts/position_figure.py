@@ -58,5 +58,5 @@ def _label_axes(axes: Axes, length_tokens: int, pretrained_tokens: int) -> None:
     if pretrained_tokens < length_tokens:
         axes.axvline(pretrained_tokens, color="#333333", linewidth=1.0, linestyle=":")
         place = axes.get_xaxis_transform()
-        text = f" pre-trained\n up to {tokens_text(pretrained_tokens)}"
-        axes.text(pretrained_tokens, 0.02, text, transform=place, fontsize=8.5, color="#333333", va="bottom")
+        text = f"  pre-trained up to {tokens_text(pretrained_tokens)}"
+        axes.text(pretrained_tokens, 0.98, text, transform=place, fontsize=8.5, color="#333333", va="top")

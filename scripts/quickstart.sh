@@ -28,12 +28,12 @@ echo "[quickstart] 1 of 2: a tokenizer and a small Llama, trained on the standar
 python scripts/quickstart_model.py --output "$output" ${tiny:+--tiny}
 model_seconds=$((SECONDS - began))
 
-echo "[quickstart] 2 of 2: extend it to 8,192 tokens with attn_implementation=\"fpdt\""
-size=(--max-length 8K --chunk-tokens 2K --steps 32 --warmup 2 --eval-windows 16)
-if [ -n "$tiny" ]; then size=(--max-length 1K --chunk-tokens 256 --steps 2 --warmup 0 --eval-windows 2); fi
-python scripts/finetune.py --model "$output/base" --data "$output/data/train.jsonl" \
+length=8K size=(--chunk-tokens 2K --steps 32 --warmup 2 --eval-windows 24)
+if [ -n "$tiny" ]; then length=1K size=(--chunk-tokens 256 --steps 2 --warmup 0 --eval-windows 2); fi
+echo "[quickstart] 2 of 2: extend it to $length tokens in chunks, with attn_implementation=\"fpdt\""
+python scripts/finetune.py --model "$output/small-llama-512" --data "$output/data/train.jsonl" \
     --eval-data "$output/data/held_out.jsonl" --rope-scaling yarn --lora-r 16 --lora-alpha 32 --lr 3e-3 \
-    "${size[@]}" --output "$output/extended" --overwrite
+    --max-length "$length" "${size[@]}" --output "$output/extended" --overwrite
 
 echo
 echo "[quickstart] base model $model_seconds s, extension and evaluation $((SECONDS - began - model_seconds)) s"

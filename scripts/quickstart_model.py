@@ -4,7 +4,7 @@
 
 Nothing is downloaded. Documents are whole packages (all files of `asyncio` are one document) and single modules; those
 named in HELD_OUT are kept out of the tokenizer and of all training. Writes data/train.jsonl, data/held_out.jsonl and
-base/, an ordinary Hugging Face checkpoint with a tokenizer.
+small-llama-512/, an ordinary Hugging Face checkpoint with a tokenizer.
 """
 
 import argparse
@@ -39,6 +39,7 @@ SKIPPED = frozenset(
     + ("idlelib", "turtledemo", "ensurepip", "lib-dynload", "__pycache__", "__phello__")
 )
 PRETRAINED_TOKENS = 512
+BASE_NAME = "small-llama-512"
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -58,9 +59,11 @@ class Recipe:
     mlp_hidden: int = 256
     steps: int = 1300
     batch_windows: int = 4
-    warmup_steps: int = 30
+    warmup_steps: int = 50
     matrix_lr: float = 0.03
     other_lr: float = 6e-3
+    # About 1/sqrt(hidden): the default, 0.02, is meant for wide models and starts a narrow one near zero.
+    initializer_range: float = 0.08
 
 
 def standard_library() -> dict[str, str]:
@@ -113,8 +116,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
         max_position_embeddings=PRETRAINED_TOKENS,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
-        # 1/sqrt(hidden): the default, 0.02, is meant for wide models and starts a narrow one near zero.
-        initializer_range=recipe.hidden**-0.5,
+        initializer_range=recipe.initializer_range,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -192,7 +194,7 @@ def pretrain(model: LlamaForCausalLM, windows: WindowDataset, recipe: Recipe, se
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for data/ and base/")
+    parser.add_argument("--output", type=Path, required=True, help="folder for data/ and small-llama-512/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="a few modules and steps: tries the flow, learns nothing")
     options = parser.parse_args()
@@ -221,8 +223,8 @@ def make_base(output: Path, recipe: Recipe, seed: int, training_names: Sequence[
     )
     windows = WindowDataset(tokenised, plan_windows(lengths, PRETRAINED_TOKENS))
     loss = pretrain(model, windows, recipe, seed, output / "pretraining")
-    model.save_pretrained(output / "base")
-    tokenizer.save_pretrained(output / "base")
+    model.save_pretrained(output / BASE_NAME)
+    tokenizer.save_pretrained(output / BASE_NAME)
     print(f"[model] training loss {loss:.3f}; saved to {output / 'base'} after {time.monotonic() - began:.0f} s")
 
 

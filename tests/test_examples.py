@@ -45,9 +45,9 @@ def test_quickstart_in_its_tiny_size(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "scripts" / "quickstart.sh"), "--tiny", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "| 512–1K" in done.stdout and "yarn only" in done.stdout
+    assert "| 512–1K" in done.stdout and "YaRN only" in done.stdout
     assert (tmp_path / "out" / "extended" / "loss_by_position.png").is_file()
-    assert (tmp_path / "out" / "base" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "small-llama-512" / "model.safetensors").is_file()
 
 
 def test_quickstart_refuses_an_unknown_option() -> None:
