@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune_options import Options, check_lora_targets, load_config_and_tokenizer, parse_options
+from finetune_options import Options, check_model, fpdt_plugin, load_config_and_tokenizer, parse_options
 from long_text import (
     RightPadding,
     WindowDataset,
@@ -39,7 +39,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from user_error import UserError, run_main, tokens_text
 
-from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt import apply_fpdt
 
 ROPE_ONLY = {"yarn": "YaRN only, before training", "linear": "linear scaling only, before training"}
 
@@ -78,7 +78,11 @@ class StepPrinter(TrainerCallback):
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.tokens = 0
+        self._seen_before = 0
         self._began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._seen_before = int(state.num_input_tokens_seen)  # not 0 after --resume
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.monotonic()
@@ -89,7 +93,7 @@ class StepPrinter(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs is None or "loss" not in logs:
             return
-        step_tokens = int(state.num_input_tokens_seen) - self.tokens
+        step_tokens = int(state.num_input_tokens_seen) - self._seen_before - self.tokens
         self.tokens += step_tokens
         self.losses.append(float(logs["loss"]))
         self.say(
@@ -100,13 +104,14 @@ class StepPrinter(TrainerCallback):
 
 def prepare_data(options: Options, tokenizer: Any, progress: Progress) -> Data:
     """Read, hold out, tokenise and plan the windows; says how much of each there is."""
+    progress.say(f"reading {', '.join([*options.data, *options.eval_data])}")
     documents = read_documents(options.data, options.text_column)
     if options.eval_data:
         held_out = read_documents(options.eval_data, options.text_column)
-        documents = without_held_out_texts(documents, held_out)
     else:
         documents, held_out = hold_out(documents, options.eval_fraction, options.seed)
-        documents = without_held_out_texts(documents, held_out)
+    documents = without_held_out_texts(documents, held_out)
+    progress.say(f"tokenising {len(documents)} training and {len(held_out)} held-out documents")
     training = tokenise(documents, tokenizer, "training documents")
     evaluation = tokenise(held_out, tokenizer, "held-out documents")
     lengths, eval_lengths = document_tokens(training), document_tokens(evaluation)
@@ -144,16 +149,17 @@ def load_model(options: Options) -> nn.Module:
         options.model, attn_implementation="fpdt", dtype=_weight_dtype(options)
     )
     model.to(options.device)
-    try:
-        apply_fpdt(model, FPDTPlugin(chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints))
-    except (NotImplementedError, ValueError) as error:
-        raise UserError(f"--model: hf_fpdt can't run {options.model}: {error}") from error
+    apply_fpdt(model, fpdt_plugin(options))
     return model
 
 
 def _weight_dtype(options: Options) -> torch.dtype:
-    # bfloat16 weights would lose updates smaller than 1/256 of a weight: full training keeps float32 and autocasts.
-    return torch.float32 if options.full else options.dtype
+    return torch.float32 if mixed_precision(options) else options.dtype
+
+
+def mixed_precision(options: Options) -> bool:
+    """bfloat16 weights lose updates smaller than 1/256 of a weight: full training keeps float32 ones and autocasts."""
+    return options.full and options.dtype is torch.bfloat16
 
 
 def with_lora(model: nn.Module, options: Options) -> nn.Module:
@@ -183,7 +189,7 @@ def training_arguments(options: Options) -> TrainingArguments:
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,
         adam_beta2=0.95,
-        bf16=options.full and options.dtype is torch.bfloat16,
+        bf16=mixed_precision(options),
         use_cpu=options.device == "cpu",
         seed=options.seed,
         save_strategy="steps" if options.save_every else "no",
@@ -211,12 +217,11 @@ def train(model: nn.Module, data: Data, tokenizer: Any, options: Options, progre
     return steps
 
 
-def save(model: nn.Module, tokenizer: Any, plan: RopePlan, output: Path) -> None:
+def save(model: nn.Module, tokenizer: Any, output: Path) -> None:
     """Weights as safetensors, tokenizer, and a config that holds the rotary parameters trained with."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     saving = {"save_embedding_layers": False} if base is not model else {}
     model.save_pretrained(output, **saving)
-    assert base.config.rope_parameters == plan.after or not plan.changes
     base.config.save_pretrained(output)  # an adapter folder would not hold it, and the base's own has other parameters
     tokenizer.save_pretrained(output)
 
@@ -226,8 +231,7 @@ def main() -> None:
     progress = Progress()
     config, tokenizer = load_config_and_tokenizer(options.model)
     plan = plan_rope(config, options.rope_scaling, options.rope_factor, options.max_length_tokens)
-    if not options.full:
-        check_lora_targets(config, options.lora_targets)
+    check_model(config, options)
     with progress.phase("data"):
         data = prepare_data(options, tokenizer, progress)
     set_seed(options.seed)
@@ -238,7 +242,7 @@ def main() -> None:
     )
     curves, model, steps = run(model, data, tokenizer, plan, options, progress)
     options.output.mkdir(parents=True, exist_ok=True)
-    save(model, tokenizer, plan, options.output)
+    save(model, tokenizer, options.output)
     report(curves, model, steps, plan, data, options, progress)
 
 
@@ -247,18 +251,22 @@ def run(
 ) -> tuple[list[Curve], nn.Module, StepPrinter]:
     """Evaluate, stretch the rotary embedding, evaluate, train, evaluate."""
     windows = [data.evaluation[index] for index in range(len(data.evaluation))]
-    with progress.phase("evaluate"):
-        curves = [measure(model, windows, "before", progress.say)]
+
+    def evaluate(label: str) -> Curve:
+        with (
+            progress.phase("evaluate"),
+            torch.autocast(options.device, options.dtype, enabled=mixed_precision(options)),
+        ):
+            return measure(model, windows, label, progress.say)
+
+    curves = [evaluate("before")]
     apply_rope(model, plan)
     if plan.changes:
-        with progress.phase("evaluate"):
-            curves.append(measure(model, windows, ROPE_ONLY[plan.kind], progress.say))
+        curves.append(evaluate(ROPE_ONLY[plan.kind]))
     model = with_lora(model, options)
     with progress.phase("train"):
         steps = train(model, data, tokenizer, options, progress)
-    with progress.phase("evaluate"):
-        curves.append(measure(model, windows, "after", progress.say))
-    return curves, model, steps
+    return [*curves, evaluate("after")], model, steps
 
 
 def collect_facts(

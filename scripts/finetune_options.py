@@ -1,6 +1,7 @@
 """The command line of finetune.py, and every check that needs no weights."""
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from rope_scaling import KINDS
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from user_error import UserError, parse_tokens
+
+from hf_fpdt import FPDTPlugin, apply_fpdt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKPOINTS = ("auto", "attention", "input")
@@ -39,7 +42,7 @@ class Options:
     lora_r: int
     lora_alpha: int
     lora_dropout: float
-    lora_targets: str | list[str]
+    lora_targets: str | list[str]  # "all-linear" or names
     rope_scaling: str
     rope_factor: float | None
     lr: float
@@ -190,6 +193,10 @@ def check_numbers(options: Options) -> None:
         _refuse("max_length", options.max_length_tokens, "2 tokens or more")
     if options.rope_factor is not None and options.rope_scaling == "none":
         raise UserError("--rope-factor is given, but --rope-scaling is none; add --rope-scaling yarn or linear")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "finetune.py runs in one process; start it with python, not with torchrun or accelerate launch"
+        )
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; use --device cpu, or install a CUDA build of torch")
 
@@ -230,12 +237,22 @@ def load_config_and_tokenizer(name: str) -> tuple[PreTrainedConfig, Any]:
     return config, tokenizer
 
 
-def check_lora_targets(config: PreTrainedConfig, targets: str | list[str]) -> None:
-    """Refuse target names that match no linear module, with the names there are."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+def fpdt_plugin(options: Options) -> FPDTPlugin:
+    """The settings of hf_fpdt that the command line offers."""
+    return FPDTPlugin(chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints)
+
+
+def check_model(config: PreTrainedConfig, options: Options) -> None:
+    """Refuse, on a model without memory for its weights, what FPDT can't run and LoRA names that match nothing."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="fpdt")
+        apply_fpdt(model, fpdt_plugin(options))
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(f"--model: hf_fpdt can't train {options.model}: {error}") from error
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    missing = [] if targets == "all-linear" else [target for target in targets if target not in names]
+    wanted = [] if options.full or options.lora_targets == "all-linear" else options.lora_targets
+    missing = [target for target in wanted if target not in names]
     if missing:
         raise UserError(
             f"--lora-targets: {', '.join(missing)} is in no layer of this model; allowed: all-linear or any of "

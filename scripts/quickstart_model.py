@@ -63,7 +63,7 @@ class Recipe:
     matrix_lr: float = 0.03
     other_lr: float = 6e-3
     # About 1/sqrt(hidden): the default, 0.02, is meant for wide models and starts a narrow one near zero.
-    initializer_range: float = 0.08
+    initializer_range: float = 0.05
 
 
 def standard_library() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,6 +208,23 @@ def test_a_mistake_ends_in_one_line_and_code_2(
         finetune.run_main(finetune.main)
     assert left.value.code == 2
     assert_one_line(capsys.readouterr().err, words)
+
+
+def test_a_model_fpdt_cannot_run_is_refused_before_it_loads(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import finetune
+    from transformers import MistralConfig
+
+    folder = tmp_path / "sliding"
+    shutil.copytree(inputs.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))  # there is nothing to load
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    MistralConfig(vocab_size=300, num_key_value_heads=1, sliding_window=8, **sizes).save_pretrained(folder)
+    monkeypatch.setattr("sys.argv", arguments(inputs, tmp_path / "output", "--model", str(folder)))
+    with pytest.raises(SystemExit) as left:
+        finetune.run_main(finetune.main)
+    assert left.value.code == 2
+    assert_one_line(capsys.readouterr().err, ["--model", "can't train", "sliding"])
 
 
 def test_a_mistake_in_a_shell(lora: Result, inputs: Inputs) -> None:
