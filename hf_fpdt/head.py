@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, patch
@@ -79,8 +80,17 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     arguments = arguments_by_name(inspect.signature(self._fpdt.forward), *args, **kwargs)
     if self.training and torch.is_grad_enabled():
         arguments["use_cache"] = False
+    if arguments.get("output_router_logits") or getattr(self.config.get_text_config(), "output_router_logits", False):
+        raise NotImplementedError(
+            "fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False."
+        )
     if arguments.get("labels") is None:
         return self._fpdt.forward(**arguments)
+    if self.loss_function is not ForCausalLMLoss:
+        raise NotImplementedError(
+            "fpdt: the loss is computed in chunks, so a loss_function set on the model would not be called; call the "
+            "model without labels and compute the loss from its logits."
+        )
     loss_arguments = {name: arguments.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
     ignore_index, kept = arguments.pop("ignore_index", -100), arguments.pop("logits_to_keep", None)
     as_tuple = arguments.pop("return_dict", self.config.return_dict) is False
@@ -102,7 +112,8 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return self._fpdt.forward(**arguments, **kept).logits
 
     hidden = call.outputs[0]
-    loss = _loss(self, hidden, logits_of, ignore_index, **loss_arguments)
+    mask = arguments.get("attention_mask")
+    loss = _loss(self, hidden, logits_of, ignore_index, attention_mask=mask, **loss_arguments)
     logits = None if kept is None else logits_of(hidden, logits_to_keep=kept)
     outputs = _with(outputs, loss=loss, logits=logits)
     return outputs.to_tuple() if as_tuple else outputs
@@ -117,6 +128,7 @@ def _loss(
     labels: Tensor,
     shift_labels: Tensor | None,
     num_items_in_batch: Tensor | int | None,
+    attention_mask: Tensor | None,
 ) -> Tensor:
     heads = [child for child in model.children() if child is not model.base_model]
     head = Head(
@@ -126,4 +138,15 @@ def _loss(
         ignore_index=ignore_index,
     )
     targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+    if attention_mask is not None and attention_mask.shape == targets.shape:
+        _check_padding(attention_mask.to(targets.device), targets, ignore_index)
     return chunked_loss(head, hidden, targets, num_items_in_batch)
+
+
+def _check_padding(mask_BS: Tensor, targets_BS: Tensor, ignore_index: int) -> None:
+    """Padding on the right is not masked, so what it predicts is nobody's and may not count."""
+    if bool(((mask_BS == 0) & (targets_BS != ignore_index)).any()):
+        raise ValueError(
+            f"fpdt: attention_mask marks tokens as padding whose labels count; set the labels of padding to "
+            f"{ignore_index} (a collator that pads labels does)."
+        )

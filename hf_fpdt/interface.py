@@ -61,6 +61,11 @@ def fpdt_attention(
         if attention_mask is not None:
             _refuse_mask_in_training(query, key, value)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if key.shape[-1] != value.shape[-1]:
+        raise NotImplementedError(
+            f'attn_implementation="{NAME}" in {type(module).__name__}: heads of {key.shape[-1]} for keys and of '
+            f'{value.shape[-1]} for values are not served by a kernel yet. Otherwise choose "sdpa" or "eager".'
+        )
     q_BSNH, k_BTGH, v_BTGH = (_at_autocast(x).transpose(1, 2) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = attend_whole if call is None else call.attend
@@ -80,6 +85,7 @@ _REFUSED_ARGUMENTS = (
     ("s_aux", "attention sinks are not served by a kernel yet"),
     ("position_bias", "attention bias is not served by a kernel yet"),
     ("cu_seq_lens_q", "packed documents are not supported yet; give one document a sequence"),
+    ("cu_seq_lens_k", "packed documents are not supported yet; give one document a sequence"),
     ("cache", "continuous batching is not supported; use generate(), or another attn_implementation"),
 )
 
@@ -127,8 +133,8 @@ def fpdt_mask(
     Raises:
         NotImplementedError: a mask is needed while gradients are on, or it would fill memory.
     """
-    window = kwargs.get("local_size")
-    full = allow_is_causal_skip and (window is None or kv_length <= window)
+    window = kwargs.get("local_size")  # Qwen2-MoE makes a mask for a window of 0 too, which no layer uses
+    full = allow_is_causal_skip and (not window or kv_length <= window)
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset
     if full and aligned and _padded_on_the_right_at_most(attention_mask, q_length, kv_length):
         return None
@@ -137,7 +143,8 @@ def fpdt_mask(
     if reason is not None:
         raise NotImplementedError(f'attn_implementation="{NAME}": {reason}')
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask}
-    return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=allow_is_causal_skip, **kwargs)
+    # Never None from here: over a static cache SDPA means by it that the FIRST query is aligned with the first key.
+    return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, **kwargs)
 
 
 def _padded_on_the_right_at_most(mask_BT: Tensor | None, q_length: int, kv_length: int) -> bool:

@@ -30,7 +30,7 @@ def why_unsupported(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
         *_registry_reasons(model, layers),
         *_config_reasons(config),
         *_attention_reasons(config, layers),
-        *_wrapper_reasons(model),
+        *_wrapper_reasons(model, layers),
     ]
 
 
@@ -63,7 +63,8 @@ def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
     modules = [module for layer in layers for module in layer.modules()]
     # Where no module says, the config's window is passed to attention by every layer (Mistral's habit).
     windows: set[Any] = {m.sliding_window for m in modules if hasattr(m, "sliding_window")}
-    window = (windows or {getattr(config, "sliding_window", None)}) - {None}
+    # Zero means none there (Qwen2-MoE).
+    window = (windows or {getattr(config, "sliding_window", None)}) - {None, 0}
     dropout = {getattr(m, "attention_dropout", 0.0) for m in modules} | {getattr(config, "attention_dropout", 0.0)}
     reasons = []
     if window:
@@ -75,14 +76,19 @@ def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
         reasons.append("attention dropout is not supported; load the model with attention_dropout=0.0")
     if any(hasattr(m, "sinks") for m in modules):
         reasons.append("attention sinks are not served by a kernel yet")
-    if any(getattr(m, "is_causal", True) is False for m in modules):
+    if any(getattr(m, "is_causal", True) is False for m in (config, *modules)):
         reasons.append("its attention is not causal")
     return reasons
 
 
-def _wrapper_reasons(model: nn.Module) -> list[str]:
+def _wrapper_reasons(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
     names = {type(module).__name__ for module in model.modules()}
     reasons = [reason for name, reason in _REFUSED_WRAPPERS if name in names]
+    if any("forward" in vars(layer) for layer in layers):
+        reasons.append(
+            "the forward of its layers was replaced on the instance (accelerate's hooks for a device_map of several "
+            "devices or for offloading), so FPDT's would not be called; load the model on one device"
+        )
     forward = getattr(model.forward, "__func__", model.forward)
     if getattr(forward, "__module__", "").startswith("liger_kernel"):
         reasons.append(

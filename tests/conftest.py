@@ -1,4 +1,4 @@
-"""Set-up for every test: offline, seeded, two threads, uninitialised memory full of NaN."""
+"""Set-up for every test: offline, seeded, one thread, uninitialised memory full of NaN."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch  # noqa: E402
 
 from tests.support import nan_filled_empty  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,8 +16,8 @@ import hf_fpdt.attention
 import hf_fpdt.layer
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.kernels import KERNELS
-from tests.models import in_double, loss_and_gradients, tiny, truth
 from tests.support import assert_as_accurate, assert_rejects
+from tests.truth import in_double, loss_and_gradients, tiny, truth
 
 FAMILIES = ["llama", "neox", "neox-sequential"]
 POLICIES = ["attention", "input"]

@@ -1,0 +1,143 @@
+"""FPDTPlugin: what it takes, where it takes it from, and what it says when it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from hf_fpdt import FPDTPlugin
+from hf_fpdt.config import CHECKPOINT_POLICIES, KERNEL_NAMES, parse_tokens
+from hf_fpdt.kernels import KERNELS
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for field in dataclasses.fields(FPDTPlugin):
+        monkeypatch.delenv(f"FPDT_{field.name.upper()}", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("8192", 8192), ("32K", 32768), ("32k", 32768), ("1M", 1024**2), ("2m", 2 * 1024**2), ("1.5K", 1536)],
+)
+def test_a_number_of_tokens_takes_the_suffixes_k_and_m(text: str, count: int) -> None:
+    assert parse_tokens(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "K", "32G", "many", "1.7", "0.3K", "inf", "nan", "infK"])
+def test_what_is_no_number_of_tokens_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(ValueError, match="8192, 32K, 1M"):
+        parse_tokens(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("sp_size", 0, "whole number from 1"),
+        ("sp_size", 2.0, "whole number from 1"),
+        ("sp_size", True, "whole number from 1"),
+        ("chunk_tokens", -1, "whole number from 1"),
+        ("chunk_tokens", "32K", "whole number from 1"),
+        ("loss_chunk_tokens", 0, "whole number from 1"),
+        ("loss_chunk_tokens", None, "whole number from 1"),
+        ("device_budget_gib", -0.5, "GiB from 0"),
+        ("host_budget_gib", float("nan"), "GiB from 0"),
+        ("host_budget_gib", "64", "GiB from 0"),
+        ("kernel", "fa5", "'cudnn'"),
+        ("checkpoints", "all", "'segment'"),
+    ],
+)
+def test_each_field_says_what_it_expects(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected) as refused:
+        FPDTPlugin(**{name: value})
+    assert f"{name}={value!r}" in str(refused.value)
+
+
+def test_a_chunk_must_divide_among_the_ranks() -> None:
+    assert FPDTPlugin(sp_size=4, chunk_tokens=12).chunk_tokens == 12
+    with pytest.raises(ValueError, match="multiple of 4"):
+        FPDTPlugin(sp_size=4, chunk_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("FPDT_SP_SIZE", "4", "sp_size", 4),
+        ("FPDT_CHUNK_TOKENS", "32K", "chunk_tokens", 32768),
+        ("FPDT_CHUNK_TOKENS", "auto", "chunk_tokens", "auto"),
+        ("FPDT_KERNEL", "math", "kernel", "math"),
+        ("FPDT_CHECKPOINTS", "input", "checkpoints", "input"),
+        ("FPDT_DEVICE_BUDGET_GIB", "1.5", "device_budget_gib", 1.5),
+        ("FPDT_HOST_BUDGET_GIB", "auto", "host_budget_gib", "auto"),
+        ("FPDT_DISK_DIR", "/scratch", "disk_dir", "/scratch"),
+        ("FPDT_LOSS_CHUNK_TOKENS", "1K", "loss_chunk_tokens", 1024),
+        ("FPDT_PROGRESS", "Yes", "progress", True),
+        ("FPDT_PROGRESS", "0", "progress", False),
+    ],
+)
+def test_the_environment_sets_a_field(
+    monkeypatch: pytest.MonkeyPatch, variable: str, text: str, name: str, value: Any
+) -> None:
+    monkeypatch.setenv(variable, text)
+    plugin = FPDTPlugin()
+    assert getattr(plugin, name) == value and type(getattr(plugin, name)) is type(value)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(FPDTPlugin)])
+def test_every_field_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"FPDT_{name.upper()}", "?")
+    if name == "disk_dir":  # any text is a folder
+        assert FPDTPlugin().disk_dir == "?"
+        return
+    with pytest.raises(ValueError, match=f"(?i){name}"):
+        FPDTPlugin()
+
+
+def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FPDT_CHUNK_TOKENS", "32K")
+    monkeypatch.setenv("FPDT_PROGRESS", "1")
+    plugin = FPDTPlugin(chunk_tokens=64, progress=False)
+    assert plugin.chunk_tokens == 64 and plugin.progress is False
+
+
+def test_the_environment_is_read_when_the_plugin_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = FPDTPlugin()
+    monkeypatch.setenv("FPDT_SP_SIZE", "2")
+    assert before.sp_size == 1 and FPDTPlugin().sp_size == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [("FPDT_SP_SIZE", "two"), ("FPDT_CHUNK_TOKENS", "32G"), ("FPDT_CHUNK_TOKENS", "inf"), ("FPDT_PROGRESS", "maybe")],
+)
+def test_a_variable_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, text: str) -> None:
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(ValueError, match=f"{variable} cannot be read"):
+        FPDTPlugin()
+
+
+def test_a_value_from_the_environment_is_checked_like_an_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FPDT_SP_SIZE", "0")
+    with pytest.raises(ValueError, match="sp_size=0"):
+        FPDTPlugin()
+
+
+def test_a_plugin_is_frozen_and_takes_keywords_only() -> None:
+    plugin: Any = FPDTPlugin()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plugin.sp_size = 2
+    with pytest.raises((AttributeError, TypeError)):
+        plugin.chunk_size = 2
+    with pytest.raises(TypeError):
+        FPDTPlugin(2)  # type: ignore[misc]
+
+
+def test_a_plugin_has_at_most_ten_fields() -> None:
+    assert len(dataclasses.fields(FPDTPlugin)) <= 10
+
+
+def test_the_plugin_and_the_table_name_the_same_kernels() -> None:
+    assert set(KERNEL_NAMES) == {"auto", *KERNELS}
+    assert "auto" in CHECKPOINT_POLICIES
