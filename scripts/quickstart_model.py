@@ -63,7 +63,7 @@ class Recipe:
     matrix_lr: float = 0.03
     other_lr: float = 6e-3
     # About 1/sqrt(hidden): the default, 0.02, is meant for wide models and starts a narrow one near zero.
-    initializer_range: float = 0.05
+    initializer_range: float = 0.08
 
 
 def standard_library() -> dict[str, str]:
@@ -225,7 +225,7 @@ def make_base(output: Path, recipe: Recipe, seed: int, training_names: Sequence[
     loss = pretrain(model, windows, recipe, seed, output / "pretraining")
     model.save_pretrained(output / BASE_NAME)
     tokenizer.save_pretrained(output / BASE_NAME)
-    print(f"[model] training loss {loss:.3f}; saved to {output / 'base'} after {time.monotonic() - began:.0f} s")
+    print(f"[model] training loss {loss:.3f}; saved to {output / BASE_NAME} after {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":
