@@ -70,6 +70,17 @@ class Data:
     facts: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Job:
+    """Everything about a run but its weights."""
+
+    options: Options
+    tokenizer: Any
+    rope: RopePlan
+    data: Data
+    progress: Progress
+
+
 class StepPrinter(TrainerCallback):
     """A line an optimizer step: loss, learning rate, seconds, tokens a second."""
 
@@ -202,18 +213,18 @@ def training_arguments(options: Options) -> TrainingArguments:
     )
 
 
-def train(model: nn.Module, data: Data, tokenizer: Any, options: Options, progress: Progress) -> StepPrinter:
+def train(job: Job, model: nn.Module) -> StepPrinter:
     """Run the Trainer; returns the record of its steps."""
-    steps = StepPrinter(progress.say)
+    steps = StepPrinter(job.progress.say)
     trainer = Trainer(
         model=model,
-        args=training_arguments(options),
-        train_dataset=data.training,
-        data_collator=RightPadding(tokenizer.pad_token_id),
+        args=training_arguments(job.options),
+        train_dataset=job.data.training,
+        data_collator=RightPadding(job.tokenizer.pad_token_id),
         callbacks=[steps],
     )
     trainer.remove_callback(PrinterCallback)  # it would print every log as a dictionary, beside our line
-    trainer.train(resume_from_checkpoint=options.resume or None)
+    trainer.train(resume_from_checkpoint=job.options.resume or None)
     return steps
 
 
@@ -240,17 +251,17 @@ def main() -> None:
     progress.say(
         f"loaded {options.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {options.device}"
     )
-    curves, model, steps = run(model, data, tokenizer, plan, options, progress)
+    job = Job(options, tokenizer, plan, data, progress)
+    model, curves, steps = run(job, model)
     options.output.mkdir(parents=True, exist_ok=True)
     save(model, tokenizer, options.output)
-    report(curves, model, steps, plan, data, options, progress)
+    report(job, model, curves, steps)
 
 
-def run(
-    model: nn.Module, data: Data, tokenizer: Any, plan: RopePlan, options: Options, progress: Progress
-) -> tuple[list[Curve], nn.Module, StepPrinter]:
+def run(job: Job, model: nn.Module) -> tuple[nn.Module, list[Curve], StepPrinter]:
     """Evaluate, stretch the rotary embedding, evaluate, train, evaluate."""
-    windows = [data.evaluation[index] for index in range(len(data.evaluation))]
+    options, progress = job.options, job.progress
+    windows = [job.data.evaluation[index] for index in range(len(job.data.evaluation))]
 
     def evaluate(label: str) -> Curve:
         with (
@@ -260,66 +271,48 @@ def run(
             return measure(model, windows, label, progress.say)
 
     curves = [evaluate("before")]
-    apply_rope(model, plan)
-    if plan.changes:
-        curves.append(evaluate(ROPE_ONLY[plan.kind]))
+    apply_rope(model, job.rope)
+    if job.rope.changes:
+        curves.append(evaluate(ROPE_ONLY[job.rope.kind]))
     model = with_lora(model, options)
     with progress.phase("train"):
-        steps = train(model, data, tokenizer, options, progress)
-    return [*curves, evaluate("after")], model, steps
+        steps = train(job, model)
+    return model, [*curves, evaluate("after")], steps
 
 
-def collect_facts(
-    curves: list[Curve],
-    model: nn.Module,
-    steps: StepPrinter,
-    plan: RopePlan,
-    data: Data,
-    options: Options,
-    progress: Progress,
-) -> dict[str, Any]:
+def collect_facts(job: Job, model: nn.Module, curves: list[Curve], steps: StepPrinter) -> dict[str, Any]:
     """The content of run.json: arguments, data, losses, timing, hardware, versions."""
+    options, phases = job.options, job.progress.phase_seconds
+    as_text = {"dtype": str(options.dtype).removeprefix("torch."), "output": str(options.output)}
     return {
         "command": command_line(sys.argv[1:]),
-        "arguments": {
-            **asdict(options),
-            "dtype": str(options.dtype).removeprefix("torch."),
-            "output": str(options.output),
-        },
-        "rope": asdict(plan),
-        "data": data.facts,
+        "arguments": {**asdict(options), **as_text},
+        "rope": asdict(job.rope),
+        "data": job.data.facts,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "held_out_loss": {curve.label: curve.mean_loss for curve in curves},
         "training_losses": steps.losses,
         "step_seconds": [round(seconds, 3) for seconds in steps.seconds],
         "training_tokens_per_s": steps.tokens / sum(steps.seconds),
-        "phase_seconds": {name: round(seconds, 2) for name, seconds in progress.phase_seconds.items()},
+        "phase_seconds": {name: round(seconds, 2) for name, seconds in phases.items()},
         "hardware": hardware_facts(options.device),
         "versions": version_facts(),
     }
 
 
-def report(
-    curves: list[Curve],
-    model: nn.Module,
-    steps: StepPrinter,
-    plan: RopePlan,
-    data: Data,
-    options: Options,
-    progress: Progress,
-) -> None:
-    """Everything a reader of the run needs: run.json, the curve as csv and figure, the card, the table on "
-    "the screen."""
-    table = table_lines(curves, plan.pretrained_tokens)
-    facts = collect_facts(curves, model, steps, plan, data, options, progress)
+def report(job: Job, model: nn.Module, curves: list[Curve], steps: StepPrinter) -> None:
+    """What a reader of the run needs: run.json, the curve as csv and figure, the card, the table on the screen."""
+    options, pretrained_tokens = job.options, job.rope.pretrained_tokens
+    table = table_lines(curves, pretrained_tokens)
+    facts = collect_facts(job, model, curves, steps)
     (options.output / "run.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     write_csv(options.output / "loss_by_position.csv", curves)
     title = f"Loss by position: {Path(options.model).name} extended to {tokens_text(options.max_length_tokens)} tokens"
-    draw(options.output / "loss_by_position.png", curves, plan.pretrained_tokens, title)
+    draw(options.output / "loss_by_position.png", curves, pretrained_tokens, title)
     write_card(options.output / "README.md", facts, "\n".join(table))
     print("\nHeld-out loss by position (nats a token):\n", *table, sep="\n")
-    progress.say(f"wrote the weights, README.md, loss_by_position.png and .csv, run.json to {options.output}")
+    job.progress.say(f"wrote the weights, README.md, loss_by_position.png and .csv, run.json to {options.output}")
 
 
 if __name__ == "__main__":

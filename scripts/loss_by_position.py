@@ -47,8 +47,7 @@ def _decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 @torch.no_grad()
 def token_losses(model: nn.Module, input_ids_BS: Tensor, slice_tokens: int = LOGIT_SLICE_TOKENS) -> Tensor:
-    """Cross entropy of every predicted token, [B, S - 1] in float32, with at most slice_tokens rows of "
-    "logits at a time."""
+    """Cross entropy of every predicted token, [B, S - 1] in float32, from slices of at most slice_tokens logits."""
     decoder, head = _decoder_and_head(model)
     hidden_BSD = decoder(input_ids=input_ids_BS, use_cache=False).last_hidden_state
     labels_BS = input_ids_BS[:, 1:]

@@ -106,9 +106,7 @@ def _loss_note(facts: Mapping[str, Any]) -> str:
 
 def _loading_note(facts: Mapping[str, Any]) -> str:
     if facts["arguments"]["full"] or facts["rope"]["kind"] == "none":
-        return (
-            "`apply_fpdt(model)` from hf_fpdt then runs the layers chunk by chunk, for long inputs and for training."
-        )
+        return "`apply_fpdt(model)` from hf_fpdt then runs the layers chunk by chunk, to evaluate and to train."
     return (
         "The `config=` matters: the adapter was trained with other rotary parameters than the base's own "
         "config has. Loading the base alone, or this folder's name through `AutoModelForCausalLM`, takes the "

@@ -47,8 +47,9 @@ END_OF_TEXT = "<|endoftext|>"
 class Recipe:
     """Size and training of the base model.
 
-    What a minute of two cores teaches decides it all: a model that repeats what it read further up. A small vocabulary
-    gets there on 2.5 million tokens; with 1,024 entries and twice the width it did not (flat loss beyond 64 tokens).
+    Sized so that few minutes on two cores are enough to learn to repeat what stands further up, which makes long
+    context worth having. 1.2 million tokens with a vocabulary of 1,024 and a width of 128 were not: held-out loss was
+    flat beyond 64 tokens.
     """
 
     vocab: int = 384
@@ -125,8 +126,10 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the layers' matrices, AdamW for embeddings and norms: about twice as much learnt from the "
-    "same tokens."""
+    """Muon for the layers' matrices, AdamW for embeddings and norms: it learns more from few tokens than AdamW alone.
+
+    Measured with a vocabulary of 1,024 and 75 s: held-out loss 4.33 in 296 steps, 4.66 in 333 steps of AdamW.
+    """
 
     def __init__(self, model: torch.nn.Module, matrix_lr: float, other_lr: float) -> None:
         named = list(model.named_parameters())

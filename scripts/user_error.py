@@ -21,9 +21,8 @@ def exit_with_one_line(error: UserError) -> NoReturn:
 
 def run_main(main: Callable[[], None]) -> None:
     """Call a script's main; a user's mistake ends in one line, a bug in its traceback."""
-    if (
-        not sys.stderr.isatty()
-    ):  # bars redraw their line: in a file or a pipe they are noise beside the scripts' own lines
+    # Bars redraw their line: in a file or a pipe they are noise beside the lines the scripts print.
+    if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     # PEFT still asks by the old name of a property; nothing a user of these scripts could change.
