@@ -4,12 +4,24 @@ FPDT, the Fully Pipelined Distributed Transformer (arXiv 2408.16978), for transf
 registers `attn_implementation="fpdt"`; it needs no GPU.
 """
 
+from .accelerate import FPDTAccelerator
 from .attention import attend_whole
 from .config import FPDTPlugin
+from .data import ShardingCollator
 from .interface import register
 from .model import FPDTHandle, apply_fpdt
+from .trainer import FPDTTrainer, FPDTTrainerMixin
 
 __version__ = "0.1.0"
-__all__ = ["FPDTHandle", "FPDTPlugin", "apply_fpdt", "attend_whole"]
+__all__ = [
+    "FPDTAccelerator",
+    "FPDTHandle",
+    "FPDTPlugin",
+    "FPDTTrainer",
+    "FPDTTrainerMixin",
+    "ShardingCollator",
+    "apply_fpdt",
+    "attend_whole",
+]
 
 register()

@@ -6,6 +6,7 @@ kernel call is not merged and keeps the kernel's own precision and speed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -67,14 +68,16 @@ def backward_row(
     return dq.to(q_BSNH.dtype)
 
 
-def kernel_spans(kernel: Kernel, start: int, stop: int, unit_tokens: int, k_BTGH: Tensor) -> tuple[Span, ...]:
+def kernel_spans(
+    kernel: Kernel, start: int, stop: int, unit_tokens: int, kv_shape: tuple[int, int, int]
+) -> tuple[Span, ...]:
     """The calls for the row with diagonal [start, stop), none of them over the kernels' 32-bit limit.
 
     Args:
-        k_BTGH: any tensor with the batch and heads of K; its tokens are not looked at.
+        unit_tokens: keys a call, where the kernel wants pairs.
+        kv_shape: batch, heads and head dimension of K.
     """
-    batch, _, heads, head_dim = k_BTGH.shape
-    limit = MAX_ELEMENTS // (batch * heads * head_dim)
+    limit = MAX_ELEMENTS // math.prod(kv_shape)
     return row_spans(start, stop, shape=kernel.row_shape, unit_tokens=unit_tokens, max_tokens=limit)
 
 
@@ -110,12 +113,12 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _rows(kernel: Kernel, q: Tensor, k: Tensor) -> Iterator[tuple[slice, tuple[Span, ...]]]:
     """(queries, spans) of each row of whole tensors."""
-    left_of_q = k.shape[1] - q.shape[1]
+    left_of_q, kv_shape = k.shape[1] - q.shape[1], (k.shape[0], k.shape[2], k.shape[3])
     for start in range(0, q.shape[1], kernel.row_tokens):
         stop = min(start + kernel.row_tokens, q.shape[1])
         yield (
             slice(start, stop),
-            kernel_spans(kernel, left_of_q + start, left_of_q + stop, kernel.row_tokens, k),
+            kernel_spans(kernel, left_of_q + start, left_of_q + stop, kernel.row_tokens, kv_shape),
         )
 
 

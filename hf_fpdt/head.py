@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from .comms import sharded_batch
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, patch
 
@@ -26,13 +27,14 @@ def patch_head(model: Any, settings: Settings) -> None:
     for child in model.get_decoder().children():
         if "norm" in type(child).__name__.lower():
             patch(child, _norm_forward, settings)
+    patch(model.base_model, _base_forward, settings)
     if model.get_output_embeddings() is not None:
-        patch(model.base_model, _base_forward, settings)
         patch(model, _causal_lm_forward, settings)
 
 
 def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
-    size = self._fpdt.settings.plan(hidden).chunk_tokens
+    plan = self._fpdt.settings.plan(hidden)
+    size = plan.chunk_tokens // plan.sp_size
     return norm_by_chunks(self._fpdt.forward, hidden, list(self.parameters()), size)
 
 
@@ -61,13 +63,30 @@ def _as_head_call(call: _HeadCall) -> Iterator[_HeadCall]:
 
 def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     call = _head_call.get()
-    if call is None:
-        return self._fpdt.forward(*args, **kwargs)
-    if call.outputs is not None:
+    if call is not None and call.outputs is not None:
         return call.outputs
-    call.outputs = self._fpdt.forward(*args, **kwargs)
+    arguments = arguments_by_name(inspect.signature(self._fpdt.forward), *args, **kwargs)
+    # With a cache it is generation, in which every rank has the whole of a sequence.
+    sharded = self._fpdt.settings.group.size > 1 and arguments.get("past_key_values") is None
+    if sharded:
+        _check_shard(arguments)
+        arguments["use_cache"] = False
+    with sharded_batch(sharded):
+        outputs = self._fpdt.forward(**arguments)
+    if call is None:
+        return outputs
+    call.outputs = outputs
     # One token is enough for the model to make its output object; that token's logits are dropped.
     return _with(call.outputs, last_hidden_state=call.outputs[0][:, :1])
+
+
+def _check_shard(arguments: dict[str, Any]) -> None:
+    """A rank's tokens are told from a whole sequence by their positions alone, so these may not be guessed."""
+    if arguments.get("position_ids") is None or arguments.get("attention_mask") is not None:
+        raise ValueError(
+            "fpdt: with sp_size above 1 the model takes a rank's part of a sequence, with position_ids and without "
+            "attention_mask, as hf_fpdt.ShardingCollator makes it (FPDTTrainer and FPDTAccelerator use one)."
+        )
 
 
 def _with(outputs: Any, **fields: Any) -> Any:
@@ -91,6 +110,8 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             "fpdt: the loss is computed in chunks, so a loss_function set on the model would not be called; call the "
             "model without labels and compute the loss from its logits."
         )
+    if arguments.get("shift_labels") is None and self._fpdt.settings.group.size > 1:
+        raise ValueError("fpdt: with sp_size above 1 labels are shifted before they are cut: pass shift_labels too.")
     loss_arguments = {name: arguments.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
     ignore_index, kept = arguments.pop("ignore_index", -100), arguments.pop("logits_to_keep", None)
     as_tuple = arguments.pop("return_dict", self.config.return_dict) is False
@@ -137,7 +158,11 @@ def _loss(
         chunk_tokens=model._fpdt.settings.loss_chunk_tokens(model.config),
         ignore_index=ignore_index,
     )
+    group = model._fpdt.settings.group
     targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+    if num_items_in_batch is None and group.size > 1:
+        # Then a plain mean of the ranks' losses (DDP, FSDP) is the mean over the sequence's tokens.
+        num_items_in_batch = group.sum((targets != ignore_index).sum().to(hidden.device)) / group.size
     if attention_mask is not None and attention_mask.shape == targets.shape:
         _check_padding(attention_mask.to(targets.device), targets, ignore_index)
     return chunked_loss(head, hidden, targets, num_items_in_batch)

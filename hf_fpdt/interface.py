@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .attention import attend_whole
+from .comms import in_sharded_batch
 from .layer import current_call
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,8 @@ def fpdt_mask(
     Raises:
         NotImplementedError: a mask is needed while gradients are on, or it would fill memory.
     """
+    if in_sharded_batch() and attention_mask is None:
+        return None  # transformers takes the gaps in a rank's position_ids for packed documents
     window = kwargs.get("local_size")  # Qwen2-MoE makes a mask for a window of 0 too, which no layer uses
     full = allow_is_causal_skip and (not window or kv_length <= window)
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset

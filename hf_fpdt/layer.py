@@ -27,9 +27,9 @@ from torch.autograd.function import once_differentiable
 
 from .ambient import Autocast, RandomState, untouched_random_state
 from .attention import backward_row, forward_row, kernel_spans
-from .comms import SequenceParallelGroup
+from .comms import SequenceParallelGroup, repeat_heads, sum_repeated_heads
 from .kernels import Kernel, select_kernel
-from .layout import Chunk, ChunkPlan
+from .layout import Chunk, ChunkPlan, Span
 from .offload import KVStore, LayerCheckpoint, accumulation_dtype
 
 _current_call: ContextVar[AttentionCall | None] = ContextVar("fpdt_attention_call", default=None)
@@ -47,7 +47,7 @@ def _calling(call: AttentionCall) -> Iterator[None]:
         yield
     finally:
         _current_call.reset(token)
-    if call.q is None:
+    if call.qkv is None:
         raise RuntimeError(
             f"fpdt: {call.run.name} never called its attention function, so it was not exact to cut it in chunks; "
             "models whose layers attend in another way are not supported."
@@ -78,7 +78,7 @@ class LayerRun:
     kernel: str
     keep_attention: bool
     checkpoint: LayerCheckpoint
-    group: SequenceParallelGroup = field(default_factory=SequenceParallelGroup)
+    group: SequenceParallelGroup
     random_states: list[RandomState] = field(default_factory=list)
     autocast: Autocast = field(init=False)
     differentiable: bool = field(init=False, default=False)
@@ -106,79 +106,87 @@ def tokens_of(value: Any, chunk: Chunk, plan: ChunkPlan) -> Any:
 
 
 class AttentionCall:
-    """The attention of one chunk inside one layer; `attend` is called by the registered function."""
+    """The attention of one chunk inside one layer; `attend` is called by the registered function.
+
+    A rank's own tokens and all heads go in and out; between the exchanges it holds the whole chunk for its heads.
+
+    Attributes:
+        qkv: q, k, v of the rank's tokens as the layer made them, with their graph in a replay.
+        q: the chunk's queries for this rank's heads.
+    """
+
+    qkv: tuple[Tensor, Tensor, Tensor] | None = None
+    q: Tensor
+    scale: float
 
     def __init__(self, run: LayerRun, chunk: Chunk, store: KVStore) -> None:
         self.run, self.chunk, self.store = run, chunk, store
-        self.scale = 0.0
-        self.q: Tensor | None = None
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
 
     def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
-        """Attention output [B, S, N, H] for the chunk's own tokens."""
-        if self.q is not None:
+        """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
+        if self.qkv is not None:
             raise RuntimeError(f"fpdt: {self.run.name} calls its attention function twice; it is not supported.")
-        exchange = self.run.group.seq_to_heads
-        self.q, self.k, self.v, self.scale = exchange(q_BSNH), exchange(k_BSGH), exchange(v_BSGH), scale
-        return self.run.group.heads_to_seq(self._attend())
+        self.qkv, self.scale = (q_BSNH, k_BSGH, v_BSGH), scale
+        self.repeats = self.run.group.kv_repeats(q_BSNH.shape[2], k_BSGH.shape[2])
+        with torch.no_grad():
+            q, *kv = q_BSNH.detach(), *(repeat_heads(x.detach(), self.repeats) for x in (k_BSGH, v_BSGH))
+            return self._attend(q, *kv)
 
-    @property
-    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as the layer made them."""
-        assert self.q is not None and self.k is not None and self.v is not None
-        return self.q, self.k, self.v
-
-    def _attend(self) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Forward: this chunk's queries read every key so far."""
-        assert self.k is not None and self.v is not None
-        self.store.put(self.chunk, self.k, self.v)
-        out, lse = self.row_forward()
+        self._exchange(q, k, v)
+        row = self.row_forward()
         if self.run.keep_attention and self.run.differentiable:
-            self.run.checkpoint.put("out", self.chunk, out)
-            self.run.checkpoint.put("lse", self.chunk, lse)
-        return out
+            for name, part in zip(("out", "lse"), row, strict=True):
+                self.run.checkpoint.put(name, self.chunk, part)
+        return self.run.group.heads_to_seq(row[0])[0]
+
+    def _exchange(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Pieces for heads; k and v go into the store."""
+        self.q, *kv = self.run.group.seq_to_heads(q, k, v)
+        self.store.put(self.chunk, *kv)
 
     def row_forward(self) -> tuple[Tensor, Tensor]:
         """(out, lse) of this chunk's queries over the chunks 0..i of the store."""
-        assert self.q is not None
         kernel, spans = self._calls()
-        return forward_row(kernel, self.q.detach(), self.store.stream(spans), scale=self.scale)
+        return forward_row(kernel, self.q, self.store.stream(spans), scale=self.scale)
 
-    def row_backward(self, dout_BSNH: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of this chunk, complete if every later chunk's row was done before."""
-        assert self.q is not None
+    def row_backward(self, d_leaf_BSNH: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv for the rank's own tokens of this chunk, complete if every later chunk's row was done before."""
         kernel, spans = self._calls()
-        dq = backward_row(kernel, dout_BSNH, self.q.detach(), row, self.store, spans, scale=self.scale)
-        return dq, *self.store.take_grad(self.chunk)
+        (dout,) = self.run.group.seq_to_heads(d_leaf_BSNH)
+        dq = backward_row(kernel, dout, self.q, row, self.store, spans, scale=self.scale)
+        dq, dk, dv = self.run.group.heads_to_seq(dq, *self.store.take_grad(self.chunk))
+        return dq, sum_repeated_heads(dk, self.repeats), sum_repeated_heads(dv, self.repeats)
 
-    def _calls(self) -> tuple[Kernel, Sequence[Any]]:
-        assert self.q is not None and self.k is not None
+    def _calls(self) -> tuple[Kernel, Sequence[Span]]:
         kernel = select_kernel(self.run.kernel, self.q.device, self.q.dtype, self.q.shape[-1])
-        return kernel, kernel_spans(kernel, self.chunk.start, self.chunk.stop, self.run.plan.chunk_tokens, self.k)
+        heads = self.store.kv_shape
+        return kernel, kernel_spans(kernel, self.chunk.start, self.chunk.stop, self.run.plan.chunk_tokens, heads)
 
 
 class _CaptureCall(AttentionCall):
-    def _attend(self) -> Tensor:
-        assert self.k is not None and self.v is not None
-        self.store.put(self.chunk, self.k, self.v)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.store.put(self.chunk, *self.run.group.seq_to_heads(k, v))
         raise _AttentionReached
 
 
 class _ReplayCall(AttentionCall):
-    """`leaf` is what the layer's forward saw as attention output; `row` the same with its lse."""
+    """`leaf` is what the layer's forward saw as attention output; `row` is (out, lse) for this rank's heads."""
 
     leaf: Tensor
     row: tuple[Tensor, Tensor]
 
-    def _attend(self) -> Tensor:
-        assert self.k is not None and self.v is not None
-        self.store.put(self.chunk, self.k.detach(), self.v.detach())
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.store.holds(self.chunk):
+            (self.q,) = self.run.group.seq_to_heads(q)
+        else:
+            self._exchange(q, k, v)
         kept, chunk = self.run.checkpoint, self.chunk
         self.row = (
             (kept.take("out", chunk), kept.take("lse", chunk)) if kept.holds("out", chunk) else self.row_forward()
         )
-        self.leaf = self.row[0].detach().requires_grad_()
+        self.leaf = self.run.group.heads_to_seq(self.row[0])[0].detach().requires_grad_()
         return self.leaf
 
 
@@ -253,6 +261,7 @@ def _backward_chunk(
     del y
 
     qkv = call.qkv
+    assert qkv is not None
     differentiable = [t.requires_grad for t in qkv]
     if d_leaf is not None and any(differentiable):
         d_qkv = compress(call.row_backward(d_leaf, call.row), differentiable)

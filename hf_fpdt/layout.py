@@ -79,11 +79,16 @@ class ChunkPlan:
         stop = min(start + self.chunk_tokens, self.n_tokens)
         return Chunk(index, start, stop, start // self.sp_size, stop // self.sp_size)
 
-    def rank_tokens(self, rank: int) -> Iterator[int]:
-        """Global indices of the tokens rank `rank` owns, in its local order."""
+    def rank_pieces(self, rank: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the global tokens that `rank` owns in each chunk, in its local order."""
         for chunk in self.chunks:
             piece = (chunk.stop - chunk.start) // self.sp_size
-            yield from range(chunk.start + rank * piece, chunk.start + (rank + 1) * piece)
+            yield chunk.start + rank * piece, chunk.start + (rank + 1) * piece
+
+    def rank_tokens(self, rank: int) -> Iterator[int]:
+        """Global indices of the tokens that `rank` owns, in its local order."""
+        for start, stop in self.rank_pieces(rank):
+            yield from range(start, stop)
 
 
 def row_spans(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .comms import SequenceParallelGroup, build_group, check_heads
 from .config import FPDTPlugin
 from .head import patch_head
 from .interface import NAME
@@ -40,7 +41,9 @@ logger = logging.getLogger(__name__)
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 
 
-def apply_fpdt(model: nn.Module, plugin: FPDTPlugin | None = None) -> FPDTHandle:
+def apply_fpdt(
+    model: nn.Module, plugin: FPDTPlugin | None = None, group: SequenceParallelGroup | None = None
+) -> FPDTHandle:
     """Run `model` chunk by chunk from now on: exact loss and gradients, memory of one chunk.
 
     Works on a transformers decoder (`PreTrainedModel`, with or without a language-model head), before or after
@@ -51,6 +54,8 @@ def apply_fpdt(model: nn.Module, plugin: FPDTPlugin | None = None) -> FPDTHandle
     Args:
         model: the model, or the PEFT model around it.
         plugin: settings; None: `FPDTPlugin()`, which reads FPDT_* environment variables.
+        group: the ranks that share a sequence; None: `build_group(plugin.sp_size)`. With more than one the model takes
+            batches of `ShardingCollator`.
 
     Returns:
         A handle whose `remove()` restores the model.
@@ -70,7 +75,14 @@ def apply_fpdt(model: nn.Module, plugin: FPDTPlugin | None = None) -> FPDTHandle
     reasons = [*why_unsupported(target, layers), *_unsupported_settings(plugin), *_loss_reasons(target)]
     if reasons:
         raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
-    return FPDTHandle(target, layers, plugin)
+    group = build_group(plugin.sp_size) if group is None else group
+    check_heads(target.config.get_text_config().num_attention_heads, group.size)
+    return FPDTHandle(target, layers, Settings(plugin, CheckpointStore(), group))
+
+
+def is_applied(model: nn.Module) -> bool:
+    """Whether FPDT is applied to this model, or to the one PEFT or DDP wraps."""
+    return any(isinstance(module, _ChunkedLayerMixin) for module in model.modules())
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
@@ -99,7 +111,6 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def _unsupported_settings(plugin: FPDTPlugin) -> list[str]:
     not_yet = {
-        "sp_size": 1,
         "device_budget_gib": "auto",
         "host_budget_gib": "auto",
         "disk_dir": None,
@@ -124,11 +135,11 @@ def _loss_reasons(model: PreTrainedModel) -> list[str]:
 class FPDTHandle:
     """What `apply_fpdt` did to a model; `remove()` undoes it."""
 
-    def __init__(self, model: PreTrainedModel, layers: list[nn.Module], plugin: FPDTPlugin) -> None:
-        self.model, self.plugin = model, plugin
+    def __init__(self, model: PreTrainedModel, layers: list[nn.Module], settings: Settings) -> None:
+        self.model, self.plugin, self.group = model, settings.plugin, settings.group
         self._layers = layers
         self._attention_before = model.config._attn_implementation
-        self._settings = settings = Settings(plugin, CheckpointStore())
+        self._settings = settings
         model.set_attn_implementation(NAME)
         for index, layer in enumerate(layers):
             _enter_layer(layer, settings, f"layer {index} ({type(layer).__name__})")
@@ -205,6 +216,7 @@ class _ChunkedLayerMixin(nn.Module):
             kernel=settings.plugin.kernel,
             keep_attention=settings.plugin.checkpoints in ("auto", "attention"),
             checkpoint=settings.store.new_layer(),
+            group=settings.group,
         )
         return run_layer(run, hidden, list(self.parameters()))
 

@@ -59,6 +59,18 @@ class KVStore:
             k, v = (whole[:, span.start : span.stop] for whole in self._kv)
             yield span, k, v
 
+    def holds(self, chunk: Chunk) -> bool:
+        """Whether K and V of the chunk were put."""
+        return chunk.index in self._held
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """Batch, heads and head dimension of K and V."""
+        if self._kv is None:
+            raise RuntimeError("KVStore.kv_shape: nothing was put yet.")
+        batch, _, heads, head_dim = self._kv[0].shape
+        return batch, heads, head_dim
+
     def _covers(self, span: Span) -> bool:
         size = self.plan.chunk_tokens
         return self._held.issuperset(range(span.start // size, -(-span.stop // size)))

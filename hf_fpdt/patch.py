@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
 from .layout import ChunkPlan
 from .offload import CheckpointStore
@@ -25,13 +26,12 @@ class Settings:
 
     plugin: FPDTPlugin
     store: CheckpointStore
+    group: SequenceParallelGroup
 
     def plan(self, hidden_BSD: Tensor) -> ChunkPlan:
-        """The cut of a sequence of this length on this device."""
-        chunk_tokens = self.plugin.chunk_tokens
-        if chunk_tokens == "auto":
-            chunk_tokens = AUTO_CHUNK_TOKENS_GPU if hidden_BSD.is_cuda else AUTO_CHUNK_TOKENS_CPU
-        return ChunkPlan(hidden_BSD.shape[1], chunk_tokens)
+        """The cut of the sequence of which this rank holds `hidden_BSD`."""
+        chunk_tokens = resolve_chunk_tokens(self.plugin, on_gpu=hidden_BSD.is_cuda)
+        return ChunkPlan(hidden_BSD.shape[1] * self.group.size, chunk_tokens, self.group.size)
 
     def loss_chunk_tokens(self, config: Any) -> int:
         """Tokens whose logits exist at a time; "auto": a power of two whose fp32 logits fill at most 512 MiB."""
@@ -39,6 +39,14 @@ class Settings:
             return self.plugin.loss_chunk_tokens
         tokens = LOGITS_BYTES // (4 * config.get_text_config().vocab_size)
         return max(256, 2 ** (tokens.bit_length() - 1))
+
+
+def resolve_chunk_tokens(plugin: FPDTPlugin, *, on_gpu: bool) -> int:
+    """Global tokens a chunk; "auto" is resolved by device, down to a multiple of `sp_size`."""
+    if plugin.chunk_tokens != "auto":
+        return plugin.chunk_tokens
+    chunk_tokens = AUTO_CHUNK_TOKENS_GPU if on_gpu else AUTO_CHUNK_TOKENS_CPU
+    return chunk_tokens - chunk_tokens % plugin.sp_size
 
 
 @dataclass

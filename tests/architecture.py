@@ -27,9 +27,10 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("interface", "head"), 6),
         "model": 7,
         "data": 8,
-        **dict.fromkeys(("accelerate", "trainer"), 9),
-        "cli": 10,
-        "__init__": 11,
+        "loaders": 9,
+        **dict.fromkeys(("accelerate", "trainer"), 10),
+        "cli": 11,
+        "__init__": 12,
     }
 )
 
@@ -46,7 +47,9 @@ MUTABLE_LITERALS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast
 MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"})
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
 HOT_PATH = frozenset({"attention", "layer", "offload", "kernels", "loss"})
-HF_ROOMS = frozenset(["model", "head", "interface", "loss", "trainer", "accelerate", "data", "planner", "cli"])
+HF_ROOMS = frozenset(
+    ["model", "head", "interface", "loss", "trainer", "accelerate", "data", "loaders", "planner", "cli"]
+)
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
 

@@ -23,7 +23,7 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
     """A float64 model in training mode: "llama" (4 query, 2 key/value heads), "neox" or "neox-sequential"."""
     torch.manual_seed(7)
     if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **(SIZES | changes)))
+        model = LlamaForCausalLM(LlamaConfig(**({"num_key_value_heads": 2} | SIZES | changes)))
     else:
         parallel = family == "neox"
         model = GPTNeoXForCausalLM(GPTNeoXConfig(use_parallel_residual=parallel, **(SIZES | changes)))

@@ -1,0 +1,114 @@
+"""The sharding collator: a batch of whole sequences → this rank's part of it (paper section 4.1, figure 6).
+
+In order: the inner collator, padding on the right to a multiple of the group's size, labels shifted over the WHOLE
+sequence, positions, and only then the cut: piece r of every chunk for rank r. Sharding in the collator survives
+workers, `skip_first_batches` on resume and `set_epoch`, which a wrapper around the loader would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .layout import ChunkPlan
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class ShardingCollator:
+    """Collates features and keeps this rank's tokens.
+
+    Attributes:
+        inner: makes a batch of whole sequences: a mapping with `input_ids` [B, S] and, to train, `labels` [B, S];
+            other tensors [B, S, …] are cut with them, everything else passes. `attention_mask` may mark padding on
+            the right, whose labels must be -100; it is left out of the result.
+        sp_size: ranks that share a sequence.
+        rank: this process's place among them.
+        chunk_tokens: global tokens a chunk, as in `FPDTPlugin`.
+        pad_token_id: what the sequence is filled up with.
+
+    The result has `input_ids`, `position_ids` and, if there were labels, `shift_labels` (the next token at each
+    position) and `labels` (the same, so that the model knows it is to compute a loss), all [B, S/P].
+
+    Raises:
+        ValueError: no `input_ids`, or padding that is not on the right or whose labels count.
+        NotImplementedError: packed documents (`position_ids` that restart).
+    """
+
+    inner: Callable[[Any], Any]
+    sp_size: int
+    rank: int
+    chunk_tokens: int
+    pad_token_id: int = 0
+
+    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        batch = dict(self.inner(features))
+        _check_batch(batch)
+        _check_positions(batch.pop("position_ids", None))
+        _check_padding(batch.pop("attention_mask", None), batch.get("labels"))
+        n_tokens = batch["input_ids"].shape[1]
+        missing = -n_tokens % self.sp_size
+        if "labels" in batch:
+            labels = pad(batch["labels"], (0, missing + 1), value=IGNORE_INDEX)
+            batch["labels"] = batch["shift_labels"] = labels[:, 1:]
+        batch = {name: self._fill(name, value, n_tokens, missing) for name, value in batch.items()}
+        batch["position_ids"] = torch.arange(n_tokens + missing).expand(batch["input_ids"].shape[0], -1)
+        own = self._own_tokens(n_tokens + missing)
+        return {
+            name: value[:, own] if _by_token(value, n_tokens + missing) else value for name, value in batch.items()
+        }
+
+    def _fill(self, name: str, value: Any, n_tokens: int, missing: int) -> Any:
+        """Fill up on the right; shifted labels are already."""
+        if not missing or not _by_token(value, n_tokens) or name in ("labels", "shift_labels"):
+            return value
+        tail = (0, 0) * (value.dim() - 2)
+        return pad(value, (*tail, 0, missing), value=self.pad_token_id if name == "input_ids" else 0)
+
+    def _own_tokens(self, n_tokens: int) -> Tensor:
+        plan = ChunkPlan(n_tokens, self.chunk_tokens, self.sp_size)
+        return torch.cat([torch.arange(start, stop) for start, stop in plan.rank_pieces(self.rank)])
+
+
+def _by_token(value: Any, n_tokens: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == n_tokens
+
+
+def _check_batch(batch: Mapping[str, Any]) -> None:
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        got = "none" if ids is None else f"{type(ids).__name__} of shape {getattr(ids, 'shape', '?')}"
+        raise ValueError(
+            f"ShardingCollator: the inner collator must give input_ids of shape [batch, tokens]; got {got}."
+        )
+    unsupported = [name for name in ("inputs_embeds", "cu_seq_lens_q", "seq_idx") if name in batch]
+    if unsupported:
+        raise NotImplementedError(
+            f"ShardingCollator: {', '.join(unsupported)} cannot be cut over ranks yet; give input_ids of one document "
+            "a sequence."
+        )
+
+
+def _check_positions(positions: Tensor | None) -> None:
+    if positions is not None and not torch.equal(positions, torch.arange(positions.shape[-1]).expand_as(positions)):
+        raise NotImplementedError(
+            "ShardingCollator: position_ids that do not count from 0 in steps of 1 (packed documents) are not "
+            "supported yet; give one document a sequence."
+        )
+
+
+def _check_padding(mask: Tensor | None, labels: Tensor | None) -> None:
+    if mask is None:
+        return
+    if mask.dim() != 2 or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        raise ValueError(
+            "ShardingCollator: only padding on the right is supported; set tokenizer.padding_side='right'."
+        )
+    if labels is not None and bool(((mask == 0) & (labels != IGNORE_INDEX)).any()):
+        raise ValueError("ShardingCollator: labels of padding must be -100 (a collator that pads labels sees to it).")

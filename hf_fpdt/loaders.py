@@ -1,0 +1,80 @@
+"""Telling an `Accelerator` of sequence-parallel groups, whose ranks read the same samples and cut them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from .comms import SequenceParallelGroup, build_group
+from .config import FPDTPlugin
+from .data import ShardingCollator
+from .patch import resolve_chunk_tokens
+
+
+def join_group(accelerator: Accelerator, plugin: FPDTPlugin) -> SequenceParallelGroup:
+    """Build this process's group and make the accelerator's loaders give all of a group the same samples.
+
+    Raises:
+        NotImplementedError, ValueError: as for `FPDTAccelerator`.
+    """
+    reasons = _refused_options(accelerator)
+    if reasons:
+        raise NotImplementedError(f"FPDT cannot run under this Accelerator: {'; '.join(reasons)}.")
+    group = build_group(plugin.sp_size)
+    accelerator.dataloader_config.dispatch_batches = False  # the main process would send other samples to every rank
+    if group.size > 1:
+        mesh = _LoaderMesh((accelerator.num_processes // group.size, group.size))
+        accelerator._prepare_device_mesh = lambda: mesh
+    return group
+
+
+@dataclass(frozen=True)
+class _LoaderMesh:
+    """What Accelerate's loaders look at of a device mesh: ranks along "cp" read the same batches, other ranks others.
+
+    A `DeviceMesh` would do, at the price of two more process groups.
+    """
+
+    shape: tuple[int, ...]
+    mesh_dim_names: tuple[str, ...] = ("dp_shard", "cp")
+
+    def __getitem__(self, name: str) -> _LoaderMesh:
+        return _LoaderMesh((self.shape[self.mesh_dim_names.index(name)],), (name,))
+
+    def size(self) -> int:
+        """Ranks along the one dimension left."""
+        return self.shape[0]
+
+
+def sharding_collator(inner: Any, plugin: FPDTPlugin, group: SequenceParallelGroup, **more: Any) -> Any:
+    """`inner` followed by the cut for this rank; `inner` itself where there is nothing to cut or it cuts already.
+
+    Args:
+        more: `on_gpu` (which "auto" chunk size holds), `pad_token_id`.
+    """
+    if group.size == 1 or isinstance(inner, ShardingCollator):
+        return inner
+    chunk_tokens = resolve_chunk_tokens(plugin, on_gpu=more.pop("on_gpu"))
+    return ShardingCollator(inner, group.size, group.rank, chunk_tokens, **more)
+
+
+def _refused_options(accelerator: Accelerator) -> list[str]:
+    reasons = []
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
+        reasons.append(f"{kind.value} is not supported; use DDP or FSDP2")
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        reasons.append("FSDP version 1 is not supported; set fsdp_version: 2")
+    if fsdp is not None and fsdp.activation_checkpointing:
+        reasons.append("FSDP's activation checkpointing would keep and recompute everything twice; switch it off")
+    if accelerator.dispatch_batches:
+        reasons.append("dispatch_batches=True gives every rank other samples; leave it off")
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if getattr(parallelism, name, 1) > 1:
+            reasons.append(f"ParallelismConfig({name}) is not supported; set FPDTPlugin(sp_size) instead")
+    return reasons

@@ -1,0 +1,204 @@
+"""FPDT in transformers' Trainer: a mixin for any Trainer class, and the ready `FPDTTrainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
+from transformers import Trainer, TrainingArguments
+
+from .comms import SequenceParallelGroup
+from .config import FPDTPlugin
+from .loaders import join_group, sharding_collator
+from .model import apply_fpdt, is_applied
+
+
+class FPDTTrainerMixin:
+    """Mix in before a Trainer class: `class MyTrainer(FPDTTrainerMixin, SFTTrainer)`.
+
+    Everything that Trainer counts stays what it is without sequence parallelism: the batch size is that of the
+    data-parallel groups, losses are means over tokens, `evaluate()` gives the loss that one process gives, also where
+    the set does not divide.
+
+    Args:
+        fpdt_plugin: settings; None: `FPDTPlugin()`, which reads FPDT_* environment variables.
+        *args, **kwargs: as for the Trainer class.
+
+    Raises:
+        NotImplementedError: an option of the Trainer that cannot be honoured exactly; every one is named.
+    """
+
+    fpdt_group: SequenceParallelGroup
+    _fpdt_evaluation: _Evaluation | None = None
+
+    def __init__(self, *args: Any, fpdt_plugin: FPDTPlugin | None = None, **kwargs: Any) -> None:
+        self.fpdt_plugin = FPDTPlugin() if fpdt_plugin is None else fpdt_plugin
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        reasons = _refused_options(trainer)
+        if reasons:
+            raise NotImplementedError(f"FPDT cannot run this Trainer: {'; '.join(reasons)}.")
+        if not is_applied(trainer.model):
+            self.fpdt_handle = apply_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group)
+        trainer.data_collator = sharding_collator(
+            trainer.data_collator,
+            self.fpdt_plugin,
+            self.fpdt_group,
+            on_gpu=trainer.args.device.type == "cuda",
+            pad_token_id=_pad_token_id(trainer),
+        )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; then the sequence-parallel groups are built beside the accelerator."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        self.fpdt_group = join_group(self.accelerator, self.fpdt_plugin)  # type: ignore[attr-defined]
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As Trainer's; each new model gets FPDT."""
+        model: nn.Module = super().call_model_init(trial)  # type: ignore[misc]
+        self.fpdt_handle = apply_fpdt(model, self.fpdt_plugin, self.fpdt_group)
+        return model
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Samples an optimizer step: ranks of a group share theirs."""
+        return int(super().get_total_train_batch_size(args)) // self.fpdt_group.size  # type: ignore[misc]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # Evaluation averages each batch by itself, as one process does: not over the batches of other ranks.
+        if self._fpdt_evaluation is not None:
+            return None
+        return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+
+    def _get_dataloader(self, dataset: Dataset, description: str, batch_size: int, **kwargs: Any) -> DataLoader:
+        """Evaluation sets are filled up to whole batches on every rank; `prediction_step` leaves the filling out."""
+        sized: Any = dataset
+        rows = None if isinstance(dataset, IterableDataset) or kwargs.get("is_training") else len(sized)
+        if rows is not None:
+            kwargs["sampler_fn"] = SequentialSampler
+            dataset = _filled(dataset, rows, batch_size * self._data_parallel_size())
+        loader = super()._get_dataloader(dataset, description, batch_size, **kwargs)  # type: ignore[misc]
+        loader.fpdt_rows = rows
+        return loader  # type: ignore[no-any-return]
+
+    def _data_parallel_size(self) -> int:
+        return int(self.args.world_size) // self.fpdt_group.size  # type: ignore[attr-defined]
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the loss is the mean over samples that one process would report."""
+        rank = int(self.args.process_index) // self.fpdt_group.size  # type: ignore[attr-defined]
+        self._fpdt_evaluation = _Evaluation(getattr(dataloader, "fpdt_rows", None), rank, self._data_parallel_size())
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
+            loss = self._fpdt_evaluation.loss(self.accelerator)  # type: ignore[attr-defined]
+        finally:
+            evaluation, self._fpdt_evaluation = self._fpdt_evaluation, None
+        if loss is not None:
+            name = next(name for name in output.metrics if name.endswith("_loss"))
+            output.metrics[name] = loss
+        return output if evaluation.rows is None else output._replace(num_samples=evaluation.rows)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, on the rows that are not filling; the loss is that of the group's whole batch."""
+        evaluation = self._fpdt_evaluation
+        counted = len(inputs["input_ids"]) if evaluation is None else evaluation.next_rows(inputs)
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if loss is None and self.fpdt_group.size > 1:
+            raise NotImplementedError(
+                "fpdt: predict() without labels gives logits, which are cut over ranks: set sp_size=1."
+            )
+        if loss is not None:
+            loss = self.fpdt_group.sum(loss) / self.fpdt_group.size
+            if evaluation is not None:
+                evaluation.add(loss, counted)
+        return loss, logits, labels
+
+
+class FPDTTrainer(FPDTTrainerMixin, Trainer):
+    """transformers' `Trainer` with FPDT: `accelerate launch` starts processes, the plugin's `sp_size` groups them."""
+
+
+@dataclass
+class _Evaluation:
+    """One run over an evaluation set.
+
+    Attributes:
+        rows: samples of the set; None where it has no length (then every row counts).
+        rank: this process's data-parallel place, of `ranks`.
+    """
+
+    rows: int | None
+    rank: int
+    ranks: int
+    steps: int = 0
+    loss_sum: Tensor | None = None
+    counted: int = 0
+
+    def next_rows(self, inputs: dict[str, Any]) -> int:
+        """Rows of this rank's next batch that are no filling; the labels of filling are switched off."""
+        batch = len(inputs["input_ids"])
+        first = (self.steps * self.ranks + self.rank) * batch
+        self.steps += 1
+        real = batch if self.rows is None else min(max(self.rows - first, 0), batch)
+        for name in ("labels", "shift_labels"):
+            if real < batch and inputs.get(name) is not None:
+                inputs[name] = inputs[name].clone()
+                inputs[name][real:] = -100
+        return real
+
+    def add(self, loss: Tensor, rows: int) -> None:
+        """Count a batch's loss once for each of its rows (a batch of filling alone has a loss of NaN)."""
+        if rows:
+            self.loss_sum = loss * rows if self.loss_sum is None else self.loss_sum + loss * rows
+            self.counted += rows
+
+    def loss(self, accelerator: Any) -> float | None:
+        """Mean over the samples of all ranks; None where no loss was computed."""
+        zero = torch.zeros((), device=accelerator.device)
+        sums = torch.stack([zero if self.loss_sum is None else self.loss_sum.float(), zero + self.counted])
+        total, rows = accelerator.reduce(sums, "sum").tolist()
+        return total / rows if rows else None
+
+
+def _filled(dataset: Any, rows: int, multiple: int) -> Any:
+    """The set with its first sample repeated at the end until the rows are a multiple."""
+    missing = -rows % multiple
+    if not missing:
+        return dataset
+    indices = [*range(rows), *[0] * missing]
+    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
+
+
+def _pad_token_id(trainer: Any) -> int:
+    for owner in (trainer.processing_class, trainer.model.config):
+        if getattr(owner, "pad_token_id", None) is not None:
+            return int(owner.pad_token_id)
+    return 0
+
+
+def _refused_options(trainer: Any) -> list[str]:
+    args = trainer.args
+    liger = args.liger_kernel_config or {}
+    checks = (
+        (args.label_smoothing_factor, "label_smoothing_factor needs whole logits; set it to 0"),
+        (
+            trainer.compute_metrics is not None,
+            "compute_metrics needs whole logits; evaluate them in a script of your own",
+        ),
+        (
+            trainer.compute_loss_func is not None,
+            "compute_loss_func needs whole logits; the loss is computed in chunks",
+        ),
+        (
+            args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True),
+            "Liger's fused loss would replace FPDT's; set liger_kernel_config={'fused_linear_cross_entropy': False}",
+        ),
+        (
+            not args.average_tokens_across_devices,
+            "average_tokens_across_devices=False counts tokens a rank; leave it on",
+        ),
+        (args.n_gpu > 1, "DataParallel is not supported; start one process a GPU with accelerate launch"),
+    )
+    return [reason for refused, reason in checks if refused]
