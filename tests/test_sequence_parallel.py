@@ -163,7 +163,7 @@ def test_gradient_accumulation_under_ddp(find_unused: bool) -> None:
 def _fsdp_steps(rank: int, world: int, runs: list[tuple[str, int, bool]]) -> None:
     for case, sp, reshard in runs:
         model = model_of(case)
-        apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, sp_size=sp))
+        apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, sp_size=sp, loss_chunk_tokens=10))
         shard(model, reshard)
         for _ in range(2):  # the second step starts from resharded weights
             model.zero_grad()
