@@ -39,7 +39,7 @@ from tests.models import (
     tokens,
     train_step,
 )
-from tests.support import assert_rejects
+from tests.support import assert_rejects, spawn
 
 IDS = tokens(2, 37)
 
