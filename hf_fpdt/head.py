@@ -152,6 +152,12 @@ def _loss(
     attention_mask: Tensor | None,
 ) -> Tensor:
     heads = [child for child in model.children() if child is not model.base_model]
+    if any(hasattr(p, "placements") for child in heads for p in child.parameters()):
+        # FSDP2 put them back as shards after the pass above; what computes the logits would be other tensors.
+        raise NotImplementedError(
+            "fpdt: FSDP2 reshards the head as soon as it has run; wrap it with reshard_after_forward=False, or leave "
+            "it in the root's unit."
+        )
     head = Head(
         logits_of=logits_of,
         parameters=list({id(p): p for child in heads for p in child.parameters()}.values()),
@@ -170,7 +176,8 @@ def _loss(
 
 def _check_padding(mask_BS: Tensor, targets_BS: Tensor, ignore_index: int) -> None:
     """Padding on the right is not masked, so what it predicts is nobody's and may not count."""
-    if bool(((mask_BS == 0) & (targets_BS != ignore_index)).any()):
+    on_the_right = (mask_BS == 0) & (mask_BS.cumsum(1) > 0)
+    if bool((on_the_right & (targets_BS != ignore_index)).any()):
         raise ValueError(
             f"fpdt: attention_mask marks tokens as padding whose labels count; set the labels of padding to "
             f"{ignore_index} (a collator that pads labels does)."

@@ -60,7 +60,7 @@ def fpdt_attention(
     call = current_call()
     if attention_mask is not None or (query.shape[2] == 1 and call is None):
         if attention_mask is not None:
-            _refuse_mask_in_training(query, key, value)
+            _refuse_mask_in_training(attention_mask, query, key, value)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if key.shape[-1] != value.shape[-1]:
         raise NotImplementedError(
@@ -96,7 +96,7 @@ def _refuse(module: nn.Module, key: Tensor, mask: Tensor | None, dropout: float,
     window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
     if dropout:
         reason = f"attention dropout {dropout} is not supported; load the model with attention_dropout=0.0"
-    elif window is not None and mask is None and window < key.shape[2]:
+    elif window is not None and (mask is None or mask.is_meta) and window < key.shape[2]:
         reason = f"a sliding window of {window} over {key.shape[2]} keys is not served by a kernel yet"
     elif not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         reason = "attention that is not causal is not supported"
@@ -108,8 +108,8 @@ def _refuse(module: nn.Module, key: Tensor, mask: Tensor | None, dropout: float,
         )
 
 
-def _refuse_mask_in_training(*qkv: Tensor) -> None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in qkv):
+def _refuse_mask_in_training(mask: Tensor, *qkv: Tensor) -> None:
+    if mask.is_meta or (torch.is_grad_enabled() and any(x.requires_grad for x in qkv)):
         raise NotImplementedError(
             f'attn_implementation="{NAME}": an attention mask (left padding, a 4-D mask, packed documents) is not '
             "supported in training; pad on the right with label -100 and pass no other mask."
@@ -131,18 +131,25 @@ def fpdt_mask(
     Plain: no padding, or padding on the right of a whole sequence (a real token never sees it; its own outputs are
     nobody's, label -100).
 
+    Returns:
+        The mask; without storage where only a window asks for it and it cannot be given: its use is refused then.
+
     Raises:
         NotImplementedError: a mask is needed while gradients are on, or it would fill memory.
     """
     if in_sharded_batch() and attention_mask is None:
         return None  # transformers takes the gaps in a rank's position_ids for packed documents
     window = kwargs.get("local_size")  # Qwen2-MoE makes a mask for a window of 0 too, which no layer uses
-    full = allow_is_causal_skip and (not window or kv_length <= window)
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset
-    if full and aligned and _padded_on_the_right_at_most(attention_mask, q_length, kv_length):
+    plain = allow_is_causal_skip and aligned
+    plain = plain and _padded_on_the_right_at_most(attention_mask, q_length, kv_length)
+    if plain and (not window or kv_length <= window):
         return None
     needed = batch_size * q_length * kv_length
-    reason = _why_no_mask(attention_mask, full, needed)
+    if plain and (torch.is_grad_enabled() or needed > MASK_BYTES_LIMIT):
+        # Some models ask for the mask of a window that none of their layers has. Whoever uses this one is refused.
+        return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+    reason = _why_no_mask(attention_mask, allow_is_causal_skip and not window, needed)
     if reason is not None:
         raise NotImplementedError(f'attn_implementation="{NAME}": {reason}')
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask}

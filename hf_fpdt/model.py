@@ -138,9 +138,11 @@ class FPDTHandle:
     def __init__(self, model: PreTrainedModel, layers: list[nn.Module], settings: Settings) -> None:
         self.model, self.plugin, self.group = model, settings.plugin, settings.group
         self._layers = layers
-        self._attention_before = model.config._attn_implementation
+        # The decoder's alone: a vision tower beside it keeps its own.
+        self._decoder: Any = model.get_decoder()
+        self._attention_before = self._decoder.config._attn_implementation
         self._settings = settings
-        model.set_attn_implementation(NAME)
+        self._decoder.set_attn_implementation(NAME)
         for index, layer in enumerate(layers):
             _enter_layer(layer, settings, f"layer {index} ({type(layer).__name__})")
         patch_head(model, settings)
@@ -174,7 +176,7 @@ class FPDTHandle:
             unpatch(module)
         for layer in self._layers:
             _leave_layer(layer)
-        self.model.set_attn_implementation(self._attention_before)
+        self._decoder.set_attn_implementation(self._attention_before)
         self._layers = []
 
 

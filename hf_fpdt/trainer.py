@@ -81,7 +81,7 @@ class FPDTTrainerMixin:
             dataset = _filled(dataset, rows, batch_size * self._data_parallel_size())
         loader = super()._get_dataloader(dataset, description, batch_size, **kwargs)  # type: ignore[misc]
         loader.fpdt_rows = rows
-        return loader  # type: ignore[no-any-return]
+        return loader
 
     def _data_parallel_size(self) -> int:
         return int(self.args.world_size) // self.fpdt_group.size  # type: ignore[attr-defined]

@@ -47,7 +47,7 @@ def tiny(
 ) -> PreTrainedModel:
     """A model of architecture `name` in training mode; equal arguments give equal weights, whatever the attention."""
     default = AutoConfig.for_model(name)
-    grouped = {key: value for key, value in GROUPED.items() if hasattr(default, key)}
+    grouped = {key: value for key, value in GROUPED.items() if key in vars(default)}
     model = auto.from_config(
         AutoConfig.for_model(name, **{**SIZES, **grouped, **config}), attn_implementation=attention
     )

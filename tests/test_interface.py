@@ -260,6 +260,18 @@ def test_a_mask_that_would_fill_memory_is_refused(monkeypatch: pytest.MonkeyPatc
         tiny(attention="fpdt")(tokens(1, 23), attention_mask=left_mask())
 
 
+@pytest.mark.parametrize("why", ["gradients on", "too large"])
+def test_a_window_whose_mask_was_not_made_is_refused_by_its_layer(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no gradient flows: the mask has no storage, and nothing may compute with it."""
+    model = tiny("mistral", attention="fpdt", sliding_window=8).requires_grad_(False)
+    if why == "too large":
+        monkeypatch.setattr(hf_fpdt.interface, "MASK_BYTES_LIMIT", 100)
+    with torch.set_grad_enabled(why == "gradients on"):
+        for arguments in ({"use_cache": False}, {"use_cache": True}):
+            with pytest.raises(NotImplementedError, match="sliding window of 8 over 23 keys"):
+                model(tokens(1, 23), **arguments)
+
+
 def test_gradients_reach_everything_that_sdpa_trains() -> None:
     """Inputs that are embeddings, and a graph that goes on after the model."""
     ours, theirs = pair()
