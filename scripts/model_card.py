@@ -110,7 +110,7 @@ def _loading_note(facts: Mapping[str, Any]) -> str:
     return (
         "The `config=` matters: the adapter was trained with other rotary parameters than the base's own "
         "config has. Loading the base alone, or this folder's name through `AutoModelForCausalLM`, takes the "
-        "base's config and gives worse losses without an error. `apply_fpdt(model)` from hf_fpdt then runs "
+        "base's config and gives other losses without an error. `apply_fpdt(model)` from hf_fpdt then runs "
         "the layers chunk by chunk."
     )
 
@@ -124,7 +124,8 @@ def _rope_text(rope: Mapping[str, Any]) -> str:
 def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     arguments = facts["arguments"]
     rows = {
-        "sequence length": f"{arguments['max_length_tokens']:,} tokens, in chunks of {arguments['chunk_tokens']}",
+        "sequence length": f"{arguments['max_length_tokens']:,} tokens",
+        "chunk": f"{_count(arguments['chunk_tokens'])} tokens",
         "steps": f"{arguments['steps']} of {arguments['batch_size']} × {arguments['grad_accum']} windows",
         "learning rate": f"{arguments['lr']:g}, {arguments['warmup']} warm-up steps, cosine to a tenth",
         "weights": "all" if arguments["full"] else _lora_text(arguments),
@@ -135,6 +136,10 @@ def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
     seconds = {f"seconds, {name}": f"{value:.1f}" for name, value in facts["phase_seconds"].items()}
     return {**rows, **seconds, "tokens a second in training": f"{facts['training_tokens_per_s']:,.0f}"}
+
+
+def _count(tokens: int | str) -> str:
+    return tokens if isinstance(tokens, str) else f"{tokens:,}"
 
 
 def _lora_text(arguments: Mapping[str, Any]) -> str:

@@ -58,7 +58,7 @@ class Recipe:
     heads: int = 3
     kv_heads: int = 1
     mlp_hidden: int = 256
-    steps: int = 1300
+    steps: int = 1100
     batch_windows: int = 4
     warmup_steps: int = 50
     matrix_lr: float = 0.03
