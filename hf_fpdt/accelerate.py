@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .config import FPDTPlugin
-from .loaders import join_group, sharding_collator
-from .model import FPDTHandle, apply_fpdt, is_applied
+from .loaders import check_same_size, join_group, sharding_collator
+from .model import FPDTHandle, applied_group, apply_fpdt
 
 
 class FPDTAccelerator(Accelerator):
@@ -44,7 +44,12 @@ class FPDTAccelerator(Accelerator):
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """As `Accelerator.prepare`; models get FPDT first."""
         for model in args:
-            if isinstance(model, nn.Module) and not is_applied(model):
+            if not isinstance(model, nn.Module):
+                continue
+            applied = applied_group(model)
+            if applied is not None:
+                check_same_size(applied, self.fpdt_plugin)
+            else:
                 self.fpdt_handles.append(apply_fpdt(model, self.fpdt_plugin, self.fpdt_group))
         return super().prepare(*args, **kwargs)
 

@@ -14,8 +14,13 @@ from .data import ShardingCollator
 from .patch import resolve_chunk_tokens
 
 
-def join_group(accelerator: Accelerator, plugin: FPDTPlugin) -> SequenceParallelGroup:
-    """Build this process's group and make the accelerator's loaders give all of a group the same samples.
+def join_group(
+    accelerator: Accelerator, plugin: FPDTPlugin, group: SequenceParallelGroup | None = None
+) -> SequenceParallelGroup:
+    """Make the accelerator's loaders give all of a group the same samples.
+
+    Args:
+        group: the group FPDT was applied with to the model already; None: one is built.
 
     Raises:
         NotImplementedError, ValueError: as for `FPDTAccelerator`.
@@ -23,12 +28,23 @@ def join_group(accelerator: Accelerator, plugin: FPDTPlugin) -> SequenceParallel
     reasons = _refused_options(accelerator)
     if reasons:
         raise NotImplementedError(f"FPDT cannot run under this Accelerator: {'; '.join(reasons)}.")
-    group = build_group(plugin.sp_size)
+    if group is None:
+        group = build_group(plugin.sp_size)
+    check_same_size(group, plugin)
     accelerator.dataloader_config.dispatch_batches = False  # the main process would send other samples to every rank
     if group.size > 1:
         mesh = _LoaderMesh((accelerator.num_processes // group.size, group.size))
         accelerator._prepare_device_mesh = lambda: mesh
     return group
+
+
+def check_same_size(group: SequenceParallelGroup, plugin: FPDTPlugin) -> None:
+    """Raise ValueError where a model was given another group than its batches would be cut for."""
+    if group.size != plugin.sp_size:
+        raise ValueError(
+            f"FPDT is applied to this model with sp_size={group.size} already, but the plugin here has "
+            f"sp_size={plugin.sp_size}; give both the same, or leave apply_fpdt to this class."
+        )
 
 
 @dataclass(frozen=True)

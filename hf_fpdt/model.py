@@ -80,9 +80,10 @@ def apply_fpdt(
     return FPDTHandle(target, layers, Settings(plugin, CheckpointStore(), group))
 
 
-def is_applied(model: nn.Module) -> bool:
-    """Whether FPDT is applied to this model, or to the one PEFT or DDP wraps."""
-    return any(isinstance(module, _ChunkedLayerMixin) for module in model.modules())
+def applied_group(model: nn.Module | None) -> SequenceParallelGroup | None:
+    """The group FPDT was applied with to this model, or to the one PEFT or DDP wraps; None where it was not."""
+    modules = model.modules() if model is not None else ()
+    return next((m._fpdt_settings.group for m in modules if isinstance(m, _ChunkedLayerMixin)), None)
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

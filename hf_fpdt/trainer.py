@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
 from .loaders import join_group, sharding_collator
-from .model import apply_fpdt, is_applied
+from .model import applied_group, apply_fpdt
 
 
 class FPDTTrainerMixin:
@@ -36,12 +36,13 @@ class FPDTTrainerMixin:
 
     def __init__(self, *args: Any, fpdt_plugin: FPDTPlugin | None = None, **kwargs: Any) -> None:
         self.fpdt_plugin = FPDTPlugin() if fpdt_plugin is None else fpdt_plugin
+        self._fpdt_applied = applied_group(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
         trainer: Any = self
         reasons = _refused_options(trainer)
         if reasons:
             raise NotImplementedError(f"FPDT cannot run this Trainer: {'; '.join(reasons)}.")
-        if not is_applied(trainer.model):
+        if applied_group(trainer.model) is None:
             self.fpdt_handle = apply_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group)
         trainer.data_collator = sharding_collator(
             trainer.data_collator,
@@ -54,7 +55,8 @@ class FPDTTrainerMixin:
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; then the sequence-parallel groups are built beside the accelerator."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        self.fpdt_group = join_group(self.accelerator, self.fpdt_plugin)  # type: ignore[attr-defined]
+        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+        self.fpdt_group = join_group(accelerator, self.fpdt_plugin, self._fpdt_applied)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer's; each new model gets FPDT."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from finetune_options import Options, check_model, fpdt_plugin, load_config_and_tokenizer, parse_options
 from long_text import (
     RightPadding,
@@ -29,7 +30,7 @@ from long_text import (
     window_tokens,
     without_held_out_texts,
 )
-from loss_by_position import Curve, measure, table_lines, write_csv
+from loss_by_position import Curve, Cut, measure, table_lines, write_csv
 from model_card import command_line, write_card
 from peft import LoraConfig, get_peft_model
 from position_figure import draw
@@ -39,7 +40,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from user_error import UserError, run_main, tokens_text
 
-from hf_fpdt import apply_fpdt
+from hf_fpdt import FPDTTrainer, apply_fpdt
+from hf_fpdt.comms import SequenceParallelGroup, build_group
+from hf_fpdt.patch import resolve_chunk_tokens
 
 ROPE_ONLY = {"yarn": "YaRN only, before training", "linear": "linear scaling only, before training"}
 
@@ -52,7 +55,9 @@ class Progress:
     phase_seconds: dict[str, float] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
+        """From the first process alone: all of them do the same."""
+        if PartialState().is_main_process:
+            print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -79,6 +84,7 @@ class Job:
     rope: RopePlan
     data: Data
     progress: Progress
+    cut: Cut
 
 
 class StepPrinter(TrainerCallback):
@@ -154,14 +160,14 @@ def _data_line(facts: dict[str, Any], options: Options) -> str:
     )
 
 
-def load_model(options: Options) -> nn.Module:
-    """The stock model on its device, with FPDT applied."""
+def load_model(options: Options, group: SequenceParallelGroup) -> tuple[nn.Module, Cut]:
+    """The stock model on its device, with FPDT applied, and how it takes its batches."""
     model = AutoModelForCausalLM.from_pretrained(
         options.model, attn_implementation="fpdt", dtype=_weight_dtype(options)
     )
-    model.to(options.device)
-    apply_fpdt(model, fpdt_plugin(options))
-    return model
+    model.to(PartialState().device)
+    handle = apply_fpdt(model, fpdt_plugin(options), group)
+    return model, Cut.of(handle, resolve_chunk_tokens(handle.plugin, on_gpu=options.device == "cuda"))
 
 
 def _weight_dtype(options: Options) -> torch.dtype:
@@ -208,76 +214,88 @@ def training_arguments(options: Options) -> TrainingArguments:
         logging_steps=1,
         include_num_input_tokens_seen="all",
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # every parameter takes part; looking for others costs a graph walk a step
         report_to="none",
         disable_tqdm=True,
     )
 
 
-def train(job: Job, model: nn.Module) -> StepPrinter:
-    """Run the Trainer; returns the record of its steps."""
+def train(job: Job, model: nn.Module) -> tuple[Trainer, StepPrinter]:
+    """Run the Trainer; returns it with the record of its steps."""
     steps = StepPrinter(job.progress.say)
-    trainer = Trainer(
+    trainer = FPDTTrainer(
         model=model,
         args=training_arguments(job.options),
         train_dataset=job.data.training,
         data_collator=RightPadding(job.tokenizer.pad_token_id),
         callbacks=[steps],
+        fpdt_plugin=fpdt_plugin(job.options),
     )
     trainer.remove_callback(PrinterCallback)  # it would print every log as a dictionary, beside our line
     trainer.train(resume_from_checkpoint=job.options.resume or None)
-    return steps
+    return trainer, steps
 
 
-def save(model: nn.Module, tokenizer: Any, output: Path) -> None:
+def save(trainer: Trainer, tokenizer: Any, output: Path) -> None:
     """Weights as safetensors, tokenizer, and a config that holds the rotary parameters trained with."""
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     saving = {"save_embedding_layers": False} if base is not model else {}
-    model.save_pretrained(output, **saving)
-    base.config.save_pretrained(output)  # an adapter folder would not hold it, and the base's own has other parameters
-    tokenizer.save_pretrained(output)
+    if trainer.is_fsdp_enabled:  # every process holds a shard: all of them gather, the first one writes
+        saving["state_dict"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if PartialState().is_main_process:
+        model.save_pretrained(output, **saving)
+        base.config.save_pretrained(output)  # an adapter folder would not hold it, and the base's own is another
+        tokenizer.save_pretrained(output)
 
 
 def main() -> None:
     options = parse_options()
+    state = PartialState(cpu=options.device == "cpu")
     progress = Progress()
     config, tokenizer = load_config_and_tokenizer(options.model)
     plan = plan_rope(config, options.rope_scaling, options.rope_factor, options.max_length_tokens)
-    check_model(config, options)
-    with progress.phase("data"):
+    group = build_group(options.sp_size)
+    check_model(config, options, group)
+    with progress.phase("data"), state.main_process_first():
         data = prepare_data(options, tokenizer, progress)
     set_seed(options.seed)
     with progress.phase("load"):
-        model = load_model(options)
+        model, cut = load_model(options, group)
     progress.say(
-        f"loaded {options.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {options.device}"
+        f"loaded {options.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {options.device}, "
+        f"{state.num_processes} process(es), {options.sp_size} a sequence"
     )
-    job = Job(options, tokenizer, plan, data, progress)
-    model, curves, steps = run(job, model)
+    job = Job(options, tokenizer, plan, data, progress, cut)
+    trainer, curves, steps = run(job, model)
     options.output.mkdir(parents=True, exist_ok=True)
-    save(model, tokenizer, options.output)
-    report(job, model, curves, steps)
+    save(trainer, tokenizer, options.output)
+    if state.is_main_process:
+        report(job, trainer.model, curves, steps)
+    trainer.accelerator.end_training()
 
 
-def run(job: Job, model: nn.Module) -> tuple[nn.Module, list[Curve], StepPrinter]:
+def run(job: Job, model: nn.Module) -> tuple[Trainer, list[Curve], StepPrinter]:
     """Evaluate, stretch the rotary embedding, evaluate, train, evaluate."""
     options, progress = job.options, job.progress
     windows = [job.data.evaluation[index] for index in range(len(job.data.evaluation))]
 
-    def evaluate(label: str) -> Curve:
+    def evaluate(model: nn.Module, label: str) -> Curve:
         with (
             progress.phase("evaluate"),
             torch.autocast(options.device, options.dtype, enabled=mixed_precision(options)),
         ):
-            return measure(model, windows, label, progress.say)
+            return measure(model, windows, label, progress.say, job.cut)
 
-    curves = [evaluate("before")]
+    curves = [evaluate(model, "before")]
     apply_rope(model, job.rope)
     if job.rope.changes:
-        curves.append(evaluate(ROPE_ONLY[job.rope.kind]))
+        curves.append(evaluate(model, ROPE_ONLY[job.rope.kind]))
     model = with_lora(model, options)
     with progress.phase("train"):
-        steps = train(job, model)
-    return model, [*curves, evaluate("after")], steps
+        trainer, steps = train(job, model)
+    trained = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model
+    return trainer, [*curves, evaluate(trained, "after")], steps
 
 
 def collect_facts(job: Job, model: nn.Module, curves: list[Curve], steps: StepPrinter) -> dict[str, Any]:
@@ -296,6 +314,7 @@ def collect_facts(job: Job, model: nn.Module, curves: list[Curve], steps: StepPr
         "step_seconds": [round(seconds, 3) for seconds in steps.seconds],
         "training_tokens_per_s": steps.tokens / sum(steps.seconds),
         "phase_seconds": {name: round(seconds, 2) for name, seconds in phases.items()},
+        "processes": PartialState().num_processes,
         "hardware": hardware_facts(options.device),
         "versions": version_facts(),
     }

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from user_error import UserError, parse_tokens
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.comms import SequenceParallelGroup
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKPOINTS = ("auto", "attention", "input")
@@ -38,6 +39,7 @@ class Options:
     max_length_tokens: int
     chunk_tokens: int | str
     checkpoints: str
+    sp_size: int
     full: bool
     lora_r: int
     lora_alpha: int
@@ -96,6 +98,9 @@ def _length_arguments(group: Any) -> None:
     group.add_argument("--chunk-tokens", default="auto", help="tokens of a chunk of FPDT: auto, or a number like 32K")
     group.add_argument(
         "--checkpoints", choices=CHECKPOINTS, default="auto", help="what FPDT keeps of each layer for backward"
+    )
+    group.add_argument(
+        "--sp-size", type=int, default=1, help="processes that share each sequence; accelerate launch starts them"
     )
     group.add_argument(
         "--rope-scaling", choices=KINDS, default="none", help="how to stretch the rotary position embedding"
@@ -193,9 +198,11 @@ def check_numbers(options: Options) -> None:
         _refuse("max_length", options.max_length_tokens, "2 tokens or more")
     if options.rope_factor is not None and options.rope_scaling == "none":
         raise UserError("--rope-factor is given, but --rope-scaling is none; add --rope-scaling yarn or linear")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.sp_size < 1 or processes % options.sp_size:
         raise UserError(
-            "finetune.py runs in one process; start it with python, not with torchrun or accelerate launch"
+            f"--sp-size: got {options.sp_size}; allowed: a number that divides this job's {processes} process(es); "
+            "start more with accelerate launch --num_processes N"
         )
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; use --device cpu, or install a CUDA build of torch")
@@ -239,15 +246,15 @@ def load_config_and_tokenizer(name: str) -> tuple[PreTrainedConfig, Any]:
 
 def fpdt_plugin(options: Options) -> FPDTPlugin:
     """The settings of hf_fpdt that the command line offers."""
-    return FPDTPlugin(chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints)
+    return FPDTPlugin(chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints, sp_size=options.sp_size)
 
 
-def check_model(config: PreTrainedConfig, options: Options) -> None:
+def check_model(config: PreTrainedConfig, options: Options, group: SequenceParallelGroup) -> None:
     """Refuse, on a model without memory for its weights, what FPDT can't run and LoRA names that match nothing."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="fpdt")
-        apply_fpdt(model, fpdt_plugin(options))
+        apply_fpdt(model, fpdt_plugin(options), group)
     except (NotImplementedError, ValueError) as error:
         raise UserError(f"--model: hf_fpdt can't train {options.model}: {error}") from error
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}

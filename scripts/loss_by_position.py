@@ -18,8 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from user_error import parse_tokens, run_main, tokens_text
 
+from hf_fpdt import FPDTHandle
+from hf_fpdt.comms import SequenceParallelGroup
+from hf_fpdt.layout import ChunkPlan
+
 LOGIT_SLICE_TOKENS = 1024
-CHECK_TOKENS = 32
+IGNORED_LABEL = -100
 SECONDS_BETWEEN_REPORTS = 10.0
 
 
@@ -40,39 +44,98 @@ class Curve:
         return self.losses[:, max(0, first - 1) : stop - 1].double().mean().item()
 
 
-def _decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(causal_lm, causal_lm.base_model_prefix), causal_lm.get_output_embeddings()
+@dataclass(frozen=True)
+class Cut:
+    """How a window is shared by a sequence-parallel group: which tokens are this process's, and whose are the rest."""
+
+    group: SequenceParallelGroup
+    plan: Callable[[int], ChunkPlan]
+
+    @classmethod
+    def of(cls, handle: FPDTHandle, chunk_tokens: int) -> "Cut":
+        """As the model behind `handle` takes its batches."""
+        group = handle.group
+        return cls(group, lambda n_tokens: ChunkPlan(n_tokens + -n_tokens % group.size, chunk_tokens, group.size))
+
+    def own(self, input_ids_BS: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """This process's tokens with their positions, as the model takes them, and the token that follows each."""
+        n_tokens = input_ids_BS.shape[1]
+        plan = self.plan(n_tokens)
+        positions = self._positions(plan, self.group.rank).to(input_ids_BS.device)
+        filled = F.pad(input_ids_BS, (0, plan.n_tokens - n_tokens))
+        following = F.pad(input_ids_BS, (0, plan.n_tokens - n_tokens + 1), value=IGNORED_LABEL)[:, 1:]
+        batch = {"input_ids": filled[:, positions], "position_ids": positions.expand(len(filled), -1)}
+        return batch, following[:, positions]
+
+    def whole(self, own_BS: Tensor, n_tokens: int) -> Tensor:
+        """[B, n_tokens] from every process's tokens."""
+        plan = self.plan(n_tokens)
+        if self.group.size == 1:
+            return own_BS[:, :n_tokens]
+        parts = [torch.empty_like(own_BS) for _ in range(self.group.size)]
+        torch.distributed.all_gather(parts, own_BS.contiguous(), group=self.group.process_group)
+        whole_BS = own_BS.new_empty(len(own_BS), plan.n_tokens)
+        for rank, part in enumerate(parts):
+            whole_BS[:, self._positions(plan, rank).to(part.device)] = part
+        return whole_BS[:, :n_tokens]
+
+    @staticmethod
+    def _positions(plan: ChunkPlan, rank: int) -> Tensor:
+        return torch.cat([torch.arange(*piece) for piece in plan.rank_pieces(rank)])
+
+
+WHOLE = Cut(SequenceParallelGroup(), lambda n_tokens: ChunkPlan(n_tokens, n_tokens))
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, input_ids_BS: Tensor, slice_tokens: int = LOGIT_SLICE_TOKENS) -> Tensor:
+def _hidden_and_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Hidden states of every token and logits of the last, from one call of the model, wrapped or not."""
+    causal_lm = _causal_lm(model)
+    kept: list[Tensor] = []
+    decoder = getattr(causal_lm, causal_lm.base_model_prefix)
+    hook = decoder.register_forward_hook(lambda module, args, output: kept.append(output.last_hidden_state))
+    try:
+        logits = model(**batch, use_cache=False, logits_to_keep=1).logits
+    finally:
+        hook.remove()
+    return kept[0], logits
+
+
+def _causal_lm(model: nn.Module) -> nn.Module:
+    inner = model.module if hasattr(model, "module") else model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+@torch.no_grad()
+def token_losses(
+    model: nn.Module, input_ids_BS: Tensor, slice_tokens: int = LOGIT_SLICE_TOKENS, cut: Cut = WHOLE
+) -> Tensor:
     """Cross entropy of every predicted token, [B, S - 1] in float32, from slices of at most slice_tokens logits."""
-    decoder, head = _decoder_and_head(model)
-    hidden_BSD = decoder(input_ids=input_ids_BS, use_cache=False).last_hidden_state
-    labels_BS = input_ids_BS[:, 1:]
+    batch, following_BS = cut.own(input_ids_BS)
+    hidden_BSD, last_logits = _hidden_and_logits(model, batch)
+    head = _causal_lm(model).get_output_embeddings()
+    _check_head(head(hidden_BSD[:, -1:]), last_logits)
     losses = []
-    for start in range(0, labels_BS.shape[1], slice_tokens):
-        labels = labels_BS[:, start : start + slice_tokens]
-        logits = head(hidden_BSD[:, start : start + labels.shape[1]]).float()
-        losses.append(F.cross_entropy(logits.transpose(1, 2), labels, reduction="none"))
-    return torch.cat(losses, dim=1)
+    for hidden, labels in zip(hidden_BSD.split(slice_tokens, 1), following_BS.split(slice_tokens, 1), strict=True):
+        logits = head(hidden).float()
+        losses.append(F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL))
+    return cut.whole(torch.cat(losses, dim=1), input_ids_BS.shape[1])[:, :-1]
 
 
-@torch.no_grad()
-def check_head(model: nn.Module, input_ids_BS: Tensor) -> None:
+def _check_head(ours: Tensor, models: Tensor) -> None:
     """Refuse a model whose logits are not simply head(hidden states), such as one that scales or caps them."""
-    short = input_ids_BS[:, :CHECK_TOKENS]
-    logits = model(input_ids=short, use_cache=False).logits[:, :-1].float()
-    expected = F.cross_entropy(logits.transpose(1, 2), short[:, 1:], reduction="none")
-    if not torch.allclose(token_losses(model, short), expected, rtol=2e-2, atol=2e-2):
+    if not torch.allclose(ours.float().log_softmax(-1), models.float().log_softmax(-1), rtol=2e-2, atol=2e-2):
         raise NotImplementedError(
             "loss by position: this model changes its logits after the head; it can't be sliced here"
         )
 
 
 def measure(
-    model: nn.Module, windows: Sequence[dict[str, Tensor]], label: str, report: Callable[[str], None] = print
+    model: nn.Module,
+    windows: Sequence[dict[str, Tensor]],
+    label: str,
+    report: Callable[[str], None] = print,
+    cut: Cut = WHOLE,
 ) -> Curve:
     """The curve of one model state over equally long windows."""
     was_training = model.training
@@ -80,11 +143,8 @@ def measure(
     device = next(model.parameters()).device
     rows: list[Tensor] = []
     reported = time.monotonic()
-    for number, window in enumerate(windows):
-        input_ids = window["input_ids"][None].to(device)
-        if number == 0:
-            check_head(model, input_ids)
-        rows.append(token_losses(model, input_ids).float().cpu())
+    for window in windows:
+        rows.append(token_losses(model, window["input_ids"][None].to(device), cut=cut).float().cpu())
         if len(rows) == len(windows) or time.monotonic() - reported > SECONDS_BETWEEN_REPORTS:
             reported = time.monotonic()
             report(f"evaluating {label}: window {len(rows)} of {len(windows)}, mean loss {torch.cat(rows).mean():.4f}")

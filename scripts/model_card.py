@@ -126,6 +126,7 @@ def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     rows = {
         "sequence length": f"{arguments['max_length_tokens']:,} tokens",
         "chunk": f"{_count(arguments['chunk_tokens'])} tokens",
+        "processes": f"{facts['processes']}, {arguments['sp_size']} a sequence",
         "steps": f"{arguments['steps']} of {arguments['batch_size']} × {arguments['grad_accum']} windows",
         "learning rate": f"{arguments['lr']:g}, {arguments['warmup']} warm-up steps, cosine to a tenth",
         "weights": "all" if arguments["full"] else _lora_text(arguments),

@@ -31,8 +31,10 @@ model_seconds=$((SECONDS - began))
 length=8K size=(--chunk-tokens 2K --steps 32 --warmup 2 --eval-windows 24)
 if [ -n "$tiny" ]; then length=1K size=(--chunk-tokens 256 --steps 2 --warmup 0 --eval-windows 2); fi
 echo "[quickstart] 2 of 2: extend it to $length tokens in chunks, with attn_implementation=\"fpdt\""
-python scripts/finetune.py --model "$output/small-llama-512" --data "$output/data/train.jsonl" \
-    --eval-data "$output/data/held_out.jsonl" --rope-scaling yarn --lora-r 16 --lora-alpha 32 --lr 3e-3 \
+# Two processes on the CPU share every sequence, as two GPUs would.
+accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    --main_process_port 0 scripts/finetune.py --device cpu --sp-size 2 --model "$output/small-llama-512" \
+    --data "$output/data/train.jsonl" --eval-data "$output/data/held_out.jsonl" --rope-scaling yarn --lora-r 16 --lora-alpha 32 --lr 3e-3 \
     --max-length "$length" "${size[@]}" --output "$output/extended" --overwrite
 
 echo
