@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .config import FPDTPlugin
-from .loaders import check_same_size, join_group, sharding_collator
-from .model import FPDTHandle, applied_group, apply_fpdt
+from .loaders import agreed_seeds, join_group, sharding_collator
+from .model import FPDTHandle, apply_fpdt, has_fpdt
 
 
 class FPDTAccelerator(Accelerator):
@@ -44,18 +44,41 @@ class FPDTAccelerator(Accelerator):
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """As `Accelerator.prepare`; models get FPDT first."""
         for model in args:
-            if not isinstance(model, nn.Module):
-                continue
-            applied = applied_group(model)
-            if applied is not None:
-                check_same_size(applied, self.fpdt_plugin)
-            else:
-                self.fpdt_handles.append(apply_fpdt(model, self.fpdt_plugin, self.fpdt_group))
+            if isinstance(model, nn.Module):
+                self._apply(model)
         return super().prepare(*args, **kwargs)
+
+    def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `Accelerator.prepare_model`; the model gets FPDT first."""
+        self._apply(model)
+        return super().prepare_model(model, *args, **kwargs)
+
+    def _apply(self, model: nn.Module) -> None:
+        if not has_fpdt(model, self.fpdt_plugin, self.fpdt_group):
+            self.fpdt_handles.append(apply_fpdt(model, self.fpdt_plugin, self.fpdt_group))
+
+    def free_memory(self, *objects: Any) -> Any:
+        """As `Accelerator.free_memory`; the handles are let go of."""
+        self.fpdt_handles.clear()
+        return super().free_memory(*objects)
+
+    def gather_for_metrics(self, input_data: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `Accelerator.gather_for_metrics`.
+
+        Raises:
+            NotImplementedError: ranks share sequences, so what it takes for repeated samples is not.
+        """
+        if self.fpdt_group.size > 1:
+            raise NotImplementedError(
+                "fpdt: gather_for_metrics would drop ranks' parts of the last samples; take "
+                "accelerator.reduce(loss, 'mean') of each batch."
+            )
+        return super().gather_for_metrics(input_data, *args, **kwargs)
 
     def prepare_data_loader(self, data_loader: DataLoader, *args: Any, **kwargs: Any) -> DataLoader:
         """As `Accelerator.prepare_data_loader`; the prepared loader yields this rank's part of each batch."""
-        with self._cutting(data_loader):
+        seeds = agreed_seeds(self, self.fpdt_group, getattr(data_loader, "sampler", None))
+        with seeds, self._cutting(data_loader):
             return super().prepare_data_loader(data_loader, *args, **kwargs)
 
     @contextmanager

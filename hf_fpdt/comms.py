@@ -23,6 +23,9 @@ from torch import Tensor
 # A rank may wait for the slowest of its group through a step of hours (checkpointing, the first compilation).
 GROUP_TIMEOUT = timedelta(hours=24)
 
+# What a sharded batch calls the number that tells whole samples apart.
+SAMPLE_KEY = "fpdt_sample"
+
 _sharded_batch: ContextVar[bool] = ContextVar("fpdt_sharded_batch", default=False)
 
 
@@ -104,6 +107,12 @@ class SequenceParallelGroup:
         total = value.clone()
         dist.all_reduce(total, group=self.process_group)
         return total
+
+    def extremes(self, values: Tensor) -> list[tuple[int, int]]:
+        """The smallest and the largest of each whole number over the ranks of the group; the host waits for them."""
+        bounds = torch.stack([-values, values])
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.process_group)
+        return [(-low, high) for low, high in zip(*bounds.tolist(), strict=True)]
 
     def kv_repeats(self, q_heads: int, kv_heads: int) -> int:
         """How often a key/value head is repeated so that P ranks get equal shares that fit their query heads."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .comms import SAMPLE_KEY
 from .layout import ChunkPlan
 
 IGNORE_INDEX = -100
@@ -34,10 +35,12 @@ class ShardingCollator:
         pad_token_id: what the sequence is filled up with.
 
     The result has `input_ids`, `position_ids` and, if there were labels, `shift_labels` (the next token at each
-    position) and `labels` (the same, so that the model knows it is to compute a loss), all [B, S/P].
+    position) and `labels` (the same, so that the model knows it is to compute a loss), all [B, S/P]. An inner
+    collator's own `shift_labels` count, and `labels` beside them do not. `fpdt_sample` [B] is a number made of each
+    whole row, by which the model sees that the ranks hold parts of the same samples; pass it on if you can.
 
     Raises:
-        ValueError: no `input_ids`, or padding that is not on the right or whose labels count.
+        ValueError: no `input_ids`, labels of another shape, or padding that is not on the right or whose labels count.
         NotImplementedError: packed documents (`position_ids` that restart).
     """
 
@@ -51,12 +54,15 @@ class ShardingCollator:
         batch = dict(self.inner(features))
         _check_batch(batch)
         _check_positions(batch.pop("position_ids", None))
-        _check_padding(batch.pop("attention_mask", None), batch.get("labels"))
+        labels = batch.get("labels") if batch.get("shift_labels") is None else batch["shift_labels"]
+        _check_padding(batch.pop("attention_mask", None), labels)
         n_tokens = batch["input_ids"].shape[1]
         missing = -n_tokens % self.sp_size
-        if "labels" in batch:
-            labels = pad(batch["labels"], (0, missing + 1), value=IGNORE_INDEX)
-            batch["labels"] = batch["shift_labels"] = labels[:, 1:]
+        if batch.get("shift_labels") is None and batch.get("labels") is not None:
+            batch["shift_labels"] = pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+        if batch.get("shift_labels") is not None:
+            batch["labels"] = batch["shift_labels"] = pad(batch["shift_labels"], (0, missing), value=IGNORE_INDEX)
+        batch[SAMPLE_KEY] = _fingerprint(batch["input_ids"], batch.get("shift_labels"))
         batch = {name: self._fill(name, value, n_tokens, missing) for name, value in batch.items()}
         batch["position_ids"] = torch.arange(n_tokens + missing).expand(batch["input_ids"].shape[0], -1)
         own = self._own_tokens(n_tokens + missing)
@@ -65,7 +71,7 @@ class ShardingCollator:
         }
 
     def _fill(self, name: str, value: Any, n_tokens: int, missing: int) -> Any:
-        """Fill up on the right; shifted labels are already."""
+        """Fill up on the right; labels are already."""
         if not missing or not _by_token(value, n_tokens) or name in ("labels", "shift_labels"):
             return value
         tail = (0, 0) * (value.dim() - 2)
@@ -74,6 +80,13 @@ class ShardingCollator:
     def _own_tokens(self, n_tokens: int) -> Tensor:
         plan = ChunkPlan(n_tokens, self.chunk_tokens, self.sp_size)
         return torch.cat([torch.arange(start, stop) for start, stop in plan.rank_pieces(self.rank)])
+
+
+def _fingerprint(ids_BS: Tensor, shift_labels_BS: Tensor | None) -> Tensor:
+    """A number for each row that differs between samples, in all likelihood; below 2^40, so that sums stay exact."""
+    weights = torch.arange(1, ids_BS.shape[1] + 1) * 2_654_435_761 % 1_048_573
+    labels = 0 if shift_labels_BS is None else shift_labels_BS[:, : ids_BS.shape[1]]
+    return ((ids_BS * 31 + labels) * weights).sum(1) % 2**40
 
 
 def _by_token(value: Any, n_tokens: int) -> bool:
@@ -87,6 +100,13 @@ def _check_batch(batch: Mapping[str, Any]) -> None:
         raise ValueError(
             f"ShardingCollator: the inner collator must give input_ids of shape [batch, tokens]; got {got}."
         )
+    for name in ("labels", "shift_labels"):
+        labels = batch.get(name)
+        if labels is not None and (not isinstance(labels, Tensor) or labels.shape != ids.shape):
+            raise ValueError(
+                f"ShardingCollator: {name} of shape {tuple(getattr(labels, 'shape', ()))} do not match input_ids of "
+                f"shape {tuple(ids.shape)}; each token needs its own label."
+            )
     unsupported = [name for name in ("inputs_embeds", "cu_seq_lens_q", "seq_idx") if name in batch]
     if unsupported:
         raise NotImplementedError(

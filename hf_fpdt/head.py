@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .comms import sharded_batch
+from .comms import SAMPLE_KEY, sharded_batch
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, patch
 
@@ -62,7 +62,11 @@ def _as_head_call(call: _HeadCall) -> Iterator[_HeadCall]:
         _head_call.reset(token)
 
 
+_sample: ContextVar[Tensor | None] = ContextVar("fpdt_sample", default=None)
+
+
 def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    sample = kwargs.pop(SAMPLE_KEY, _sample.get())
     call = _head_call.get()
     if call is not None and call.outputs is not None:
         return call.outputs
@@ -70,7 +74,7 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     # With a cache it is generation, in which every rank has the whole of a sequence.
     sharded = self._fpdt.settings.group.size > 1 and arguments.get("past_key_values") is None
     if sharded:
-        _check_shard(arguments)
+        _check_shard(arguments, sample, self._fpdt.settings)
         arguments["use_cache"] = False
     with sharded_batch(sharded):
         outputs = self._fpdt.forward(**arguments)
@@ -81,12 +85,38 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _with(call.outputs, last_hidden_state=call.outputs[0][:, :1])
 
 
-def _check_shard(arguments: dict[str, Any]) -> None:
-    """A rank's tokens are told from a whole sequence by their positions alone, so these may not be guessed."""
+def _check_shard(arguments: dict[str, Any], sample_B: Tensor | None, settings: Settings) -> None:
+    """Every rank of the group must hold its own part of the same samples, else all of them raise.
+
+    A rank's tokens are told from a whole sequence by their positions alone, so these may not be guessed. Parts of
+    different lengths would hang in the first exchange; parts of different samples would train on a mixture of them.
+    """
     if arguments.get("position_ids") is None or arguments.get("attention_mask") is not None:
         raise ValueError(
             "fpdt: with sp_size above 1 the model takes a rank's part of a sequence, with position_ids and without "
             "attention_mask, as hf_fpdt.ShardingCollator makes it (FPDTTrainer and FPDTAccelerator use one)."
+        )
+    ids = arguments.get("input_ids")
+    tokens = ids if ids is not None else arguments["inputs_embeds"]
+    batch, length = tokens.shape[:2]
+    group, plan = settings.group, settings.plan_of(length, on_gpu=tokens.is_cuda)
+    own = torch.cat([torch.arange(*piece, device=tokens.device) for piece in plan.rank_pieces(group.rank)])
+    positions = arguments["position_ids"]
+    in_place = positions.shape[-1] == length and bool((positions == own).all())
+    sample = 0 if sample_B is None else int(sample_B.sum())
+    seen = group.extremes(torch.tensor([batch, length, sample, in_place], device=tokens.device))
+    batches, lengths, samples, places = seen
+    if any(low != high for low, high in (batches, lengths, samples)):
+        raise ValueError(
+            "fpdt: the ranks of a sequence-parallel group got different samples (rows {}..{}, tokens a rank "
+            "{}..{}); they must read the same: shuffle and augment with the same seed on all of them.".format(
+                *batches, *lengths
+            )
+        )
+    if not places[0]:
+        raise ValueError(
+            f"fpdt: position_ids are not those of a rank's part of a sequence cut in chunks of {plan.chunk_tokens} "
+            f"tokens over {group.size} ranks; let ShardingCollator cut it, with the plugin that the model has."
         )
 
 
@@ -96,6 +126,14 @@ def _with(outputs: Any, **fields: Any) -> Any:
 
 
 def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    token = _sample.set(kwargs.pop(SAMPLE_KEY, None))
+    try:
+        return _forward_with_loss(self, *args, **kwargs)
+    finally:
+        _sample.reset(token)
+
+
+def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's forward. With `labels`: loss in chunks, `logits=None` unless `logits_to_keep` asks for some."""
     arguments = arguments_by_name(inspect.signature(self._fpdt.forward), *args, **kwargs)
     if self.training and torch.is_grad_enabled():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast
+from torch.utils.data import RandomSampler
 
 from .comms import SequenceParallelGroup, build_group
 from .config import FPDTPlugin
@@ -30,21 +34,29 @@ def join_group(
         raise NotImplementedError(f"FPDT cannot run under this Accelerator: {'; '.join(reasons)}.")
     if group is None:
         group = build_group(plugin.sp_size)
-    check_same_size(group, plugin)
     accelerator.dataloader_config.dispatch_batches = False  # the main process would send other samples to every rank
     if group.size > 1:
+        # Its shuffling depends on a seed and the epoch alone, not on what a rank drew before.
+        accelerator.dataloader_config.use_seedable_sampler = True
         mesh = _LoaderMesh((accelerator.num_processes // group.size, group.size))
         accelerator._prepare_device_mesh = lambda: mesh
     return group
 
 
-def check_same_size(group: SequenceParallelGroup, plugin: FPDTPlugin) -> None:
-    """Raise ValueError where a model was given another group than its batches would be cut for."""
-    if group.size != plugin.sp_size:
-        raise ValueError(
-            f"FPDT is applied to this model with sp_size={group.size} already, but the plugin here has "
-            f"sp_size={plugin.sp_size}; give both the same, or leave apply_fpdt to this class."
-        )
+@contextmanager
+def agreed_seeds(accelerator: Accelerator, group: SequenceParallelGroup, sampler: Any) -> Iterator[None]:
+    """Inside, loaders are prepared whose ranks shuffle alike, whatever their own seeds: the main process's counts."""
+    config = accelerator.dataloader_config
+    before = config.data_seed
+    if group.size > 1:
+        seed = broadcast(torch.tensor(torch.initial_seed() % 2**63, device=accelerator.device))
+        config.data_seed = int(seed) if before is None else before
+        if not isinstance(sampler, RandomSampler) and getattr(sampler, "generator", 0) is None:
+            sampler.generator = torch.Generator().manual_seed(int(seed))
+    try:
+        yield
+    finally:
+        config.data_seed = before
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,20 @@ def sharding_collator(inner: Any, plugin: FPDTPlugin, group: SequenceParallelGro
 
     Args:
         more: `on_gpu` (which "auto" chunk size holds), `pad_token_id`.
+
+    Raises:
+        ValueError: `inner` is a `ShardingCollator` of another cut than the model's.
     """
-    if group.size == 1 or isinstance(inner, ShardingCollator):
-        return inner
     chunk_tokens = resolve_chunk_tokens(plugin, on_gpu=more.pop("on_gpu"))
-    return ShardingCollator(inner, group.size, group.rank, chunk_tokens, **more)
+    cut = group.size, group.rank, chunk_tokens
+    if isinstance(inner, ShardingCollator):
+        if (theirs := (inner.sp_size, inner.rank, inner.chunk_tokens)) != cut:
+            raise ValueError(
+                f"The loader's ShardingCollator cuts for (sp_size, rank, chunk_tokens) = {theirs}, but the model of "
+                f"this process takes {cut}: pass the inner collator, it is wrapped for you."
+            )
+        return inner
+    return inner if group.size == 1 else ShardingCollator(inner, *cut, **more)
 
 
 def _refused_options(accelerator: Accelerator) -> list[str]:

@@ -86,6 +86,22 @@ def applied_group(model: nn.Module | None) -> SequenceParallelGroup | None:
     return next((m._fpdt_settings.group for m in modules if isinstance(m, _ChunkedLayerMixin)), None)
 
 
+def has_fpdt(model: nn.Module, plugin: FPDTPlugin, group: SequenceParallelGroup) -> bool:
+    """`is_applied`, with these settings.
+
+    Raises:
+        ValueError: it is applied with others, so batches would be cut in another way than the model expects.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _ChunkedLayerMixin)]
+    for settings in (layer._fpdt_settings for layer in layers[:1]):
+        if settings.plugin != plugin or settings.group.size != group.size:
+            raise ValueError(
+                f"FPDT is applied to this model with {settings.plugin}, but the batches would be cut for {plugin}: "
+                "pass the same fpdt_plugin, or leave apply_fpdt to what prepares the model."
+            )
+    return bool(layers)
+
+
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     unwrapped: Any = model
     inner = unwrapped.get_base_model() if hasattr(model, "get_base_model") else model

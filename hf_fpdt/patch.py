@@ -30,8 +30,12 @@ class Settings:
 
     def plan(self, hidden_BSD: Tensor) -> ChunkPlan:
         """The cut of the sequence of which this rank holds `hidden_BSD`."""
-        chunk_tokens = resolve_chunk_tokens(self.plugin, on_gpu=hidden_BSD.is_cuda)
-        return ChunkPlan(hidden_BSD.shape[1] * self.group.size, chunk_tokens, self.group.size)
+        return self.plan_of(hidden_BSD.shape[1], on_gpu=hidden_BSD.is_cuda)
+
+    def plan_of(self, rank_tokens: int, *, on_gpu: bool) -> ChunkPlan:
+        """The cut of the sequence of which each rank holds `rank_tokens`."""
+        chunk_tokens = resolve_chunk_tokens(self.plugin, on_gpu=on_gpu)
+        return ChunkPlan(rank_tokens * self.group.size, chunk_tokens, self.group.size)
 
     def loss_chunk_tokens(self, config: Any) -> int:
         """Tokens whose logits exist at a time; "auto": a power of two whose fp32 logits fill at most 512 MiB."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
 from .loaders import join_group, sharding_collator
-from .model import applied_group, apply_fpdt
+from .model import applied_group, apply_fpdt, has_fpdt
 
 
 class FPDTTrainerMixin:
@@ -39,10 +40,10 @@ class FPDTTrainerMixin:
         self._fpdt_applied = applied_group(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        reasons = _refused_options(trainer)
+        reasons = _refused_options(trainer, self.fpdt_group.size)
         if reasons:
             raise NotImplementedError(f"FPDT cannot run this Trainer: {'; '.join(reasons)}.")
-        if applied_group(trainer.model) is None:
+        if not has_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group):
             self.fpdt_handle = apply_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group)
         trainer.data_collator = sharding_collator(
             trainer.data_collator,
@@ -83,15 +84,22 @@ class FPDTTrainerMixin:
             dataset = _filled(dataset, rows, batch_size * self._data_parallel_size())
         loader = super()._get_dataloader(dataset, description, batch_size, **kwargs)  # type: ignore[misc]
         loader.fpdt_rows = rows
+        seeded = loader.worker_init_fn
+        if isinstance(seeded, functools.partial) and "rank" in seeded.keywords:
+            # What a dataset draws in a worker must be the same on all ranks of a group.
+            loader.base_dataloader.worker_init_fn = functools.partial(seeded, rank=self._data_parallel_rank())
         return loader
+
+    def _data_parallel_rank(self) -> int:
+        return int(self.args.process_index) // self.fpdt_group.size  # type: ignore[attr-defined]
 
     def _data_parallel_size(self) -> int:
         return int(self.args.world_size) // self.fpdt_group.size  # type: ignore[attr-defined]
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the loss is the mean over samples that one process would report."""
-        rank = int(self.args.process_index) // self.fpdt_group.size  # type: ignore[attr-defined]
-        self._fpdt_evaluation = _Evaluation(getattr(dataloader, "fpdt_rows", None), rank, self._data_parallel_size())
+        rows = getattr(dataloader, "fpdt_rows", None)
+        self._fpdt_evaluation = _Evaluation(rows, self._data_parallel_rank(), self._data_parallel_size())
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
             loss = self._fpdt_evaluation.loss(self.accelerator)  # type: ignore[attr-defined]
@@ -174,13 +182,15 @@ def _filled(dataset: Any, rows: int, multiple: int) -> Any:
 
 
 def _pad_token_id(trainer: Any) -> int:
+    vocabulary = trainer.model.get_input_embeddings().num_embeddings
     for owner in (trainer.processing_class, trainer.model.config):
-        if getattr(owner, "pad_token_id", None) is not None:
-            return int(owner.pad_token_id)
+        token = getattr(owner, "pad_token_id", None)
+        if token is not None and 0 <= int(token) < vocabulary:
+            return int(token)
     return 0
 
 
-def _refused_options(trainer: Any) -> list[str]:
+def _refused_options(trainer: Any, sp_size: int) -> list[str]:
     args = trainer.args
     liger = args.liger_kernel_config or {}
     checks = (
@@ -200,6 +210,14 @@ def _refused_options(trainer: Any) -> list[str]:
         (
             not args.average_tokens_across_devices,
             "average_tokens_across_devices=False counts tokens a rank; leave it on",
+        ),
+        (
+            sp_size > 1 and args.train_sampling_strategy == "batch_rebalance",
+            'train_sampling_strategy="batch_rebalance" gives the ranks of a sequence other samples; take another',
+        ),
+        (
+            sp_size > 1 and args.neftune_noise_alpha is not None,
+            "neftune_noise_alpha scales its noise by a rank's own number of tokens; leave it out",
         ),
         (args.n_gpu > 1, "DataParallel is not supported; start one process a GPU with accelerate launch"),
     )

@@ -121,20 +121,51 @@ def _collator_bug(rank: int, world: int, bug: str) -> None:
     batch = own_batch(2, rank, 63)
     if bug == "labels shifted after the cut":
         batch["shift_labels"] = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
-    elif bug == "contiguous halves":
-        whole = ShardingCollator(stacked, 1, 0, CHUNK)([sample(0, 64)])
-        batch = {name: value[:, rank * 32 : rank * 32 + 32] for name, value in whole.items()}
-    elif bug == "positions from 0 on every rank":
-        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+    elif bug == "labels of another rank":
+        batch["shift_labels"] = batch["labels"] = own_batch(2, 1 - rank, 63, rank * 2 - 1)["labels"]
     wrapped = DistributedDataParallel(model)
     loss = wrapped(**batch).loss
     loss.backward()
-    check_against("llama-2", 64 if bug == "contiguous halves" else 63, 1, wrapped, loss)
+    check_against("llama-2", 63, 1, wrapped, loss)
 
 
 def test_the_check_rejects_broken_cuts() -> None:
-    bugs = ["labels shifted after the cut", "contiguous halves", "positions from 0 on every rank"]
+    bugs = ["labels shifted after the cut", "labels of another rank"]
     assert_rejects(lambda bug: spawn(_collator_bug, 2, bug), {bug: bug for bug in bugs})
+
+
+def _misplaced(rank: int, world: int) -> None:
+    """Every rank raises, so none waits for another; the group works on afterwards."""
+    model = model_of("llama-2")
+    apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, sp_size=2))
+    whole = ShardingCollator(stacked, 1, 0, CHUNK)([sample(0, 64)])
+    halves = {name: value if value.dim() < 2 else value.chunk(2, 1)[rank] for name, value in whole.items()}
+    good = own_batch(2, rank, 63)
+    same_lengths = ShardingCollator(stacked, 2, rank, CHUNK)([sample(rank, 63)])
+    other_lengths = ShardingCollator(stacked, 2, rank, CHUNK)([sample(0, 63 + 8 * rank)])
+    two_rows = ShardingCollator(stacked, 2, rank, CHUNK)([sample(0, 63)] * (1 + rank))
+    misplaced = {
+        "contiguous halves": halves,
+        "positions from 0 on every rank": {**good, "position_ids": torch.arange(32)[None]},
+        "every rank is rank 0": ShardingCollator(stacked, 2, 0, CHUNK)([sample(0, 63)]),
+        "another chunk size": ShardingCollator(stacked, 2, rank, 2 * CHUNK)([sample(0, 63)]),
+        "one rank alone is wrong": {**good, "position_ids": good["position_ids"] + rank},
+    }
+    mixed = {"other samples": same_lengths, "other lengths": other_lengths, "other rows": two_rows}
+    for batches, message in ((misplaced, "position_ids are not those"), (mixed, "got different samples")):
+        for name, batch in batches.items():
+            with pytest.raises(ValueError, match=message):
+                raise_unless_refused(model, batch, name)
+    assert not model(**good).loss.isnan()
+
+
+def raise_unless_refused(model: nn.Module, batch: dict[str, Tensor], name: str) -> None:
+    model(**batch)
+    raise AssertionError(f"{name} was not refused")
+
+
+def test_parts_out_of_place_or_of_different_samples_are_refused_on_every_rank() -> None:
+    spawn(_misplaced, 2)
 
 
 def _accumulated(rank: int, world: int, find_unused: bool) -> None:
