@@ -55,8 +55,8 @@ class Recipe:
     vocab: int = 384
     hidden: int = 96
     layers: int = 3
-    heads: int = 3
-    kv_heads: int = 1
+    heads: int = 4  # two processes share them in the extension
+    kv_heads: int = 2
     mlp_hidden: int = 256
     steps: int = 1100
     batch_windows: int = 4
