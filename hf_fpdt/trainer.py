@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size, nested_truncate
 
 from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
@@ -97,9 +98,15 @@ class FPDTTrainerMixin:
         return int(self.args.world_size) // self.fpdt_group.size  # type: ignore[attr-defined]
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; the loss is the mean over samples that one process would report."""
+        """As Trainer's; the loss is the mean over samples that one process would report.
+
+        As in Trainer, `logging_nan_inf_filter` leaves out batches without a loss (no label that counts).
+        """
         rows = getattr(dataloader, "fpdt_rows", None)
-        self._fpdt_evaluation = _Evaluation(rows, self._data_parallel_rank(), self._data_parallel_size())
+        arguments: Any = self.args  # type: ignore[attr-defined]
+        self._fpdt_evaluation = _Evaluation(
+            rows, self._data_parallel_rank(), self._data_parallel_size(), arguments.logging_nan_inf_filter
+        )
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
             loss = self._fpdt_evaluation.loss(self.accelerator)  # type: ignore[attr-defined]
@@ -108,12 +115,21 @@ class FPDTTrainerMixin:
         if loss is not None:
             name = next(name for name in output.metrics if name.endswith("_loss"))
             output.metrics[name] = loss
-        return output if evaluation.rows is None else output._replace(num_samples=evaluation.rows)
+        if evaluation.rows is None:
+            return output
+        arrays = {
+            name: _first_rows(getattr(output, name), evaluation.rows, arguments.eval_do_concat_batches)
+            for name in ("predictions", "label_ids")
+        }
+        return output._replace(num_samples=evaluation.rows, **arrays)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, on the rows that are not filling; the loss is that of the group's whole batch."""
+        """As Trainer's, on the rows that are not filling; the loss is that of the group's whole batch.
+
+        With ranks that share sequences there is the loss alone.
+        """
         evaluation = self._fpdt_evaluation
-        counted = len(inputs["input_ids"]) if evaluation is None else evaluation.next_rows(inputs)
+        counted = 0 if evaluation is None else evaluation.next_rows(inputs)
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if loss is None and self.fpdt_group.size > 1:
             raise NotImplementedError(
@@ -123,7 +139,7 @@ class FPDTTrainerMixin:
             loss = self.fpdt_group.sum(loss) / self.fpdt_group.size
             if evaluation is not None:
                 evaluation.add(loss, counted)
-        return loss, logits, labels
+        return (loss, logits, labels) if self.fpdt_group.size == 1 else (loss, None, None)
 
 
 class FPDTTrainer(FPDTTrainerMixin, Trainer):
@@ -137,18 +153,19 @@ class _Evaluation:
     Attributes:
         rows: samples of the set; None where it has no length (then every row counts).
         rank: this process's data-parallel place, of `ranks`.
+        finite_only: whether batches whose loss is not finite are left out.
     """
 
     rows: int | None
     rank: int
     ranks: int
+    finite_only: bool
     steps: int = 0
-    loss_sum: Tensor | None = None
-    counted: int = 0
+    sums: Tensor | None = None  # of losses and of rows
 
     def next_rows(self, inputs: dict[str, Any]) -> int:
         """Rows of this rank's next batch that are no filling; the labels of filling are switched off."""
-        batch = len(inputs["input_ids"])
+        batch = find_batch_size(inputs)
         first = (self.steps * self.ranks + self.rank) * batch
         self.steps += 1
         real = batch if self.rows is None else min(max(self.rows - first, 0), batch)
@@ -160,16 +177,29 @@ class _Evaluation:
 
     def add(self, loss: Tensor, rows: int) -> None:
         """Count a batch's loss once for each of its rows (a batch of filling alone has a loss of NaN)."""
-        if rows:
-            self.loss_sum = loss * rows if self.loss_sum is None else self.loss_sum + loss * rows
-            self.counted += rows
+        if not rows:
+            return
+        counts = torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float)]) * rows
+        if self.finite_only:
+            counts = counts.where(loss.isfinite(), 0.0)
+        self.sums = counts if self.sums is None else self.sums + counts
 
     def loss(self, accelerator: Any) -> float | None:
         """Mean over the samples of all ranks; None where no loss was computed."""
-        zero = torch.zeros((), device=accelerator.device)
-        sums = torch.stack([zero if self.loss_sum is None else self.loss_sum.float(), zero + self.counted])
+        sums = torch.zeros(2, device=accelerator.device) if self.sums is None else self.sums
         total, rows = accelerator.reduce(sums, "sum").tolist()
         return total / rows if rows else None
+
+
+def _first_rows(arrays: Any, rows: int, concatenated: bool) -> Any:
+    """Arrays that Trainer gathered (a list by batch, or one), without the filling at the end."""
+    if arrays is None or concatenated:
+        return arrays if arrays is None else nested_truncate(arrays, rows)
+    kept = []
+    for batch in arrays:
+        kept.append(nested_truncate(batch, max(rows, 0)))
+        rows -= find_batch_size(batch) or 0
+    return kept
 
 
 def _filled(dataset: Any, rows: int, multiple: int) -> Any:

@@ -216,7 +216,7 @@ def test_the_features_and_the_inner_batch_are_left_as_they_were() -> None:
 def test_workers_take_it_through_a_pickle() -> None:
     collator = ShardingCollator(stacked, 2, 1, CHUNK, PAD)
     assert pickle.loads(pickle.dumps(collator)) == collator
-    options: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": "spawn", "batch_size": 2}
+    options: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "spawn", "batch_size": 2}
     parts = list(DataLoader(rows(17, 4), collate_fn=collator, **options))  # type: ignore[arg-type]
     for index, part in enumerate(parts):
         here = cut(rows(17, 4)[2 * index : 2 * index + 2], 2, 1)
