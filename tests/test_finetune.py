@@ -104,6 +104,23 @@ def executed_loading_code(card: str) -> dict:
     return names
 
 
+def test_two_processes_that_share_every_sequence_give_the_same_run(
+    lora: Result, inputs: Inputs, tmp_path: Path
+) -> None:
+    """Losses of every step, and the held-out loss at each position, as from one process."""
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = run_python(*launch, *arguments(inputs, tmp_path / "shared", *YARN, "--sp-size", "2"))
+    assert done.returncode == 0, done.stderr
+    shared = Result(tmp_path / "shared", done.stdout)
+    assert shared.facts["training_losses"] == pytest.approx(lora.facts["training_losses"], abs=1e-4)
+    assert shared.facts["held_out_loss"] == pytest.approx(lora.facts["held_out_loss"], abs=1e-4)
+    for name in ("loss_by_position.csv", "loss_by_position.png", "adapter_model.safetensors", "config.json"):
+        assert (shared.output / name).stat().st_size > 0
+    assert "| processes | 2, 2 a sequence |" in shared.card
+    assert done.stdout.count("training step 1 of 2") == 1, "each line is printed once, by the first process"
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_writes_every_promised_file(kind: str, request: pytest.FixtureRequest) -> None:
     output = request.getfixturevalue(kind).output
@@ -181,6 +198,7 @@ MISTAKES = [
     (["--text-column", "body"], ["--text-column", "'body'", "text"]),
     (["--lora-targets", "q_proj,w_pack"], ["--lora-targets", "w_pack", "o_proj"]),
     (["--rope-factor", "4"], ["--rope-factor", "--rope-scaling", "yarn"]),
+    (["--sp-size", "2"], ["--sp-size", "1 process", "accelerate launch --num_processes"]),
     (["--lora-dropout", "1.5"], ["--lora-dropout", "1.5", "allowed"]),
     (["--resume"], ["--resume", "no checkpoint", "--save-every"]),
 ]
