@@ -87,7 +87,7 @@ def applied_group(model: nn.Module | None) -> SequenceParallelGroup | None:
 
 
 def has_fpdt(model: nn.Module, plugin: FPDTPlugin, group: SequenceParallelGroup) -> bool:
-    """`is_applied`, with these settings.
+    """Whether FPDT is applied to the model, with these settings.
 
     Raises:
         ValueError: it is applied with others, so batches would be cut in another way than the model expects.

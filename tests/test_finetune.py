@@ -167,7 +167,7 @@ def test_run_json_holds_the_facts(lora: Result) -> None:
     assert facts["arguments"]["max_length_tokens"] == MAX_LENGTH_TOKENS
     assert len(facts["training_losses"]) == 2 and all(map(math.isfinite, facts["training_losses"]))
     assert facts["data"]["eval_length_tokens"] == MAX_LENGTH_TOKENS and facts["data"]["documents"] == 6
-    assert facts["training_tokens_per_s"] > 0 and facts["versions"]["torch"] == torch.__version__
+    assert facts["training_tokens_per_s"] > 0 and torch.__version__.startswith(facts["versions"]["torch"])
     assert facts["rope"]["after"]["rope_type"] == "yarn" and facts["rope"]["after"]["factor"] == 2.0
     assert facts["trained_parameters"] < facts["parameters"]
 
