@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from tests.app_support import ROOT, run_python
 
@@ -53,3 +54,13 @@ def test_quickstart_in_its_tiny_size(tmp_path: Path) -> None:
 def test_quickstart_refuses_an_unknown_option() -> None:
     done = subprocess.run(["bash", str(ROOT / "scripts" / "quickstart.sh"), "--huge"], capture_output=True, text=True)
     assert done.returncode == 2 and "--tiny" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_configurations_are_what_accelerate_takes(path: Path) -> None:
+    """Read by accelerate itself; FSDP of version 2 without its own activation checkpointing, which FPDT refuses."""
+    config = load_config_from_file(str(path))
+    assert config.num_processes == {"one_gpu": 1, "one_node_ddp_lora": 4, "one_node_fsdp2": 8}.get(path.stem, 16)
+    if config.fsdp_config:
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_activation_checkpointing"] is False
