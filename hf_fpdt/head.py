@@ -7,6 +7,7 @@ slice of hidden states by running that forward with the base model standing asid
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .comms import SAMPLE_KEY, sharded_batch
@@ -167,7 +168,7 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
 
     def logits_of(hidden: Tensor, **kept: int | Tensor) -> Tensor:
         """Logits of hidden states [B, S, D] by the model's own forward."""
-        with _as_head_call(_HeadCall(_with(call.outputs, last_hidden_state=hidden))):
+        with _as_head_call(_HeadCall(_with(call.outputs, last_hidden_state=hidden))), _without_hooks(_heads(self)):
             return self._fpdt.forward(**arguments, **kept).logits
 
     hidden = call.outputs[0]
@@ -176,6 +177,25 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     logits = None if kept is None else logits_of(hidden, logits_to_keep=kept)
     outputs = _with(outputs, loss=loss, logits=logits)
     return outputs.to_tuple() if as_tuple else outputs
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    """What the model's forward may run after its base model."""
+    return [child for child in model.children() if child is not model.base_model]
+
+
+@contextmanager
+def _without_hooks(modules: list[nn.Module]) -> Iterator[None]:
+    """Forward hooks saw the head's one whole pass; on every chunk FSDP2's would end its unit's backward pass early."""
+    inner = [module for outer in modules for module in outer.modules()]
+    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in inner]
+    for module in inner:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, before, after in hooks:
+            module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def _loss(
@@ -189,7 +209,7 @@ def _loss(
     num_items_in_batch: Tensor | int | None,
     attention_mask: Tensor | None,
 ) -> Tensor:
-    heads = [child for child in model.children() if child is not model.base_model]
+    heads = _heads(model)
     if any(hasattr(p, "placements") for child in heads for p in child.parameters()):
         # FSDP2 put them back as shards after the pass above; what computes the logits would be other tensors.
         raise NotImplementedError(

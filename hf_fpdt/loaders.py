@@ -19,8 +19,13 @@ from .data import ShardingCollator
 from .patch import resolve_chunk_tokens
 
 
-def join_group(accelerator: Accelerator, plugin: FPDTPlugin) -> SequenceParallelGroup:
-    """Build this process's group and make the accelerator's loaders give all of a group the same samples.
+def join_group(
+    accelerator: Accelerator, plugin: FPDTPlugin, group: SequenceParallelGroup | None = None
+) -> SequenceParallelGroup:
+    """Make the accelerator's loaders give all of a group the same samples.
+
+    Args:
+        group: the group FPDT was applied with to the model already; None: one is built.
 
     Raises:
         NotImplementedError, ValueError: as for `FPDTAccelerator`.
@@ -28,7 +33,8 @@ def join_group(accelerator: Accelerator, plugin: FPDTPlugin) -> SequenceParallel
     reasons = _refused_options(accelerator)
     if reasons:
         raise NotImplementedError(f"FPDT cannot run under this Accelerator: {'; '.join(reasons)}.")
-    group = build_group(plugin.sp_size)
+    if group is None:
+        group = build_group(plugin.sp_size)
     accelerator.dataloader_config.dispatch_batches = False  # the main process would send other samples to every rank
     if group.size > 1:
         # Its shuffling depends on a seed and the epoch alone, not on what a rank drew before.

@@ -80,13 +80,14 @@ def apply_fpdt(
     return FPDTHandle(target, layers, Settings(plugin, CheckpointStore(), group))
 
 
-def is_applied(model: nn.Module) -> bool:
-    """Whether FPDT is applied to this model, or to the one PEFT or DDP wraps."""
-    return any(isinstance(module, _ChunkedLayerMixin) for module in model.modules())
+def applied_group(model: nn.Module | None) -> SequenceParallelGroup | None:
+    """The group FPDT was applied with to this model, or to the one PEFT or DDP wraps; None where it was not."""
+    modules = model.modules() if model is not None else ()
+    return next((m._fpdt_settings.group for m in modules if isinstance(m, _ChunkedLayerMixin)), None)
 
 
 def has_fpdt(model: nn.Module, plugin: FPDTPlugin, group: SequenceParallelGroup) -> bool:
-    """`is_applied`, with these settings.
+    """Whether FPDT is applied to the model, with these settings.
 
     Raises:
         ValueError: it is applied with others, so batches would be cut in another way than the model expects.

@@ -39,7 +39,7 @@ from tests.models import (
     tokens,
     train_step,
 )
-from tests.support import assert_rejects
+from tests.support import assert_rejects, spawn
 
 IDS = tokens(2, 37)
 
@@ -338,6 +338,12 @@ def test_what_is_no_transformers_model_is_refused() -> None:
 
 
 def test_liger_fused_loss_is_refused() -> None:
+    """In a process of its own: Liger replaces classes of transformers for all models."""
+    pytest.importorskip("liger_kernel.transformers")
+    spawn(_liger_refused, 1)
+
+
+def _liger_refused(rank: int, world: int) -> None:
     liger = pytest.importorskip("liger_kernel.transformers")
     model = tiny(dtype=torch.float32)
     liger._apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=True)

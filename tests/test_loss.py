@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_fpdt.loss import Head, chunked_loss, norm_by_chunks, shifted
-from tests.support import assert_as_accurate, assert_rejects, relative_error
+from tests.support import assert_rejects, relative_error
 
 VOCAB, WIDTH = 61, 24
 
@@ -68,7 +68,13 @@ def test_low_precision_is_within_twice_the_error_of_transformers(dtype: torch.dt
     results = gradients(ours(head, hidden, labels), head, hidden)
     for name, a, b, t in zip(("loss", "hidden", "weight", "bias"), results, naive, exact, strict=True):
         assert a.dtype == b.dtype
-        assert_as_accurate(a, b, t, name=name)
+        our_error, naive_error = (float((x.double() - t).norm()) for x in (a, b))
+        assert our_error <= 2 * naive_error + half_ulp(t, dtype), f"{name}: {our_error:.2e} and {naive_error:.2e}"
+
+
+def half_ulp(truth: Tensor, dtype: torch.dtype) -> float:
+    """Norm of the error that rounding alone may leave; a single number can be right by luck."""
+    return float(truth.norm()) * torch.finfo(dtype).eps / 2
 
 
 def test_scaling_after_the_fact_scales_the_gradients() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -191,11 +192,12 @@ def test_gradient_accumulation_under_ddp(find_unused: bool) -> None:
     spawn(_accumulated, 2, find_unused)
 
 
-def _fsdp_steps(rank: int, world: int, runs: list[tuple[str, int, bool]]) -> None:
+def _fsdp_steps(rank: int, world: int, runs: list[tuple[str, int, bool]], hybrid: bool = False) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard")) if hybrid else None
     for case, sp, reshard in runs:
         model = model_of(case)
-        apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, sp_size=sp))
-        shard(model, reshard)
+        apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, sp_size=sp, loss_chunk_tokens=10))
+        shard(model, reshard, mesh)
         for _ in range(2):  # the second step starts from resharded weights
             model.zero_grad()
             loss = model(**own_batch(sp, rank, 63)).loss
@@ -203,20 +205,25 @@ def _fsdp_steps(rank: int, world: int, runs: list[tuple[str, int, bool]]) -> Non
             check_against(case, 63, world // sp, model, loss)
 
 
-def shard(model: PreTrainedModel, reshard: bool) -> None:
+def shard(model: PreTrainedModel, reshard: bool, mesh: DeviceMesh | None) -> None:
     """FSDP2 as accelerate lays it: a unit a layer, one for the final norm and the head, and the root."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder()
     for layer in decoder.layers:
-        fully_shard(layer, reshard_after_forward=reshard)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
     final_norm = next(m for m in decoder.children() if "norm" in type(m).__name__.lower())
-    fully_shard([final_norm, base.get_output_embeddings()], reshard_after_forward=False)
-    fully_shard(model, reshard_after_forward=reshard)
+    fully_shard([final_norm, base.get_output_embeddings()], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
 
 
 @pytest.mark.parametrize("reshard", [True, False])
 def test_fsdp2_gradients_equal_one_process(reshard: bool) -> None:
     spawn(_fsdp_steps, 2, [(case, sp, reshard) for case, sp in (("llama-2", 2), ("neox+lora", 2), ("llama-2", 1))])
+
+
+def test_hybrid_sharding_equals_one_process() -> None:
+    """Weights sharded over two ranks and replicated over two, sequences shared by two, and by all four."""
+    spawn(_fsdp_steps, 4, [("llama-2", 2, True), ("llama-2", 4, True)], True)
 
 
 def _round_trip(rank: int, world: int) -> None:

@@ -1,0 +1,169 @@
+"""The model card (README.md of the output folder), filled from what was measured in the run."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+
+LOADING_ADAPTER = """\
+import hf_fpdt  # registers attn_implementation="fpdt"; without it, take "sdpa"
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+adapter = "$folder"  # this folder, or its hub name
+config = AutoConfig.from_pretrained(adapter)  # the base's config with the rotary parameters trained with
+model = AutoModelForCausalLM.from_pretrained("$base", config=config, attn_implementation="fpdt", dtype="$dtype")
+model = PeftModel.from_pretrained(model, adapter)
+tokenizer = AutoTokenizer.from_pretrained(adapter)"""
+
+LOADING_FULL = """\
+import hf_fpdt  # registers attn_implementation="fpdt"; without it, take "sdpa"
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "$folder"  # this folder, or its hub name
+model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fpdt", dtype="$dtype")
+tokenizer = AutoTokenizer.from_pretrained(folder)"""
+
+
+def loading_code(facts: Mapping[str, Any]) -> str:
+    """The exact code that loads the result with the rotary parameters it was trained with."""
+    code = LOADING_FULL if facts["arguments"]["full"] else LOADING_ADAPTER
+    names = {"folder": facts["arguments"]["output"], "base": facts["arguments"]["model"]}
+    return Template(code).substitute(names, dtype=facts["arguments"]["dtype"])
+
+
+def write_card(path: Path, facts: Mapping[str, Any], loss_table: str) -> None:
+    """Fill the template; a place without a fact is an error, never an empty line in the card."""
+    arguments, data = facts["arguments"], facts["data"]
+    full = arguments["full"]
+    places = {
+        # The hub knows base models by hub name only; a local folder there would be flagged as an error.
+        "base_model": "" if Path(arguments["model"]).exists() else f"base_model: {arguments['model']}\n",
+        "library_name": "transformers" if full else "peft",
+        "extra_tags": "- full-fine-tune" if full else "- lora",
+        "title": f"{Path(arguments['model']).name} at {arguments['max_length_tokens']:,} tokens",
+        "summary": _summary(facts),
+        "eval_windows": data["eval_windows"],
+        "eval_length": f"{data['eval_length_tokens']:,}",
+        "eval_documents": _names(data["eval_documents"]),
+        "loss_table": loss_table,
+        "loss_note": _loss_note(facts),
+        "loading_code": loading_code(facts),
+        "loading_note": _loading_note(facts),
+        "rope_text": _rope_text(facts["rope"]),
+        "training_rows": _rows(_training_facts(facts)),
+        "data_text": _data_text(facts),
+        "command": facts["command"],
+        "environment_rows": _rows({**facts["hardware"], **facts["versions"]}),
+        "limits_text": _limits(facts),
+    }
+    path.write_text(Template(TEMPLATE.read_text(encoding="utf-8")).substitute(places), encoding="utf-8")
+
+
+def command_line(argv: list[str]) -> str:
+    """The command as it can be pasted, options on their own lines."""
+    words = [shlex.quote(word) for word in argv]
+    return " \\\n    ".join(["python scripts/finetune.py", *_grouped(words)])
+
+
+def _grouped(words: list[str]) -> list[str]:
+    groups: list[str] = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append(word)
+        else:
+            groups[-1] += f" {word}"
+    return groups
+
+
+def _names(names: list[str], shown: int = 12) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(f"`{name}`" for name in names[:shown]) + more
+
+
+def _rows(facts: Mapping[str, Any]) -> str:
+    return "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
+
+
+def _summary(facts: Mapping[str, Any]) -> str:
+    arguments, rope = facts["arguments"], facts["rope"]
+    what = "All weights" if arguments["full"] else f"A LoRA adapter (rank {arguments['lora_r']})"
+    return (
+        f"{what} of `{arguments['model']}`, trained for {arguments['steps']} steps on sequences of "
+        f"{arguments['max_length_tokens']:,} tokens; the base was pre-trained up to {rope['pretrained_tokens']:,}."
+    )
+
+
+def _loss_note(facts: Mapping[str, Any]) -> str:
+    stock = "*before* is the stock model, unchanged."
+    if facts["rope"]["kind"] == "none":
+        return stock
+    return f"{stock} The middle column is the same stock weights with the new rotary embedding, before any training."
+
+
+def _loading_note(facts: Mapping[str, Any]) -> str:
+    if facts["arguments"]["full"] or facts["rope"]["kind"] == "none":
+        return "`apply_fpdt(model)` from hf_fpdt then runs the layers chunk by chunk, to evaluate and to train."
+    return (
+        "The `config=` matters: the adapter was trained with other rotary parameters than the base's own "
+        "config has. Loading the base alone, or this folder's name through `AutoModelForCausalLM`, takes the "
+        "base's config and gives other losses without an error. `apply_fpdt(model)` from hf_fpdt then runs "
+        "the layers chunk by chunk."
+    )
+
+
+def _rope_text(rope: Mapping[str, Any]) -> str:
+    if rope["kind"] == "none":
+        return f"Unchanged: `{rope['before']}`."
+    return f"Before: `{rope['before']}`\n\nNow, also in `config.json` here: `{rope['after']}`"
+
+
+def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = facts["arguments"]
+    rows = {
+        "sequence length": f"{arguments['max_length_tokens']:,} tokens",
+        "chunk": f"{_count(arguments['chunk_tokens'])} tokens",
+        "processes": f"{facts['processes']}, {arguments['sp_size']} a sequence",
+        "steps": f"{arguments['steps']} of {arguments['batch_size']} × {arguments['grad_accum']} windows",
+        "learning rate": f"{arguments['lr']:g}, {arguments['warmup']} warm-up steps, cosine to a tenth",
+        "weights": "all" if arguments["full"] else _lora_text(arguments),
+        "dtype": arguments["dtype"],
+        "loss of the first step": f"{facts['training_losses'][0]:.3f}",
+        "loss of the last step": f"{facts['training_losses'][-1]:.3f}",
+        "seed": arguments["seed"],
+    }
+    seconds = {f"seconds, {name}": f"{value:.1f}" for name, value in facts["phase_seconds"].items()}
+    return {**rows, **seconds, "tokens a second in training": f"{facts['training_tokens_per_s']:,.0f}"}
+
+
+def _count(tokens: int | str) -> str:
+    return tokens if isinstance(tokens, str) else f"{tokens:,}"
+
+
+def _lora_text(arguments: Mapping[str, Any]) -> str:
+    targets = arguments["lora_targets"]
+    where = targets if isinstance(targets, str) else ", ".join(targets)
+    numbers = f"rank {arguments['lora_r']}, alpha {arguments['lora_alpha']}, dropout {arguments['lora_dropout']}"
+    return f"LoRA {numbers}, on {where}"
+
+
+def _data_text(facts: Mapping[str, Any]) -> str:
+    data, arguments = facts["data"], facts["arguments"]
+    sources = ", ".join(f"`{source}`" for source in arguments["data"])
+    return (
+        f"Data: {sources}, {data['documents']} documents of {data['tokens']:,} tokens, as {data['windows']} "
+        f"windows ({data['full_windows']} full). Documents shorter than a window follow one another with an "
+        "end-of-sequence token between them, under plain causal attention."
+    )
+
+
+def _limits(facts: Mapping[str, Any]) -> str:
+    return (
+        f"The loss was measured on {facts['data']['eval_windows']} windows of "
+        f"{facts['data']['eval_length_tokens']:,} tokens from the documents named above, and on nothing else: "
+        "no task, no longer text and no safety test. The figures hold for this data. The licence of the base "
+        "model and of the data apply."
+    )

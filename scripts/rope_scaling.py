@@ -1,0 +1,82 @@
+"""Change a model's rotary position embedding so that it reaches further than it was trained.
+
+Works on `config.rope_parameters` of transformers 5 (one dictionary for the model: Llama, GPT-NeoX, Mistral, Qwen ...),
+and rebuilds the rotary modules of a loaded model in place, so that the weights are read once.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from user_error import UserError
+
+KINDS = ("none", "linear", "yarn")
+
+
+@dataclass(frozen=True)
+class RopePlan:
+    """The rotary parameters before and after, and the length the model claims afterwards."""
+
+    kind: str
+    factor: float
+    before: dict[str, Any]
+    after: dict[str, Any]
+    max_position_embeddings: int
+    pretrained_tokens: int
+
+    @property
+    def changes(self) -> bool:
+        """Whether the model's frequencies differ afterwards."""
+        return self.after != self.before
+
+
+def plan_rope(config: PreTrainedConfig, kind: str, factor: float | None, max_length_tokens: int) -> RopePlan:
+    """Decide the new rope_parameters; factor None means: just enough for max_length_tokens."""
+    before = _rope_parameters(config)
+    pretrained = int(before.get("original_max_position_embeddings") or config.max_position_embeddings)
+    if kind == "none":
+        reach = max(config.max_position_embeddings, max_length_tokens)
+        return RopePlan(kind, 1.0, before, dict(before), reach, pretrained)
+    if before["rope_type"] not in ("default", kind):
+        raise UserError(
+            f"--rope-scaling {kind}: this model already has rope_type {before['rope_type']!r}; allowed: "
+            f"default or {kind}; use --rope-scaling none to keep the model's own"
+        )
+    factor = factor if factor is not None else max(1.0, max_length_tokens / pretrained)
+    reach = max(max_length_tokens, round(pretrained * factor))
+    if factor == 1.0:
+        return RopePlan("none", 1.0, before, dict(before), reach, pretrained)
+    after = {**before, "rope_type": kind, "factor": float(factor)}
+    if kind == "yarn":
+        after["original_max_position_embeddings"] = pretrained
+    return RopePlan(kind, float(factor), before, after, reach, pretrained)
+
+
+def _rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
+        kind = "one set for each layer type" if isinstance(parameters, dict) else "none"
+        raise UserError(
+            f"--model: {type(config).__name__} has no single set of rotary parameters (found {kind}); allowed: "
+            "models with one config.rope_parameters, as Llama and GPT-NeoX have"
+        )
+    return {"rope_type": "default", **parameters}
+
+
+def apply_rope(model: PreTrainedModel, plan: RopePlan) -> None:
+    """Write the plan into the model's config and rebuild its rotary modules from it."""
+    model.config.rope_parameters = dict(plan.after)
+    model.config.max_position_embeddings = plan.max_position_embeddings
+    for parent, name, rotary in rotary_modules(model):
+        setattr(parent, name, type(rotary)(config=model.config).to(rotary.inv_freq.device))
+
+
+def rotary_modules(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, attribute, module) of every rotary embedding in the model."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if hasattr(child, "inv_freq") and hasattr(child, "rope_type")
+    ]

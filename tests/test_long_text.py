@@ -1,0 +1,154 @@
+"""Documents and windows: every token once, held-out documents whole, positions that mean what they say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.app_support import stories, write_jsonl, write_tiny_checkpoint
+
+# isort: split
+from long_text import (
+    Piece,
+    RightPadding,
+    WindowDataset,
+    document_tokens,
+    hold_out,
+    plan_eval_windows,
+    plan_windows,
+    read_documents,
+    tokenise,
+    window_tokens,
+    without_held_out_texts,
+)
+from user_error import UserError, parse_tokens, tokens_text
+
+LENGTHS = [[5, 7, 3], [10, 20, 30], [1, 1, 1], [100], [9, 11, 63, 2, 10], [1]]
+
+
+def tokenised_rows(*rows: list[int]) -> Dataset:
+    return Dataset.from_dict({"name": [str(i) for i in range(len(rows))], "input_ids": list(rows)}).with_format(
+        "numpy"
+    )
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_every_token_is_in_exactly_one_window(lengths: list[int]) -> None:
+    windows = plan_windows(lengths, 10)
+    pieces = [piece for window in windows for piece in window]
+    seen = Counter((piece.document, token) for piece in pieces for token in range(piece.start, piece.stop))
+    everything = {(document, token) for document, length in enumerate(lengths) for token in range(length)}
+    lost = everything - set(seen)
+    assert set(seen.values()) <= {1} and set(seen) <= everything
+    assert len(lost) <= 1  # one token alone at the very end has nothing to predict
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_all_windows_but_the_last_are_full(lengths: list[int]) -> None:
+    sizes = [window_tokens(window) for window in plan_windows(lengths, 10)]
+    assert all(size == 10 for size in sizes[:-1]) and all(1 < size <= 10 for size in sizes)
+
+
+def test_a_long_document_fills_windows_of_its_own() -> None:
+    assert plan_windows([25], 10) == [(Piece(0, 0, 10),), (Piece(0, 10, 20),), (Piece(0, 20, 25),)]
+
+
+def test_short_documents_follow_one_another_with_an_end_between_them() -> None:
+    tokenised = tokenised_rows([7, 8, 0], [9, 0])
+    window = WindowDataset(tokenised, plan_windows(document_tokens(tokenised), 10))[0]
+    assert window["input_ids"].tolist() == [7, 8, 0, 9, 0]
+    assert window["labels"].tolist() == window["input_ids"].tolist()
+
+
+def test_evaluation_windows_are_of_one_document_and_one_length() -> None:
+    windows = plan_eval_windows([35, 8, 20, 12], 10, max_documents=16, max_windows=16)
+    assert all(len(window) == 1 and window_tokens(window) == 10 for window in windows)
+    assert [window[0].document for window in windows] == [0, 2, 3, 0, 2, 0]  # in turn, then the longer ones again
+    assert [window[0].start for window in windows] == [0, 0, 0, 10, 10, 20]
+
+
+def test_evaluation_windows_shrink_to_the_longest_document() -> None:
+    assert plan_eval_windows([4, 6], 10, max_documents=16, max_windows=16) == [(Piece(1, 0, 6),)]
+
+
+def test_evaluation_respects_both_limits() -> None:
+    windows = plan_eval_windows([100, 100, 100], 10, max_documents=2, max_windows=5)
+    assert len(windows) == 5 and {window[0].document for window in windows} == {0, 1}
+
+
+def test_held_out_documents_are_whole_and_never_trained_on(tmp_path: Path) -> None:
+    documents = read_documents([str(write_jsonl(tmp_path / "data.jsonl", stories(20)))])
+    training, held_out = hold_out(documents, fraction=0.2, seed=3)
+    assert len(held_out) == 4 and set(training["name"]).isdisjoint(held_out["name"])
+    assert sorted([*training["text"], *held_out["text"]]) == sorted(documents["text"])
+
+
+def test_hold_out_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    documents = read_documents([str(write_jsonl(tmp_path / "data.jsonl", stories(20)))])
+    chosen = [tuple(hold_out(documents, 0.2, seed)[1]["name"]) for seed in (1, 1, 2)]
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_a_copy_of_a_held_out_text_is_dropped_from_training(tmp_path: Path) -> None:
+    texts = stories(3)
+    training = read_documents([str(write_jsonl(tmp_path / "train.jsonl", [*texts, texts[1]]))])
+    held_out = read_documents([str(write_jsonl(tmp_path / "held.jsonl", [texts[1]]))])
+    assert without_held_out_texts(training, held_out)["text"] == [texts[0], texts[2]]
+
+
+def test_one_document_cannot_be_split(tmp_path: Path) -> None:
+    documents = read_documents([str(write_jsonl(tmp_path / "one.jsonl", stories(1)))])
+    with pytest.raises(UserError, match="--eval-data"):
+        hold_out(documents, 0.5, seed=0)
+
+
+def test_reads_files_folders_and_tables(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "folder" / "a.py").write_text("print('a')\n")
+    (tmp_path / "folder" / "inner" / "b.txt").write_text("b\n")
+    (tmp_path / "folder" / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "folder" / "empty.txt").write_text("\n")
+    parquet = tmp_path / "table.parquet"
+    Dataset.from_dict({"body": ["first", "second"]}).to_parquet(parquet)
+    assert read_documents([str(tmp_path / "folder")])["name"] == ["a.py", "inner/b.txt"]
+    assert read_documents([str(tmp_path / "folder" / "a.py")])["text"] == ["print('a')\n"]
+    assert read_documents([str(parquet)], text_column="body")["text"] == ["first", "second"]
+
+
+def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match="no text or source file"):
+        read_documents([str(tmp_path)])
+
+
+def test_each_tokenised_document_ends_once(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(write_tiny_checkpoint(tmp_path / "model"))
+    texts = [*stories(2), f"ends already{tokenizer.eos_token}"]
+    rows = tokenise(read_documents([str(write_jsonl(tmp_path / "data.jsonl", texts))]), tokenizer, "texts")
+    for ids in rows["input_ids"]:
+        assert ids[-1] == tokenizer.eos_token_id and (ids == tokenizer.eos_token_id).sum() == 1
+
+
+def test_padding_is_on_the_right_and_not_learnt() -> None:
+    rows = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([1, 2, 3], [4])]
+    batch = RightPadding(pad_id=0)(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert batch["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("8192", 8192), ("8K", 8192), ("1m", 1024**2), ("3K", 3072)])
+def test_parse_tokens(text: str, tokens: int) -> None:
+    assert parse_tokens("--max-length", text) == tokens
+    assert parse_tokens("--max-length", tokens_text(tokens).replace(",", "")) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5K", "K", "8 K", "1G"])
+def test_parse_tokens_refuses(text: str) -> None:
+    with pytest.raises(UserError, match="--max-length.*allowed"):
+        parse_tokens("--max-length", text)

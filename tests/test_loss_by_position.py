@@ -1,0 +1,139 @@
+"""Loss by position: equal to plain cross entropy, with teeth; bins that cover; a figure and a csv."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_fpdt import FPDTPlugin, apply_fpdt
+from tests import app_support  # noqa: F401  puts scripts/ on the path
+
+# isort: split
+import loss_by_position
+from loss_by_position import Curve, measure, octave_ranges, position_bins, table_lines, token_losses, write_csv
+from position_figure import draw
+
+LENGTH_TOKENS = 63
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=50, num_key_value_heads=2, initializer_range=0.3, **sizes)
+    config._attn_implementation = "fpdt"
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def input_ids_BS() -> Tensor:
+    return torch.randint(0, 50, (2, LENGTH_TOKENS))
+
+
+def plain_losses(model: LlamaForCausalLM, input_ids_BS: Tensor) -> Tensor:
+    """The definition: logits of the whole sequence, cross entropy at each position."""
+    logits = model(input_ids=input_ids_BS).logits[:, :-1].double()
+    return F.cross_entropy(logits.transpose(1, 2), input_ids_BS[:, 1:], reduction="none").float()
+
+
+def agrees(losses: Tensor, expected: Tensor) -> bool:
+    return losses.shape == expected.shape and torch.allclose(losses, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("slice_tokens", [1, 7, 62, 1000])
+def test_equals_plain_cross_entropy(model: LlamaForCausalLM, input_ids_BS: Tensor, slice_tokens: int) -> None:
+    with torch.no_grad():
+        expected = plain_losses(model, input_ids_BS)
+    assert agrees(token_losses(model, input_ids_BS, slice_tokens), expected)
+
+
+def test_equals_plain_cross_entropy_under_apply_fpdt(model: LlamaForCausalLM, input_ids_BS: Tensor) -> None:
+    with torch.no_grad():
+        expected = plain_losses(model, input_ids_BS)
+    handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=16))
+    losses = token_losses(model, input_ids_BS, slice_tokens=10)
+    handle.remove()
+    assert agrees(losses, expected)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [lambda ids: ids.roll(1, dims=1), lambda ids: ids.roll(-1, dims=1), lambda ids: ids.flip(0)],
+    ids=["one too late", "one too early", "rows exchanged"],
+)
+def test_the_comparison_rejects_shifted_labels(
+    model: LlamaForCausalLM, input_ids_BS: Tensor, broken: Callable[[Tensor], Tensor]
+) -> None:
+    with torch.no_grad():
+        logits = model(input_ids=input_ids_BS).logits[:, :-1]
+        wrong = F.cross_entropy(logits.transpose(1, 2), broken(input_ids_BS)[:, 1:], reduction="none")
+        assert not agrees(wrong, plain_losses(model, input_ids_BS))
+
+
+def test_a_model_that_changes_its_logits_is_refused(
+    model: LlamaForCausalLM, input_ids_BS: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = model.forward
+
+    def scaled(*args: object, **kwargs: object) -> object:
+        output = plain(*args, **kwargs)
+        output.logits = output.logits * 0.25
+        return output
+
+    monkeypatch.setattr(model, "forward", scaled)
+    with pytest.raises(NotImplementedError, match="logits"):
+        measure(model, [{"input_ids": input_ids_BS[0]}], "scaled", report=lambda _: None)
+
+
+def test_measure_reports_and_restores_the_mode(model: LlamaForCausalLM, input_ids_BS: Tensor) -> None:
+    lines: list[str] = []
+    model.train()
+    curve = measure(model, [{"input_ids": row} for row in input_ids_BS], "stock", lines.append)
+    assert model.training and "window 2 of 2" in lines[-1]
+    model.eval()
+    assert curve.mean_loss == pytest.approx(model(input_ids=input_ids_BS, labels=input_ids_BS).loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [2, 32, 63, 64, 65, 255, 256, 257, 1000, 8192, 10_001])
+def test_bins_cover_every_position_once(length: int) -> None:
+    positions = [position for first, stop in position_bins(length) for position in range(first, stop)]
+    assert positions == list(range(1, length))
+
+
+def test_between_takes_the_positions_it_names() -> None:
+    curve = Curve("c", torch.arange(1.0, 9.0)[None])  # the loss at position p is p
+    assert curve.between(1, 2) == 1.0 and curve.between(3, 5) == 3.5 and curve.between(0, 9) == 4.5
+
+
+def test_table_rows_start_at_the_pre_training_length() -> None:
+    assert octave_ranges(8192, 512) == [(0, 512), (512, 1024), (1024, 2048), (2048, 4096), (4096, 8192)]
+    lines = table_lines([Curve("before", torch.ones(1, 1023)), Curve("after", torch.zeros(1, 1023))], 512)
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["0–512", "512–1K", "all"]
+
+
+def test_csv_and_figure(tmp_path: Path) -> None:
+    curves = [Curve(label, torch.rand(3, 1023)) for label in ("before", "yarn only", "after")]
+    write_csv(tmp_path / "curve.csv", curves)
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    assert sum(int(row["tokens"]) for row in rows) == 3 * 1023
+    assert float(rows[0]["after"]) == pytest.approx(curves[2].between(1, 32), abs=1e-5)
+    draw(tmp_path / "curve.png", curves, 512, "title")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_runs_alone(tmp_path: Path) -> None:
+    model = app_support.write_tiny_checkpoint(tmp_path / "model")
+    data = app_support.write_jsonl(tmp_path / "held.jsonl", app_support.stories(2))
+    done = app_support.run_python(
+        *(loss_by_position.__file__, "--model", model, "--eval-data", data, "--max-length", "256"),
+        *("--output", tmp_path / "out"),
+    )
+    assert done.returncode == 0 and "| all" in done.stdout, done.stderr
+    assert (tmp_path / "out" / "loss_by_position.png").is_file()

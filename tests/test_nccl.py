@@ -1,0 +1,38 @@
+"""NCCL on one GPU: a world of one process runs the same groups, loaders and exchanges as many."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_fpdt import FPDTPlugin, ShardingCollator, apply_fpdt
+from hf_fpdt.comms import SequenceParallelGroup
+from tests.support import relative_error
+from tests.test_sequence_parallel import sample, stacked
+from tests.truth import loss_and_gradients, tiny
+
+
+@pytest.mark.gpu
+def test_gpu_one_process_over_nccl_equals_the_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exchanges are forced through NCCL (a group of one would hand its input back) and change nothing."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533", RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("nccl", rank=0, world_size=1)
+    try:
+        group = SequenceParallelGroup(1, 0, dist.group.WORLD)
+        x = torch.randn(2, 8, 4, 16, device="cuda")
+        assert torch.equal(group._exchange(x), x)
+        model = tiny("llama").float().cuda()
+        batch = {name: value.cuda() for name, value in ShardingCollator(stacked, 1, 0, 16)([sample(0, 63)]).items()}
+        plain = loss_and_gradients(model, batch["input_ids"], stacked([sample(0, 63)])["labels"].cuda())
+        apply_fpdt(model, FPDTPlugin(chunk_tokens=16, kernel="math"))
+        model.zero_grad()
+        wrapped = DistributedDataParallel(model, device_ids=[0])
+        wrapped(**batch).loss.backward()
+        for name, parameter in model.named_parameters():
+            assert relative_error(parameter.grad, plain[name]) < 1e-4, name
+    finally:
+        dist.destroy_process_group()
