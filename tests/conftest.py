@@ -12,6 +12,7 @@ from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from tests.support import nan_filled_empty  # noqa: E402
 
@@ -39,3 +40,11 @@ def nan_poison() -> Iterator[None]:
     """Fill what hf_fpdt allocates without initialising, so that a never-written buffer reaches the result."""
     with nan_filled_empty():
         yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings for the whole process and refuses others: each test starts without any."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
