@@ -149,7 +149,7 @@ def spawn(fn: Callable[..., object], world_size: int, *args: Any) -> None:
             mp.start_processes(_child, work, world_size, daemon=True, start_method="forkserver")
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             # The process whose end was noticed first is often one that only lost its peer.
-            reports = sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+            reports = sorted(Path(folder).glob("rank *"), key=lambda path: path.stat().st_mtime_ns)
             if not reports:
                 raise
             kind, _, text = reports[0].read_text().partition("\n")
@@ -171,7 +171,9 @@ def _child(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+    # They meet in a file: a port that was free a moment ago may by now be another job's.
+    meeting = f"file://{reports}/store"
+    dist.init_process_group("gloo", meeting, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
     try:
         with nan_filled_empty():
             fn(rank, world_size, *args)
