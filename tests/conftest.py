@@ -36,6 +36,13 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_accelerator_before() -> None:
+    """Accelerate keeps the settings of the first Accelerator of a process, and refuses others."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
 def nan_poison() -> Iterator[None]:
     """Fill what hf_fpdt allocates without initialising, so that a never-written buffer reaches the result."""
     with nan_filled_empty():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -157,6 +158,18 @@ def spawn(fn: Callable[..., object], world_size: int, *args: Any) -> None:
             raise failure(f"{reports[0].name} of {world_size} failed first:\n{text}") from error
 
 
+def _free_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of a traceback hold, DDP's reducer above all.
+
+    If the reducer outlives the process group, its end joins gloo's threads with the interpreter's lock in hand, which
+    one of them may be waiting for: the process hangs.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -180,6 +193,7 @@ def _child(
     except Exception as error:
         # Before the group goes, and with it the peers.
         (reports / f"rank {rank}").write_text(f"{type(error).__name__}\n{traceback.format_exc()}")
+        _free_frames(error)
         raise
     finally:
         if dist.is_initialized():
