@@ -47,11 +47,3 @@ def nan_poison() -> Iterator[None]:
     """Fill what hf_fpdt allocates without initialising, so that a never-written buffer reaches the result."""
     with nan_filled_empty():
         yield
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its settings for the whole process and refuses others: each test starts without any."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
