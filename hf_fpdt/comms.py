@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .layout import ChunkPlan
+
 # A rank may wait for the slowest of its group through a step of hours (checkpointing, the first compilation).
 GROUP_TIMEOUT = timedelta(hours=24)
 
@@ -141,6 +143,11 @@ def sum_repeated_heads(dx_BSGH: Tensor, times: int) -> Tensor:
         return dx_BSGH
     wide = torch.promote_types(dx_BSGH.dtype, torch.float32)
     return dx_BSGH.unflatten(2, (-1, times)).sum(3, dtype=wide).to(dx_BSGH.dtype)
+
+
+def own_tokens(plan: ChunkPlan, rank: int, device: torch.device | None = None) -> Tensor:
+    """Global indices of the tokens that `rank` owns, [n_tokens / sp_size], in its local order."""
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in plan.rank_pieces(rank)])
 
 
 def build_group(sp_size: int) -> SequenceParallelGroup:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .comms import SAMPLE_KEY
+from .comms import SAMPLE_KEY, own_tokens
 from .layout import ChunkPlan
 
 IGNORE_INDEX = -100
@@ -67,7 +67,7 @@ class ShardingCollator:
         batch["position_ids"] = torch.arange(n_tokens + missing, device=batch["input_ids"].device).expand(
             batch["input_ids"].shape[0], -1
         )
-        own = self._own_tokens(n_tokens + missing)
+        own = own_tokens(ChunkPlan(n_tokens + missing, self.chunk_tokens, self.sp_size), self.rank)
         return {
             name: value[:, own] if _by_token(value, n_tokens + missing) else value for name, value in batch.items()
         }
@@ -78,10 +78,6 @@ class ShardingCollator:
             return value
         tail = (0, 0) * (value.dim() - 2)
         return pad(value, (*tail, 0, missing), value=self.pad_token_id if name == "input_ids" else 0)
-
-    def _own_tokens(self, n_tokens: int) -> Tensor:
-        plan = ChunkPlan(n_tokens, self.chunk_tokens, self.sp_size)
-        return torch.cat([torch.arange(start, stop) for start, stop in plan.rank_pieces(self.rank)])
 
 
 def _fingerprint(ids_BS: Tensor, shift_labels_BS: Tensor | None) -> Tensor:

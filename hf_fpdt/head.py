@@ -6,7 +6,6 @@ slice of hidden states by running that forward with the base model standing asid
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .comms import SAMPLE_KEY, sharded_batch
+from .comms import SAMPLE_KEY, own_tokens, sharded_batch
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, patch
 
@@ -70,7 +69,7 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     call = _head_call.get()
     if call is not None and call.outputs is not None:
         return call.outputs
-    arguments = arguments_by_name(inspect.signature(self._fpdt.forward), *args, **kwargs)
+    arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
     # With a cache it is generation, in which every rank has the whole of a sequence.
     sharded = self._fpdt.settings.group.size > 1 and arguments.get("past_key_values") is None
     if sharded:
@@ -100,12 +99,12 @@ def _check_shard(arguments: dict[str, Any], sample_B: Tensor | None, settings: S
     tokens = ids if ids is not None else arguments["inputs_embeds"]
     batch, length = tokens.shape[:2]
     group, plan = settings.group, settings.plan_of(length, on_gpu=tokens.is_cuda)
-    own = torch.cat([torch.arange(*piece, device=tokens.device) for piece in plan.rank_pieces(group.rank)])
-    positions = arguments["position_ids"]
-    in_place = positions.shape[-1] == length and bool((positions == own).all())
-    sample = 0 if sample_B is None else int(sample_B.sum())
-    seen = group.extremes(torch.tensor([batch, length, sample, in_place], device=tokens.device))
-    batches, lengths, samples, places = seen
+    own, positions = own_tokens(plan, group.rank, tokens.device), arguments["position_ids"]
+    sizes = torch.tensor([batch, length], device=tokens.device)
+    sample = sizes.new_zeros(()) if sample_B is None else sample_B.sum().to(tokens.device)
+    in_place = (positions == own).all() if positions.shape[-1] == length else sizes.new_zeros(())
+    # Everything stays on the device until the group has seen it: the host waits once.
+    batches, lengths, samples, places = group.extremes(torch.cat([sizes, torch.stack([sample, in_place.long()])]))
     if any(low != high for low, high in (batches, lengths, samples)):
         raise ValueError(
             "fpdt: the ranks of a sequence-parallel group got different samples (rows {}..{}, tokens a rank "
@@ -135,7 +134,7 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's forward. With `labels`: loss in chunks, `logits=None` unless `logits_to_keep` asks for some."""
-    arguments = arguments_by_name(inspect.signature(self._fpdt.forward), *args, **kwargs)
+    arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
     if self.training and torch.is_grad_enabled():
         arguments["use_cache"] = False
     if arguments.get("output_router_logits") or getattr(self.config.get_text_config(), "output_router_logits", False):

@@ -68,7 +68,7 @@ def apply_fpdt(
     plugin = FPDTPlugin() if plugin is None else plugin
     target = _transformers_model(model)
     layers = decoder_layers(target)
-    if any(isinstance(layer, _ChunkedLayerMixin) for layer in layers):
+    if applied_settings(target) is not None:
         raise RuntimeError(
             f"FPDT is applied to this {type(target).__name__} already; call remove() on its handle first."
         )
@@ -80,10 +80,9 @@ def apply_fpdt(
     return FPDTHandle(target, layers, Settings(plugin, CheckpointStore(), group))
 
 
-def applied_group(model: nn.Module | None) -> SequenceParallelGroup | None:
-    """The group FPDT was applied with to this model, or to the one PEFT or DDP wraps; None where it was not."""
-    modules = model.modules() if model is not None else ()
-    return next((m._fpdt_settings.group for m in modules if isinstance(m, _ChunkedLayerMixin)), None)
+def applied_settings(model: nn.Module) -> Settings | None:
+    """The settings FPDT was applied with to this model, or to the one PEFT or DDP wraps; None where it was not."""
+    return next((m._fpdt_settings for m in model.modules() if isinstance(m, _ChunkedLayerMixin)), None)
 
 
 def has_fpdt(model: nn.Module, plugin: FPDTPlugin, group: SequenceParallelGroup) -> bool:
@@ -92,14 +91,13 @@ def has_fpdt(model: nn.Module, plugin: FPDTPlugin, group: SequenceParallelGroup)
     Raises:
         ValueError: it is applied with others, so batches would be cut in another way than the model expects.
     """
-    layers = [module for module in model.modules() if isinstance(module, _ChunkedLayerMixin)]
-    for settings in (layer._fpdt_settings for layer in layers[:1]):
-        if settings.plugin != plugin or settings.group.size != group.size:
-            raise ValueError(
-                f"FPDT is applied to this model with {settings.plugin}, but the batches would be cut for {plugin}: "
-                "pass the same fpdt_plugin, or leave apply_fpdt to what prepares the model."
-            )
-    return bool(layers)
+    settings = applied_settings(model)
+    if settings is not None and (settings.plugin != plugin or settings.group.size != group.size):
+        raise ValueError(
+            f"FPDT is applied to this model with {settings.plugin}, but the batches would be cut for {plugin}: pass "
+            "the same fpdt_plugin, or leave apply_fpdt to what prepares the model."
+        )
+    return settings is not None
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
@@ -220,7 +218,7 @@ class _ChunkedLayerMixin(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, chunk by chunk; as it is for generation with a cache."""
         raw = _raw_forward(self._fpdt_class)
-        arguments = arguments_by_name(inspect.signature(raw), self, *args, **kwargs)
+        arguments = arguments_by_name(_signature(raw), self, *args, **kwargs)
         name = next(iter(arguments))
         hidden = arguments.pop(name)
         if _needs_whole_sequence(self, arguments):
@@ -273,6 +271,10 @@ def _raw_forward(layer_class: Any) -> Callable[..., Any]:
     forward = layer_class.forward
     wrapped = forward.__code__.co_name == "forward_with_checkpointing"
     return forward.__wrapped__ if wrapped else forward
+
+
+# Asked for in every layer of every generated token; a class's forward does not change.
+_signature = functools.lru_cache(inspect.signature)
 
 
 def _needs_whole_sequence(layer: nn.Module, arguments: dict[str, Any]) -> bool:

@@ -97,11 +97,6 @@ class KVStore:
         dk, dv = (total[:, chunk.start : chunk.stop].to(self._kv[0].dtype) for total in self._grads)
         return dk, dv
 
-    def close(self) -> None:
-        """Let go of everything."""
-        self._kv = self._grads = None
-        self._held.clear()
-
 
 def _accumulator(grad: Tensor) -> Tensor:
     return grad.to(accumulation_dtype(grad.dtype))

@@ -59,6 +59,7 @@ class Patch:
 
     settings: Settings
     forward: Callable[..., Any]
+    signature: inspect.Signature
     instance_forward: Callable[..., Any] | None
 
 
@@ -74,7 +75,7 @@ def patch(module: Any, forward: Callable[..., Any], settings: Settings) -> None:
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     patched.__signature__ = shown.replace(parameters=[own, *shown.parameters.values()])  # type: ignore[attr-defined]
     patched._fpdt_patch = True  # type: ignore[attr-defined]
-    module._fpdt = Patch(settings, module.forward, module.__dict__.get("forward"))
+    module._fpdt = Patch(settings, module.forward, shown, module.__dict__.get("forward"))
     module.forward = MethodType(patched, module)
 
 

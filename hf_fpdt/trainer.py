@@ -15,7 +15,7 @@ from transformers.trainer_pt_utils import find_batch_size, nested_truncate
 from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
 from .loaders import join_group, sharding_collator
-from .model import applied_group, apply_fpdt, has_fpdt
+from .model import applied_settings, apply_fpdt, has_fpdt
 
 
 class FPDTTrainerMixin:
@@ -38,7 +38,8 @@ class FPDTTrainerMixin:
 
     def __init__(self, *args: Any, fpdt_plugin: FPDTPlugin | None = None, **kwargs: Any) -> None:
         self.fpdt_plugin = FPDTPlugin() if fpdt_plugin is None else fpdt_plugin
-        self._fpdt_applied = applied_group(kwargs.get("model", args[0] if args else None))
+        model = kwargs.get("model", args[0] if args else None)
+        self._fpdt_applied = None if model is None else applied_settings(model)
         super().__init__(*args, **kwargs)
         trainer: Any = self
         reasons = _refused_options(trainer, self.fpdt_group.size)
@@ -58,7 +59,8 @@ class FPDTTrainerMixin:
         """As Trainer's; then the sequence-parallel groups are built beside the accelerator."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
-        self.fpdt_group = join_group(accelerator, self.fpdt_plugin, self._fpdt_applied)
+        applied = self._fpdt_applied
+        self.fpdt_group = join_group(accelerator, self.fpdt_plugin, None if applied is None else applied.group)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer's; each new model gets FPDT."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from user_error import parse_tokens, run_main, tokens_text
 
 from hf_fpdt import FPDTHandle
-from hf_fpdt.comms import SequenceParallelGroup
+from hf_fpdt.comms import SequenceParallelGroup, own_tokens
 from hf_fpdt.layout import ChunkPlan
 
 LOGIT_SLICE_TOKENS = 1024
@@ -61,7 +61,7 @@ class Cut:
         """This process's tokens with their positions, as the model takes them, and the token that follows each."""
         n_tokens = input_ids_BS.shape[1]
         plan = self.plan(n_tokens)
-        positions = self._positions(plan, self.group.rank).to(input_ids_BS.device)
+        positions = own_tokens(plan, self.group.rank, input_ids_BS.device)
         filled = F.pad(input_ids_BS, (0, plan.n_tokens - n_tokens))
         following = F.pad(input_ids_BS, (0, plan.n_tokens - n_tokens + 1), value=IGNORED_LABEL)[:, 1:]
         batch = {"input_ids": filled[:, positions], "position_ids": positions.expand(len(filled), -1)}
@@ -76,18 +76,13 @@ class Cut:
         torch.distributed.all_gather(parts, own_BS.contiguous(), group=self.group.process_group)
         whole_BS = own_BS.new_empty(len(own_BS), plan.n_tokens)
         for rank, part in enumerate(parts):
-            whole_BS[:, self._positions(plan, rank).to(part.device)] = part
+            whole_BS[:, own_tokens(plan, rank, part.device)] = part
         return whole_BS[:, :n_tokens]
-
-    @staticmethod
-    def _positions(plan: ChunkPlan, rank: int) -> Tensor:
-        return torch.cat([torch.arange(*piece) for piece in plan.rank_pieces(rank)])
 
 
 WHOLE = Cut(SequenceParallelGroup(), lambda n_tokens: ChunkPlan(n_tokens, n_tokens))
 
 
-@torch.no_grad()
 def _hidden_and_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Hidden states of every token and logits of the last, from one call of the model, wrapped or not."""
     causal_lm = _causal_lm(model)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hf_fpdt import FPDTAccelerator, FPDTPlugin, apply_fpdt
 from hf_fpdt.loaders import _refused_options
-from hf_fpdt.model import applied_group
+from hf_fpdt.model import applied_settings
 from tests.support import assert_rejects, relative_error, spawn
 from tests.test_sequence_parallel import CHUNK, check_against, model_of, own_batch, sample, stacked
 from tests.truth import tiny
@@ -118,7 +118,7 @@ def _own_loop(rank: int, world: int, sp: int, accumulate: int, stream: bool) -> 
     steps = [list(range(start, start + dp * accumulate)) for start in range(0, 8, dp * accumulate)]
     truth = truth_after(steps)
     unwrapped = runner.unwrap_model(wrapped)
-    assert unwrapped is model and applied_group(unwrapped)
+    assert unwrapped is model and applied_settings(unwrapped)
     ours = dict(unwrapped.named_parameters())
     assert_weights(ours, truth)
     broken = {"a step lost": truth_after(steps[:-1]), "other samples": truth_after([[0]] * len(steps))}
@@ -218,7 +218,7 @@ def _saved(rank: int, world: int, folder: Path) -> None:
         pickle.dumps(model)  # the message of pickle names the class; state_dict() is what is saved
     runner.unwrap_model(wrapped, keep_fp32_wrapper=False)
     runner.fpdt_handles[0].remove()
-    assert not applied_group(model)
+    assert not applied_settings(model)
 
 
 def test_a_loaded_state_goes_on_as_the_saved_one(tmp_path: Path) -> None:
@@ -325,4 +325,4 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     AcceleratorState._reset_state(reset_partial_state=True)
     runner = FPDTAccelerator(cpu=True)
     model = runner.prepare(tiny("llama"))
-    assert runner.fpdt_plugin.chunk_tokens == 8 and applied_group(model)
+    assert runner.fpdt_plugin.chunk_tokens == 8 and applied_settings(model)

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_fpdt import FPDTPlugin, FPDTTrainer, FPDTTrainerMixin, ShardingCollator, apply_fpdt
 from hf_fpdt.comms import SequenceParallelGroup
-from hf_fpdt.model import applied_group
+from hf_fpdt.model import applied_settings
 from hf_fpdt.trainer import _pad_token_id, _refused_options
 from tests.models import tiny
 from tests.support import assert_rejects
@@ -190,7 +190,7 @@ def test_it_trains_as_the_stock_trainer(changes: dict[str, Any], tmp_path: Path)
     assert_close(training(trainer(tmp_path, changes=changes)), truth)
     mixed = trainer(tmp_path, Plain, changes=changes)
     assert_close(training(mixed), truth)
-    assert mixed.calls >= STEPS and applied_group(mixed.model)
+    assert mixed.calls >= STEPS and applied_settings(mixed.model)
     broken = {"other seed": training(trainer(tmp_path, changes={**changes, "seed": 1}))}
     broken["more filling"] = [value * 1.01 for value in truth]
     assert_rejects(lambda values: assert_close(values, truth), broken)
@@ -205,7 +205,7 @@ def test_each_model_of_model_init_gets_fpdt(tmp_path: Path) -> None:
 
     run = trainer(tmp_path, model_init=model_init)
     losses = training(run)
-    assert len(made) == 2 and all(map(applied_group, made)) and run.model is made[-1]
+    assert len(made) == 2 and all(map(applied_settings, made)) and run.model is made[-1]
     assert_close(losses, training(trainer(tmp_path, Trainer)))
     assert run.fpdt_handle.model is run.model
 

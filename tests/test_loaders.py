@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
 
 from hf_fpdt import ShardingCollator
-from hf_fpdt.model import applied_group
+from hf_fpdt.model import applied_settings
 from tests.support import assert_rejects, relative_error, spawn
 from tests.test_accelerate import Samples, accelerator, without_number
 from tests.test_sequence_parallel import CHUNK, model_of, sample, stacked
@@ -101,7 +101,7 @@ def test_batches_made_by_the_caller_are_cut_once() -> None:
 def test_one_process_keeps_its_loader_and_trains_as_with_apply_fpdt() -> None:
     runner = accelerator()
     model, loader = runner.prepare(model_of("llama-2"), DataLoader(Samples(1), collate_fn=stacked))
-    assert loader.collate_fn is stacked and applied_group(model)
+    assert loader.collate_fn is stacked and applied_settings(model)
     (batch,) = loader
     loss = model(**without_number(batch)).loss
     assert relative_error(loss, model_of("llama-2")(**stacked([sample(0, 39)])).loss) < 1e-6
