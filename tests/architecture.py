@@ -19,7 +19,7 @@ PACKAGE = "hf_fpdt"
 RANKS = MappingProxyType(
     {
         **dict.fromkeys(("config", "progress", "ambient", "support"), 0),
-        "layout": 1,
+        **dict.fromkeys(("layout", "disk"), 1),
         **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner"), 2),
         **dict.fromkeys(("attention", "patch"), 3),
         "layer": 4,
