@@ -174,8 +174,8 @@ def test_the_smallest_place_that_holds_it_is_taken(file: DiskFile) -> None:
     for entry in entries:
         file.free(entry)
     file.write(random_bytes(3 * PAGE))
-    file.write(random_bytes(3 * PAGE))
-    assert file.file_bytes == 14 * PAGE and file.used_bytes == 6 * PAGE
+    file.write(random_bytes(7 * PAGE))
+    assert file.file_bytes == 14 * PAGE and file.used_bytes == 10 * PAGE
     file.write(random_bytes(3 * PAGE))
     assert file.file_bytes == 17 * PAGE, "places of 4 and 8 pages are taken, that of 2 holds no 3"
 
