@@ -25,6 +25,8 @@ setup(
         "peft>=0.21",
         "datasets",
         "safetensors",
+        "psutil",
+        "tqdm",
     ],
     extras_require={
         # Only pre-releases exist so far; pip takes them because there is nothing else to choose.

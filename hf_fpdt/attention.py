@@ -7,7 +7,7 @@ kernel call is not merged and keeps the kernel's own precision and speed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .kernels import MAX_ELEMENTS, Kernel, select_kernel
+from .kv_store import KVStore
 from .layout import Span, row_spans
-from .offload import KVStore, accumulation_dtype
+from .offload import accumulation_dtype
 
 Stream = Iterable[tuple[Span, Tensor, Tensor]]
 
@@ -36,7 +37,7 @@ def forward_row(kernel: Kernel, q_BSNH: Tensor, kv: Stream, *, scale: float) -> 
 
 
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(out, lse) over the keys of a and of b: each out weighs exp(its lse - the lse of both).
+    """(out, lse) over the keys of a and of b: each out weighs exp(its lse - the lse of both). a's out is consumed.
 
     out is fp32 or wider; lse is float64: backward recovers probabilities as exp(score - lse), and an fp32 lse that was
     rounded at every merge costs fp32 attention several times its own error.
@@ -45,7 +46,8 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     lse = torch.logaddexp(lse_a.double(), lse_b)
     dtype = accumulation_dtype(out_a.dtype)
     weight_a, weight_b = ((x - lse).exp_().to(dtype).transpose(1, 2).unsqueeze(-1) for x in (lse_a, lse_b))
-    return out_a.to(dtype) * weight_a + out_b.to(dtype) * weight_b, lse
+    # In place and without a wide copy of b: memory traffic is all that a merge costs.
+    return out_a.to(dtype).mul_(weight_a).addcmul_(out_b, weight_b), lse
 
 
 def backward_row(
@@ -54,13 +56,13 @@ def backward_row(
     q_BSNH: Tensor,
     row: tuple[Tensor, Tensor],
     store: KVStore,
-    spans: Iterable[Span],
+    spans: Sequence[Span],
     *,
     scale: float,
 ) -> Tensor:
     """dq of one query row, whose merged (out, lse) is `row`; dK and dV of the spans it reads are added in `store`."""
     dq: Tensor | None = None
-    for span, k, v in store.stream(spans):
+    for span, k, v in store.stream(spans, with_grads=True):
         part, dk, dv = kernel.backward(dout_BSNH, q_BSNH, k, v, *row, causal=span.causal, scale=scale)
         store.add_grad(span, dk, dv)
         dq = part if dq is None else dq.to(accumulation_dtype(dq.dtype)).add_(part)
@@ -69,16 +71,20 @@ def backward_row(
 
 
 def kernel_spans(
-    kernel: Kernel, start: int, stop: int, unit_tokens: int, kv_shape: tuple[int, int, int]
+    kernel: Kernel, diagonal: tuple[int, int], unit_tokens: int, store: KVStore, *, most_tokens: int = MAX_ELEMENTS
 ) -> tuple[Span, ...]:
-    """The calls for the row with diagonal [start, stop), none of them over the kernels' 32-bit limit.
+    """The calls for the row with that diagonal over the keys of `store`, none over the kernels' 32-bit limit.
 
     Args:
-        unit_tokens: keys a call, where the kernel wants pairs.
-        kv_shape: batch, heads and head dimension of K.
+        diagonal: key positions of the row's first query and one past its last.
+        unit_tokens: keys a call, where the kernel wants pairs, and of streamed keys.
+        most_tokens: keys a call takes at most.
     """
-    limit = MAX_ELEMENTS // math.prod(kv_shape)
-    return row_spans(start, stop, shape=kernel.row_shape, unit_tokens=unit_tokens, max_tokens=limit)
+    limit = min(MAX_ELEMENTS // math.prod(store.kv_shape), most_tokens)
+    resident = store.resident_tokens
+    return row_spans(
+        *diagonal, shape=kernel.row_shape, unit_tokens=unit_tokens, max_tokens=limit, resident_tokens=resident
+    )
 
 
 def attend_whole(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float, kernel: str = "auto") -> Tensor:
@@ -111,22 +117,21 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _rows(kernel: Kernel, q: Tensor, k: Tensor) -> Iterator[tuple[slice, tuple[Span, ...]]]:
+def _rows(kernel: Kernel, q: Tensor, kv: KVStore) -> Iterator[tuple[slice, tuple[Span, ...]]]:
     """(queries, spans) of each row of whole tensors."""
-    left_of_q, kv_shape = k.shape[1] - q.shape[1], (k.shape[0], k.shape[2], k.shape[3])
+    left_of_q = kv.plan.n_tokens - q.shape[1]
     for start in range(0, q.shape[1], kernel.row_tokens):
         stop = min(start + kernel.row_tokens, q.shape[1])
-        yield (
-            slice(start, stop),
-            kernel_spans(kernel, left_of_q + start, left_of_q + stop, kernel.row_tokens, kv_shape),
-        )
+        yield slice(start, stop), kernel_spans(kernel, (left_of_q + start, left_of_q + stop), kernel.row_tokens, kv)
 
 
 class _WholeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv = KVStore.holding(k, v)
-        parts = [forward_row(kernel, q[:, rows], kv.stream(spans), scale=scale) for rows, spans in _rows(kernel, q, k)]
+        parts = [
+            forward_row(kernel, q[:, rows], kv.stream(spans), scale=scale) for rows, spans in _rows(kernel, q, kv)
+        ]
         out = torch.cat([part[0] for part in parts], dim=1)
         ctx.save_for_backward(q, k, v, out, torch.cat([part[1] for part in parts], dim=2))
         ctx.kernel, ctx.scale = kernel, scale
@@ -138,7 +143,7 @@ class _WholeAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         kv = KVStore.holding(k, v)
         dq = torch.empty_like(q)
-        for rows, spans in _rows(ctx.kernel, q, k):
+        for rows, spans in _rows(ctx.kernel, q, kv):
             row = out[:, rows], lse[:, :, rows].contiguous()
             dq[:, rows] = backward_row(ctx.kernel, dout[:, rows], q[:, rows], row, kv, spans, scale=ctx.scale)
         return None, None, dq, *kv.take_grad(kv.plan.chunks[0])

@@ -110,10 +110,16 @@ class SequenceParallelGroup:
         dist.all_reduce(total, group=self.process_group)
         return total
 
-    def extremes(self, values: Tensor) -> list[tuple[int, int]]:
-        """The smallest and the largest of each whole number over the ranks of the group; the host waits for them."""
+    def extremes(self, values: Tensor, *, everywhere: bool = False) -> list[tuple[int, int]]:
+        """The smallest and the largest of each whole number over the ranks of the group; the host waits for them.
+
+        Args:
+            everywhere: over all ranks of the job, where there are several.
+        """
+        everywhere = everywhere and dist.is_initialized()
         bounds = torch.stack([-values, values])
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.process_group)
+        if self.size > 1 or everywhere:
+            dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=None if everywhere else self.process_group)
         return [(-low, high) for low, high in zip(*bounds.tolist(), strict=True)]
 
     def kv_repeats(self, q_heads: int, kv_heads: int) -> int:

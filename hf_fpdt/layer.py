@@ -15,7 +15,7 @@ read chunk i; so each chunk is replayed once and only K, V, dK, dV outlive a row
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import compress
@@ -24,13 +24,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import record_function
 
 from .ambient import Autocast, RandomState, untouched_random_state
 from .attention import backward_row, forward_row, kernel_spans
+from .checkpoint_store import CheckpointStore, LayerCheckpoint
 from .comms import SequenceParallelGroup, repeat_heads, sum_repeated_heads
+from .gradients import GradientSums
 from .kernels import Kernel, select_kernel
+from .kv_store import KVStore
 from .layout import Chunk, ChunkPlan, Span
-from .offload import KVStore, LayerCheckpoint, accumulation_dtype
+from .memory import StepSizes
+
+# Keys of one backward call at most: a kernel's own dK, dV and fp32 sums are as long as its keys, and must not grow
+# with the sequence.
+BACKWARD_CALL_TOKENS = 131_072
 
 _current_call: ContextVar[AttentionCall | None] = ContextVar("fpdt_attention_call", default=None)
 
@@ -63,25 +72,68 @@ class LayerRun:
     """One call of one layer: what every chunk of it needs.
 
     Attributes:
-        name: the layer, for messages.
+        name: the layer, for messages and traces.
+        index: its place among the model's layers.
         forward: the layer's own forward, hidden states first.
         kwargs: its other arguments, for the whole sequence.
-        plan: how the sequence is cut.
+        step: sizes of the step, with the cut of the sequence.
         kernel: name of the attention kernel or "auto".
-        keep_attention: whether backward finds attention's out and lse ("attention") or runs it again ("input").
+        store: where K, V and checkpoints go.
+        group: the ranks that share the sequence.
+        weights: makes the layer's weights whole while it is entered.
+        sharded: whether FSDP2 shards them between uses.
+        checkpoint: what its backward pass will need; None where there is none.
+        below: the run whose output this one's input is, if it is.
     """
 
     name: str
+    index: int
     forward: Callable[..., Any]
     kwargs: Mapping[str, Any]
-    plan: ChunkPlan
+    step: StepSizes
     kernel: str
-    keep_attention: bool
-    checkpoint: LayerCheckpoint
+    store: CheckpointStore
     group: SequenceParallelGroup
-    random_states: list[RandomState] = field(default_factory=list)
+    weights: Callable[[], AbstractContextManager[None]]
+    sharded: bool
+    checkpoint: LayerCheckpoint | None = field(init=False, default=None)
+    below: LayerRun | None = field(init=False, default=None)
+    random_states: list[RandomState] = field(init=False, default_factory=list)
     autocast: Autocast = field(init=False)
-    differentiable: bool = field(init=False, default=False)
+    _output: tuple[StorageWeakRef, int] | None = field(init=False, default=None)
+
+    @property
+    def plan(self) -> ChunkPlan:
+        """How the sequence is cut."""
+        return self.step.plan
+
+    @property
+    def kept(self) -> LayerCheckpoint:
+        """The checkpoint of a run with a backward pass."""
+        assert self.checkpoint is not None
+        return self.checkpoint
+
+    def begin(self, hidden_BSD: Tensor, *, differentiable: bool) -> None:
+        """Join the pass of the layer below, or start one."""
+        self.autocast = Autocast.now(hidden_BSD.device)
+        if differentiable:
+            self.checkpoint, below = self.store.join(self, hidden_BSD.device)
+            self.below = below if below is not None and below.made(hidden_BSD) else None
+            self.checkpoint.keeps_input |= self.below is None
+
+    def end(self, output_BSD: Tensor) -> None:
+        """Remember which tensor the output was, without keeping it."""
+        self._output = StorageWeakRef(output_BSD.untyped_storage()), output_BSD._version
+
+    def made(self, hidden_BSD: Tensor) -> bool:
+        """Whether `hidden_BSD` is this layer's output, untouched; then running the layer again gives it again."""
+        return self._output == (StorageWeakRef(hidden_BSD.untyped_storage()), hidden_BSD._version)
+
+    def kv_store(self, device: torch.device, *, backward: bool) -> KVStore:
+        """An empty store for K and V of one pass."""
+        kv = self.store.kv_plan(self, device)
+        resident = kv.backward_resident if backward else kv.forward_resident
+        return KVStore(self.plan, resident, self.store.room(device))
 
     def on_chunk(self, chunk: Chunk, x_BSD: Tensor, call: AttentionCall) -> Tensor:
         """The layer's own forward on one chunk."""
@@ -136,10 +188,13 @@ class AttentionCall:
         """Forward: this chunk's queries read every key so far."""
         self._exchange(q, k, v)
         row = self.row_forward()
-        if self.run.keep_attention and self.run.differentiable:
-            for name, part in zip(("out", "lse"), row, strict=True):
-                self.run.checkpoint.put(name, self.chunk, part)
+        if self.run.checkpoint is not None and self.run.checkpoint.keeps_attention:
+            self._keep(row)
         return self.run.group.heads_to_seq(row[0])[0]
+
+    def _keep(self, row: tuple[Tensor, Tensor], *, rebuilt: bool = False) -> None:
+        for name, part in zip(("out", "lse"), row, strict=True):
+            self.run.kept.put(name, self.chunk, part, rebuilt=rebuilt)
 
     def _exchange(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Pieces for heads; k and v go into the store."""
@@ -153,22 +208,34 @@ class AttentionCall:
 
     def row_backward(self, d_leaf_BSNH: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv for the rank's own tokens of this chunk, complete if every later chunk's row was done before."""
-        kernel, spans = self._calls()
+        kernel, spans = self._calls(BACKWARD_CALL_TOKENS)
         (dout,) = self.run.group.seq_to_heads(d_leaf_BSNH)
         dq = backward_row(kernel, dout, self.q, row, self.store, spans, scale=self.scale)
         dq, dk, dv = self.run.group.heads_to_seq(dq, *self.store.take_grad(self.chunk))
         return dq, sum_repeated_heads(dk, self.repeats), sum_repeated_heads(dv, self.repeats)
 
-    def _calls(self) -> tuple[Kernel, Sequence[Span]]:
+    def _calls(self, most_tokens: int = 2**62) -> tuple[Kernel, Sequence[Span]]:
         kernel = select_kernel(self.run.kernel, self.q.device, self.q.dtype, self.q.shape[-1])
-        heads = self.store.kv_shape
-        return kernel, kernel_spans(kernel, self.chunk.start, self.chunk.stop, self.run.plan.chunk_tokens, heads)
+        diagonal, unit = (self.chunk.start, self.chunk.stop), self.run.plan.chunk_tokens
+        return kernel, kernel_spans(kernel, diagonal, unit, self.store, most_tokens=most_tokens)
 
 
 class _CaptureCall(AttentionCall):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.store.put(self.chunk, *self.run.group.seq_to_heads(k, v))
         raise _AttentionReached
+
+
+class _RebuildCall(AttentionCall):
+    """Forward again, for the sake of the layer's output; attention runs again only where its output was not kept."""
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.run.kept.holds("out", self.chunk):
+            return self.run.group.heads_to_seq(self.run.kept.peek("out", self.chunk))[0]
+        self._exchange(q, k, v)
+        row = self.row_forward()
+        self._keep(row, rebuilt=True)
+        return self.run.group.heads_to_seq(row[0])[0]
 
 
 class _ReplayCall(AttentionCall):
@@ -182,7 +249,7 @@ class _ReplayCall(AttentionCall):
             (self.q,) = self.run.group.seq_to_heads(q)
         else:
             self._exchange(q, k, v)
-        kept, chunk = self.run.checkpoint, self.chunk
+        kept, chunk = self.run.kept, self.chunk
         self.row = (
             (kept.take("out", chunk), kept.take("lse", chunk)) if kept.holds("out", chunk) else self.row_forward()
         )
@@ -193,25 +260,29 @@ class _ReplayCall(AttentionCall):
 def run_layer(run: LayerRun, hidden_BSD: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The layer's output for the whole sequence, [B, S, D], differentiable in `hidden_BSD` and `parameters`."""
     wants_grad = hidden_BSD.requires_grad or any(p.requires_grad for p in parameters)
-    run.differentiable = torch.is_grad_enabled() and wants_grad
-    run.autocast = Autocast.now(hidden_BSD.device)
-    return _ChunkedLayer.apply(run, hidden_BSD, *parameters)
+    run.begin(hidden_BSD, differentiable=torch.is_grad_enabled() and wants_grad)
+    output_BSD: Tensor = _ChunkedLayer.apply(run, hidden_BSD, *parameters)
+    run.end(output_BSD)
+    return output_BSD
 
 
 class _ChunkedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: LayerRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
         output: Tensor | None = None
-        store = KVStore(run.plan)
-        with run.autocast.again():
+        with (
+            record_function(f"fpdt::forward {run.name}"),
+            run.autocast.again(),
+            run.kv_store(hidden.device, backward=False) as store,
+        ):
             for chunk in run.plan.chunks:
                 x = hidden[:, chunk.rank_slice]
-                if run.differentiable:
-                    run.random_states.append(RandomState.now(hidden.device))
-                    run.checkpoint.put("input", chunk, x)
+                _keep_input(run, chunk, x)
                 y = run.on_chunk(chunk, x, AttentionCall(run, chunk, store))
                 output = y.new_empty(*hidden.shape[:2], y.shape[2]) if output is None else output
                 output[:, chunk.rank_slice] = y
+                if run.checkpoint is not None:
+                    run.checkpoint.settle()
         assert output is not None
         ctx.run, ctx.hidden_dtype = run, hidden.dtype
         ctx.save_for_backward(*parameters)  # autograd then refuses weights that were changed before backward
@@ -223,26 +294,75 @@ class _ChunkedLayer(torch.autograd.Function):
         run, parameters = ctx.run, ctx.saved_tensors
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed]
         sums = GradientSums(wanted)
-        d_hidden = torch.zeros_like(d_output, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[1] else None
-        with untouched_random_state(d_output.device), torch.enable_grad():
-            store = _captured_kv(run)
-            with run.autocast.again():
-                for chunk in reversed(run.plan.chunks):
-                    dx = None if d_hidden is None else d_hidden[:, chunk.rank_slice]
-                    _backward_chunk(run, chunk, store, d_output[:, chunk.rank_slice], dx, sums)
+        with record_function(f"fpdt::backward {run.name}"), untouched_random_state(d_output.device):
+            _rebuild_input(run, d_output.device)
+            d_hidden = torch.zeros_like(d_output, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[1] else None
+            _expect_backward(run)
+            with torch.enable_grad(), run.kv_store(d_output.device, backward=True) as store:
+                _capture_kv(run, store)
+                with run.autocast.again():
+                    for chunk in reversed(run.plan.chunks):
+                        dx = None if d_hidden is None else d_hidden[:, chunk.rank_slice]
+                        _backward_chunk(run, chunk, store, d_output[:, chunk.rank_slice], dx, sums)
         grads = sums.totals()
         return None, d_hidden, *(grads.get(id(p)) for p in parameters)
 
 
-def _captured_kv(run: LayerRun) -> KVStore:
-    """K, V of every chunk but the last, made again from the kept inputs; the last chunk's replay brings its own."""
-    store = KVStore(run.plan)
+def _keep_input(run: LayerRun, chunk: Chunk, x: Tensor) -> None:
+    if run.checkpoint is None:
+        return
+    run.random_states.append(RandomState.now(x.device))
+    if run.checkpoint.keeps_input:
+        run.checkpoint.put("input", chunk, x)
+
+
+def _rebuild_input(run: LayerRun, device: torch.device) -> None:
+    """Make the layer's missing input again: the layers below it run forward, from the nearest kept input up."""
+    first = run.plan.chunks[0]
+    chain = [run]  # from the layer itself down to the one whose input is there
+    while not chain[-1].kept.holds("input", first):
+        below = chain[-1].below
+        if below is None:
+            return  # used before; taking it says so
+        chain.append(below)
+    for lower, upper in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
+        with record_function(f"fpdt::rebuild {lower.name}"), lower.weights():
+            _forward_again(lower, upper, device)
+
+
+def _forward_again(lower: LayerRun, upper: LayerRun, device: torch.device) -> None:
+    """Keep the output of `lower` as the input of `upper`, as the forward pass would have."""
+    chunks = lower.plan.chunks
+    lower.kept.expect(lower.kept.entries("input", "out", chunks=chunks))
+    with torch.no_grad(), lower.autocast.again(), lower.kv_store(device, backward=False) as store:
+        for chunk in chunks:
+            lower.random_states[chunk.index].restore()
+            x = lower.kept.peek("input", chunk)
+            upper.kept.put("input", chunk, lower.on_chunk(chunk, x, _RebuildCall(lower, chunk, store)), rebuilt=True)
+            lower.kept.settle()
+            upper.kept.settle()
+
+
+def _expect_backward(run: LayerRun) -> None:
+    """Tell the store what this layer's backward pass reads, and with what the layer below begins."""
+    *earlier, last = run.plan.chunks
+    reads = [*run.kept.entries("input", chunks=earlier)]
+    reads += run.kept.entries("input", "out", "lse", chunks=(last, *reversed(earlier)))
+    below = run.below
+    while below is not None and not below.kept.holds("input", last):
+        below = below.below
+    if below is not None:
+        reads += below.kept.entries("input", chunks=run.plan.chunks)
+    run.kept.expect(reads)
+
+
+def _capture_kv(run: LayerRun, store: KVStore) -> None:
+    """K, V of every chunk but the last, made again from the inputs; the last chunk's replay brings its own."""
     with torch.no_grad(), run.autocast.again():
         for chunk in run.plan.chunks[:-1]:
             run.random_states[chunk.index].restore()
             with suppress(_AttentionReached):
-                run.on_chunk(chunk, run.checkpoint.peek("input", chunk), _CaptureCall(run, chunk, store))
-    return store
+                run.on_chunk(chunk, run.kept.peek("input", chunk), _CaptureCall(run, chunk, store))
 
 
 def _backward_chunk(
@@ -250,7 +370,7 @@ def _backward_chunk(
 ) -> None:
     """Backward of one chunk, later chunks done: writes the input's gradient to `dx` and adds parameters' to `sums`."""
     run.random_states[chunk.index].restore()
-    x = run.checkpoint.take("input", chunk).detach().requires_grad_(dx is not None)
+    x = run.kept.take("input", chunk).detach().requires_grad_(dx is not None)
     call = _ReplayCall(run, chunk, store)
     y = run.on_chunk(chunk, x, call)
     inputs = [] if dx is None else [x]
@@ -269,64 +389,3 @@ def _backward_chunk(
     if dx is not None:
         for part in dx_parts:
             dx.add_(part) if part is not None else None
-
-
-@contextmanager
-def _hooks_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Hooks of `Tensor.register_hook` see the whole gradient when autograd receives it, not that of each chunk too."""
-    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
-    for parameter, _ in hooked:
-        parameter._backward_hooks = None
-    try:
-        yield
-    finally:
-        for parameter, hooks in hooked:
-            parameter._backward_hooks = hooks
-
-
-class GradientSums:
-    """Parameter gradients of one layer, added up over its chunks in fp32 (float64 for float64)."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = list(parameters)
-        self._sums: dict[int, Tensor] = {}
-        self._own: set[int] = set()  # sums nobody else holds: autograd may hand out a gradient that is shared
-
-    def differentiate(
-        self,
-        outputs: Sequence[Tensor],
-        d_outputs: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        *,
-        retain_graph: bool = False,
-    ) -> list[Tensor | None]:
-        """Gradients of `inputs` (None where unused); those of the parameters are added to the sums."""
-        with _hooks_aside(self._parameters):
-            grads = torch.autograd.grad(
-                outputs, [*inputs, *self._parameters], d_outputs, retain_graph=retain_graph, allow_unused=True
-            )
-        for parameter, grad in zip(self._parameters, grads[len(inputs) :], strict=True):
-            if grad is not None:
-                self._add(id(parameter), grad)
-        return list(grads[: len(inputs)])
-
-    def _add(self, key: int, grad: Tensor) -> None:
-        total = self._sums.get(key)
-        wide = accumulation_dtype(grad.dtype)
-        if total is None:
-            self._sums[key] = grad.to(wide)
-            if grad.dtype != wide:
-                self._own.add(key)
-        elif key in self._own:
-            total.add_(grad)
-        else:
-            self._sums[key] = total + grad
-            self._own.add(key)
-
-    def totals(self, factor: Tensor | None = None) -> dict[int, Tensor]:
-        """Gradient by id of its parameter, times `factor`, rounded once to the parameter's dtype.
-
-        Parameters that no chunk used are absent.
-        """
-        scaled = {key: total if factor is None else total * factor for key, total in self._sums.items()}
-        return {id(p): scaled[id(p)].to(p.dtype) for p in self._parameters if id(p) in scaled}

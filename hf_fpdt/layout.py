@@ -92,18 +92,23 @@ class ChunkPlan:
 
 
 def row_spans(
-    start: int, stop: int, *, shape: RowShape, unit_tokens: int, max_tokens: int = 2**62
+    start: int, stop: int, *, shape: RowShape, unit_tokens: int, max_tokens: int = 2**62, resident_tokens: int = 2**62
 ) -> tuple[Span, ...]:
     """The kernel calls of the query row whose diagonal is the keys [start, stop): every key of [0, stop) once.
+
+    The diagonal comes first: its keys are on the device already, and while it computes, the first others arrive.
 
     Args:
         start, stop: key positions of the row's first query and one past its last.
         shape: how the kernel wants its keys, see `RowShape`.
-        unit_tokens: keys of one call for "pair".
+        unit_tokens: keys of one call for "pair", and for keys that are not resident.
         max_tokens: keys one call may take at most (32-bit indexing inside kernels).
+        resident_tokens: keys [0, resident_tokens) lie side by side on the device; a multiple of `unit_tokens`.
     """
-    if shape == "prefix" and stop <= max_tokens:
+    if shape == "prefix" and stop <= min(max_tokens, resident_tokens):
         return (Span(0, stop, True),)
     step = min(unit_tokens if shape == "pair" else max_tokens, max_tokens)
-    full = (Span(left, min(left + step, start), False) for left in range(0, start, step))
-    return (*full, Span(start, stop, True))
+    edge = min(start, resident_tokens)
+    resident = (Span(left, min(left + step, edge), False) for left in range(0, edge, step))
+    streamed = (Span(left, min(left + unit_tokens, start), False) for left in range(edge, start, unit_tokens))
+    return (Span(start, stop, True), *resident, *streamed)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, pad
 
 from .ambient import Autocast
-from .layer import GradientSums
+from .gradients import GradientSums
 from .offload import accumulation_dtype
 
 

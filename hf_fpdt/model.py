@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .checkpoint_store import CheckpointStore
 from .comms import SequenceParallelGroup, build_group, check_heads
 from .config import FPDTPlugin
 from .head import patch_head
 from .interface import NAME
 from .layer import LayerRun, run_layer
-from .offload import CheckpointStore
+from .memory import ModelSizes
 from .patch import (
     AUTO_CHUNK_TOKENS_CPU,
     AUTO_CHUNK_TOKENS_GPU,
@@ -77,7 +79,32 @@ def apply_fpdt(
         raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
     group = build_group(plugin.sp_size) if group is None else group
     check_heads(target.config.get_text_config().num_attention_heads, group.size)
-    return FPDTHandle(target, layers, Settings(plugin, CheckpointStore(), group))
+    return FPDTHandle(target, layers, _settings(target, layers, plugin, group))
+
+
+def _settings(
+    model: PreTrainedModel, layers: list[nn.Module], plugin: FPDTPlugin, group: SequenceParallelGroup
+) -> Settings:
+    config = model.config.get_text_config()
+    sizes = ModelSizes.of(config, layers=len(layers), layer_parameters=max(map(_count, layers)))
+    store = CheckpointStore(plugin, group, functools.partial(training_bytes, model, layers))
+    return Settings(plugin, store, group, sizes, model.config)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def training_bytes(model: nn.Module, layers: list[nn.Module]) -> int:
+    """What gradients and an optimizer with two states (Adam) will still take of the device.
+
+    And the fp32 sums over chunks of the gradients of one layer, or of what is outside of the layers.
+    """
+    own = [(p, getattr(p, "_local_tensor", p)) for p in model.parameters() if p.requires_grad]
+    states = sum((2 + (p.grad is None)) * local.numel() * local.element_size() for p, local in own)
+    inside = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers]
+    outside = sum(p.numel() for p, _ in own) - sum(inside)
+    return states + (4 + 2) * max(outside, *inside)
 
 
 def applied_settings(model: nn.Module) -> Settings | None:
@@ -125,20 +152,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _unsupported_settings(plugin: FPDTPlugin) -> list[str]:
-    not_yet = {
-        "device_budget_gib": "auto",
-        "host_budget_gib": "auto",
-        "disk_dir": None,
-        "progress": False,
-    }
-    reasons = [
-        f"FPDTPlugin({name}={getattr(plugin, name)!r}) is not built yet; leave it at {default!r}"
-        for name, default in not_yet.items()
-        if getattr(plugin, name) != default
-    ]
-    if plugin.checkpoints == "segment":
-        reasons.append('FPDTPlugin(checkpoints="segment") is not built yet; take "attention" or "input"')
-    return reasons
+    return ["FPDTPlugin(progress=True) is not built yet; leave it at False"] if plugin.progress else []
 
 
 def _loss_reasons(model: PreTrainedModel) -> list[str]:
@@ -159,9 +173,14 @@ class FPDTHandle:
         self._settings = settings
         self._decoder.set_attn_implementation(NAME)
         for index, layer in enumerate(layers):
-            _enter_layer(layer, settings, f"layer {index} ({type(layer).__name__})")
+            _enter_layer(layer, settings, index)
         patch_head(model, settings)
         logger.info("hf_fpdt: %s", self)
+
+    @property
+    def store(self) -> CheckpointStore:
+        """Where checkpoints, K and V lie, and what the steps so far take."""
+        return self._settings.store
 
     def __str__(self) -> str:
         p = self.plugin
@@ -169,7 +188,7 @@ class FPDTHandle:
         chunk = f"{gpu} tokens on a GPU, {cpu} on a CPU" if p.chunk_tokens == "auto" else f"{p.chunk_tokens:,} tokens"
         return (
             f"{type(self.model).__name__}, {len(self._layers)} layers in chunks of {chunk}; kernel {p.kernel!r}; "
-            f"checkpoints {'attention' if p.checkpoints == 'auto' else p.checkpoints!r}; loss in chunks of "
+            f"checkpoints {p.checkpoints!r}; loss in chunks of "
             f"{self._settings.loss_chunk_tokens(self.model.config):,} tokens"
         )
 
@@ -191,6 +210,7 @@ class FPDTHandle:
             unpatch(module)
         for layer in self._layers:
             _leave_layer(layer)
+        self._settings.store.close()
         self._decoder.set_attn_implementation(self._attention_before)
         self._layers = []
 
@@ -203,6 +223,7 @@ class _ChunkedLayerMixin(nn.Module):
 
     _fpdt_settings: Settings
     _fpdt_name: str
+    _fpdt_index: int
     _fpdt_class: Any
     _fpdt_checkpointing: bool | None  # None: never asked for, on this instance
 
@@ -227,22 +248,38 @@ class _ChunkedLayerMixin(nn.Module):
         settings = self._fpdt_settings
         run = LayerRun(
             name=self._fpdt_name,
+            index=self._fpdt_index,
             forward=functools.partial(raw, self),
             kwargs=arguments,
-            plan=settings.plan(hidden),
+            step=settings.step(hidden),
             kernel=settings.plugin.kernel,
-            keep_attention=settings.plugin.checkpoints in ("auto", "attention"),
-            checkpoint=settings.store.new_layer(),
+            store=settings.store,
             group=settings.group,
+            weights=functools.partial(_whole_weights, self),
+            sharded=hasattr(self, "unshard"),
         )
         return run_layer(run, hidden, list(self.parameters()))
 
 
-def _enter_layer(layer: Any, settings: Settings, name: str) -> None:
+@contextmanager
+def _whole_weights(layer: Any) -> Iterator[None]:
+    """FSDP2's layers are gathered for their own forward and backward pass alone; elsewhere they are asked to be."""
+    sharded = hasattr(layer, "unshard")
+    if sharded:
+        layer.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            layer.reshard()
+
+
+def _enter_layer(layer: Any, settings: Settings, index: int) -> None:
     original: Any = type(layer)
     checkpointing = layer.__dict__.pop("gradient_checkpointing", None)
     layer.__class__ = _chunked_class(original)
-    layer._fpdt_settings, layer._fpdt_name = settings, name
+    layer._fpdt_settings = settings
+    layer._fpdt_name, layer._fpdt_index = f"layer {index} ({original.__name__})", index
     layer._fpdt_class, layer._fpdt_checkpointing = original, checkpointing
 
 

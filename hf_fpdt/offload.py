@@ -1,17 +1,38 @@
-"""Where tensors live between their uses: the K, V store of one layer and the checkpoint store of all layers.
+"""Streams, events and pinned memory: the only file that knows them. Everything else asks a store.
 
-Both keep everything on the device in this version. Whoever uses them asks by chunk or by span of keys and never learns
-where the bytes were; that contract is the room's door.
+Copies run beside the computation, one stream each way. Device memory always belongs to the computation's stream: a
+copy waits for what was computed before it was asked for, and nothing that a copy reads or writes is let go of before
+the computation's stream has waited for that copy. So no `record_stream` is needed, memory is reused as early as it can
+be, and the peak does not depend on timing. Without CUDA the same calls copy at once.
+
+[Note: reuse of host buffers] A buffer is given back once the computation's stream waits for the copy that read it, and
+the next copy into it waits for the computation's stream: it cannot be overwritten while it is read. Copies out of the
+device run in the order in which they were asked for, so a buffer given back unread is not written twice at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+import mmap
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from .layout import Chunk, ChunkPlan, Span
+from .shelves import page_rounded
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+REGION_BYTES = 4 * GIB  # memory is pinned in parts of this size, so that progress shows
+HOST_RESERVE = 6 * GIB  # what "auto" leaves to Python, CUDA, data loaders
+NEVER_WRITTEN = 255  # NaN in every floating type: what nobody wrote shows
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -19,137 +40,160 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class KVStore:
-    """K and V of one layer by chunk, and their gradients, [B, T, G, H] with T the sequence's global tokens.
+class Copy:
+    """One copy under way. `source` is kept alive until the computation's stream has waited for the copy."""
 
-    Raises:
-        RuntimeError: a method is called out of order (read before put, a gradient taken twice, …).
+    def __init__(self, source: Tensor | None, event: Any) -> None:
+        self._source, self.event = source, event
+
+    def settle(self) -> None:
+        """The computation's stream waits for the copy; its source may be reused after that."""
+        if self._source is not None and self.event is not None:
+            torch.cuda.current_stream(self._source.device).wait_event(self.event)
+        self._source = None
+
+    def wait(self) -> None:
+        """The HOST waits for the copy; for the threads that write files."""
+        while self.event is not None and not self.event.query():
+            time.sleep(0.0005)
+
+
+class Fetch:
+    """A device tensor that a copy is filling."""
+
+    def __init__(self, filled: Tensor, source: Tensor, event: Any) -> None:
+        self._copy, self._filled, self._host = Copy(filled, event), filled, source
+
+    def tensor(self) -> Tensor:
+        """The tensor; what is computed from now on sees it filled."""
+        self._copy.settle()
+        return self._filled
+
+
+class Transfers:
+    """Copies between one device and host memory, each direction on a stream of its own.
+
+    Args:
+        device: the device of the computation.
     """
 
-    def __init__(self, plan: ChunkPlan) -> None:
-        self.plan = plan
-        self._kv: tuple[Tensor, Tensor] | None = None
-        self._grads: tuple[Tensor, Tensor] | None = None
-        self._held: set[int] = set()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        on_gpu = device.type == "cuda"
+        # Two, because the link moves bytes both ways at once.
+        self.into_device: Any = torch.cuda.Stream(device) if on_gpu else None
+        self.out_of_device: Any = torch.cuda.Stream(device) if on_gpu else None
 
-    @classmethod
-    def holding(cls, k_BTGH: Tensor, v_BTGH: Tensor) -> KVStore:
-        """A store of one chunk around tensors that are already whole; nothing is copied."""
-        store = cls(ChunkPlan(k_BTGH.shape[1], k_BTGH.shape[1]))
-        store._kv, store._held = (k_BTGH, v_BTGH), {0}
-        return store
+    def to_host(self, source: Tensor, buffer: Tensor) -> Copy:
+        """Start to copy a device tensor into the first bytes of a host buffer (uint8)."""
+        source = source.detach().contiguous()
+        event = self._copy(self.out_of_device, typed(buffer, source.shape, source.dtype), source)
+        return Copy(source, event)
 
-    def put(self, chunk: Chunk, k_BSGH: Tensor, v_BSGH: Tensor) -> None:
-        """Keep K and V of one chunk (copied)."""
-        if self._kv is None:
-            self._kv = (self._whole(k_BSGH), self._whole(v_BSGH))
-        for whole, part in zip(self._kv, (k_BSGH, v_BSGH), strict=True):
-            whole[:, chunk.start : chunk.stop].copy_(part)
-        self._held.add(chunk.index)
+    def to_device(self, buffer: Tensor, shape: torch.Size, dtype: torch.dtype, after: Copy | None) -> Fetch:
+        """Start to copy the first bytes of a host buffer into a new device tensor, once the copy `after` is done."""
+        source = typed(buffer, shape, dtype)
+        filled = torch.empty(shape, dtype=dtype, device=self.device)
+        if after is not None and after.event is not None:
+            self.into_device.wait_event(after.event)
+        return Fetch(filled, source, self._copy(self.into_device, filled, source))
 
-    def _whole(self, part_BSGH: Tensor) -> Tensor:
-        batch, _, *heads = part_BSGH.shape
-        return part_BSGH.new_empty(batch, self.plan.n_tokens, *heads)
-
-    def stream(self, spans: Iterable[Span]) -> Iterator[tuple[Span, Tensor, Tensor]]:
-        """(span, K, V) on the device for each span, in order; the tensors are views, not to be written."""
-        for span in spans:
-            if self._kv is None or not self._covers(span):
-                raise RuntimeError(f"KVStore.stream: keys [{span.start}, {span.stop}) were not put yet.")
-            k, v = (whole[:, span.start : span.stop] for whole in self._kv)
-            yield span, k, v
-
-    def holds(self, chunk: Chunk) -> bool:
-        """Whether K and V of the chunk were put."""
-        return chunk.index in self._held
-
-    @property
-    def kv_shape(self) -> tuple[int, int, int]:
-        """Batch, heads and head dimension of K and V."""
-        if self._kv is None:
-            raise RuntimeError("KVStore.kv_shape: nothing was put yet.")
-        batch, _, heads, head_dim = self._kv[0].shape
-        return batch, heads, head_dim
-
-    def _covers(self, span: Span) -> bool:
-        size = self.plan.chunk_tokens
-        return self._held.issuperset(range(span.start // size, -(-span.stop // size)))
-
-    def add_grad(self, span: Span, dk_BSGH: Tensor, dv_BSGH: Tensor) -> None:
-        """Add one call's gradients to those of its keys; the sums are fp32 (float64 for float64)."""
-        whole_call = span.start == 0 and span.stop == self.plan.n_tokens
-        if self._grads is None and whole_call:
-            # The first row sees every key: its gradients ARE the sums so far. A plan of one row needs no cast at all.
-            one_row = len(self.plan.chunks) == 1
-            self._grads = (dk_BSGH, dv_BSGH) if one_row else (_accumulator(dk_BSGH), _accumulator(dv_BSGH))
-            return
-        if self._grads is None:
-            assert self._kv is not None
-            self._grads = (_zeros_for(self._kv[0]), _zeros_for(self._kv[1]))
-        for total, part in zip(self._grads, (dk_BSGH, dv_BSGH), strict=True):
-            total[:, span.start : span.stop].add_(part)
-
-    def take_grad(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """dK, dV of a chunk in the dtype of K, once every row that reads it was added."""
-        if self._kv is None or self._grads is None or chunk.index not in self._held:
-            raise RuntimeError(f"KVStore.take_grad: chunk {chunk.index} has no gradient, or it was taken before.")
-        self._held.remove(chunk.index)
-        dk, dv = (total[:, chunk.start : chunk.stop].to(self._kv[0].dtype) for total in self._grads)
-        return dk, dv
+    def _copy(self, stream: Any, target: Tensor, source: Tensor) -> Any:
+        if stream is None:
+            target.copy_(source)
+            return None
+        # What made the source, and what last used the target's memory, was asked for before.
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            return stream.record_event()
 
 
-def _accumulator(grad: Tensor) -> Tensor:
-    return grad.to(accumulation_dtype(grad.dtype))
+def typed(buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The first bytes of a byte buffer as a tensor."""
+    return buffer[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
-def _zeros_for(whole: Tensor) -> Tensor:
-    return torch.zeros(whole.shape, dtype=accumulation_dtype(whole.dtype), device=whole.device)
+class PinnedMemory:
+    """Host memory in regions of exact size, registered with the driver where there is a GPU.
 
+    PyTorch's own pinned allocator rounds every block up to a power of two, which costs up to half of the host.
+    """
 
-class LayerCheckpoint:
-    """What one layer's backward pass needs of its forward pass, by name and chunk; each entry is taken once."""
+    def __init__(self, device: torch.device) -> None:
+        self._pin = device.type == "cuda"
+        self._regions: list[Tensor] = []
+        self.seconds = 0.0  # spent on it so far
 
-    def __init__(self) -> None:
-        self._entries: dict[tuple[str, int], tuple[Tensor, int]] = {}
+    def buffer(self, nbytes: int) -> Tensor:
+        """One page-aligned buffer (uint8)."""
+        began = time.perf_counter()
+        # MAP_PRIVATE: huge pages for shared memory are off on most systems.
+        pages = mmap.mmap(-1, page_rounded(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)  # pinning is counted in pages
+        region = torch.frombuffer(pages, dtype=torch.uint8)
+        region.fill_(NEVER_WRITTEN)  # on all cores; the driver would touch page after page on one
+        if self._pin:
+            self._register(region)
+        self._regions.append(region)
+        self.seconds += time.perf_counter() - began
+        return region
 
-    def put(self, name: str, chunk: Chunk, value: Tensor) -> None:
-        """Keep `value` under (name, chunk)."""
-        self._entries[name, chunk.index] = value, value._version
+    def buffers(self, counts: Mapping[int, int]) -> Iterable[tuple[int, Tensor]]:
+        """(size, buffer) for `counts` buffers of each size, with a progress line."""
+        sizes = [size for size, count in sorted(counts.items(), reverse=True) for _ in range(count)]
+        total = sum(sizes)
+        what = "hf_fpdt: pinning host memory" if self._pin else "hf_fpdt: host memory"
+        # disable=None: quiet where there is no terminal. Small amounts are there at once.
+        with tqdm(total=round(total / GIB, 1), unit="GiB", desc=what, disable=None if total > GIB else True) as bar:
+            while sizes:
+                part = _first(sizes, REGION_BYTES)
+                region, offset = self.buffer(sum(part)), 0
+                for size in part:
+                    yield size, region[offset : offset + size]
+                    offset += size
+                del sizes[: len(part)]
+                bar.update(round(offset / GIB, 1))
 
-    def holds(self, name: str, chunk: Chunk) -> bool:
-        """Whether `take` would find (name, chunk)."""
-        return (name, chunk.index) in self._entries
-
-    def take(self, name: str, chunk: Chunk) -> Tensor:
-        """Hand (name, chunk) over and forget it; raises as `peek`."""
-        value = self.peek(name, chunk)
-        del self._entries[name, chunk.index]
-        return value
-
-    def peek(self, name: str, chunk: Chunk) -> Tensor:
-        """(name, chunk), which stays in the record.
-
-        Raises:
-            RuntimeError: it was taken before, as by a second backward pass through the same graph, or somebody wrote
-                to it since it was put.
-        """
-        if not self.holds(name, chunk):
+    def _register(self, region: Tensor) -> None:
+        code = torch.cuda.cudart().cudaHostRegister(region.data_ptr(), region.numel(), 0)
+        if int(code):
             raise RuntimeError(
-                f"The checkpoint {name!r} of chunk {chunk.index} was used before: FPDT frees what a layer kept as its "
-                "backward pass goes, so one forward pass serves one backward pass. Run the forward pass again."
+                f"hf_fpdt: the driver could not pin {region.numel() / GIB:.1f} GiB of host memory (CUDA error "
+                f"{int(code)}); lower FPDTPlugin(host_budget_gib=...) or raise the limit on locked memory (ulimit -l)."
             )
-        value, version = self._entries[name, chunk.index]
-        if value._version != version:
-            raise RuntimeError(
-                f"The checkpoint {name!r} of chunk {chunk.index} was changed in place after the forward pass; its "
-                "gradient would be wrong. Change a copy instead."
-            )
-        return value
+
+    def release(self) -> None:
+        """Give everything back to the system; buffers that somebody still holds stay valid but are not pinned."""
+        for region in self._regions:
+            if self._pin:
+                # The driver waits for copies that still use it.
+                torch.cuda.cudart().cudaHostUnregister(region.data_ptr())
+        self._regions = []
 
 
-class CheckpointStore:
-    """Checkpoints of all layers of one model; a layer's are freed when its autograd graph is."""
+def _first(sizes: list[int], limit: int) -> list[int]:
+    """The first sizes that fill at most `limit` together, at least one."""
+    count, total = 1, sizes[0]
+    while count < len(sizes) and total + sizes[count] <= limit:
+        total += sizes[count]
+        count += 1
+    return sizes[:count]
 
-    def new_layer(self) -> LayerCheckpoint:
-        """An empty record for one call of one layer."""
-        return LayerCheckpoint()
+
+def host_bytes_available() -> int:
+    """Host memory that this process may still take: the system's, or the container's where that is less."""
+    available = int(psutil.virtual_memory().available)
+    limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")]
+    if all(path.exists() for path in limits):
+        limit, current = (path.read_text().strip() for path in limits)
+        available = available if limit == "max" else min(available, int(limit) - int(current))
+    # Processes of one machine share it; launchers say how many there are.
+    return max(0, available - HOST_RESERVE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def device_bytes_available(device: torch.device) -> int:
+    """Device memory that this process may still take, unused parts of PyTorch's own cache included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))

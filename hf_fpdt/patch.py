@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .checkpoint_store import CheckpointStore
 from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
 from .layout import ChunkPlan
-from .offload import CheckpointStore
+from .memory import ModelSizes, StepSizes
 
 AUTO_CHUNK_TOKENS_GPU = 32_768
 AUTO_CHUNK_TOKENS_CPU = 4_096
@@ -27,6 +29,22 @@ class Settings:
     plugin: FPDTPlugin
     store: CheckpointStore
     group: SequenceParallelGroup
+    sizes: ModelSizes
+    config: Any
+
+    def step(self, hidden_BSD: Tensor) -> StepSizes:
+        """Sizes of the step in which a layer gets `hidden_BSD`."""
+        kind, dtype = hidden_BSD.device.type, hidden_BSD.dtype
+        narrow = torch.is_autocast_enabled(kind) and dtype == torch.float32
+        return StepSizes(
+            self.sizes,
+            self.plan(hidden_BSD),
+            batch=hidden_BSD.shape[0],
+            element_bytes=dtype.itemsize,
+            attention_bytes=torch.get_autocast_dtype(kind).itemsize if narrow else dtype.itemsize,
+            loss_tokens=self.loss_chunk_tokens(self.config),
+            vocabulary=self.config.get_text_config().vocab_size,
+        )
 
     def plan(self, hidden_BSD: Tensor) -> ChunkPlan:
         """The cut of the sequence of which this rank holds `hidden_BSD`."""

@@ -19,18 +19,21 @@ PACKAGE = "hf_fpdt"
 RANKS = MappingProxyType(
     {
         **dict.fromkeys(("config", "progress", "ambient", "support"), 0),
-        **dict.fromkeys(("layout", "disk"), 1),
-        **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner"), 2),
-        **dict.fromkeys(("attention", "patch"), 3),
-        "layer": 4,
-        "loss": 5,
-        **dict.fromkeys(("interface", "head"), 6),
-        "model": 7,
-        "data": 8,
-        "loaders": 9,
-        **dict.fromkeys(("accelerate", "trainer"), 10),
-        "cli": 11,
-        "__init__": 12,
+        **dict.fromkeys(("layout", "keep", "disk"), 1),
+        "shelves": 2,
+        **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory"), 3),
+        **dict.fromkeys(("streamed_kv", "entries", "gradients"), 4),
+        **dict.fromkeys(("kv_store", "budget"), 5),
+        **dict.fromkeys(("attention", "checkpoint_store"), 6),
+        **dict.fromkeys(("patch", "layer", "shapes"), 7),
+        "loss": 8,
+        **dict.fromkeys(("interface", "head"), 9),
+        "model": 10,
+        "data": 11,
+        "loaders": 12,
+        **dict.fromkeys(("accelerate", "trainer"), 13),
+        "cli": 14,
+        "__init__": 15,
     }
 )
 
@@ -46,9 +49,11 @@ BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast
 MUTABLE_LITERALS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"})
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
-HOT_PATH = frozenset({"attention", "layer", "offload", "kernels", "loss"})
+HOT_PATH = frozenset(
+    ["attention", "layer", "offload", "kernels", "loss", "streamed_kv", "kv_store", "entries", "checkpoint_store"]
+)
 HF_ROOMS = frozenset(
-    ["model", "head", "interface", "loss", "trainer", "accelerate", "data", "loaders", "planner", "cli"]
+    ["model", "head", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders", "planner", "cli"]
 )
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 

@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from hf_fpdt import reference
 from hf_fpdt.attention import backward_row, forward_row
 from hf_fpdt.kernels import KERNELS, Kernel, select_kernel
+from hf_fpdt.kv_store import KVStore
 from hf_fpdt.layout import Chunk, ChunkPlan, Span, row_spans
-from hf_fpdt.offload import KVStore
 from tests.support import assert_as_accurate, assert_rejects, max_error, peaked_qkv, relative_error
 
 GPU_KERNELS = ("fa4", "flash-attn-3", "cudnn", "flash-attn-2", "flash")

@@ -1,0 +1,146 @@
+"""What a step may hold where, and what it keeps: "auto" resolved, checked before anything is allocated.
+
+Raises where a step cannot fit, with the arithmetic, instead of the kernel's out-of-memory killer an hour later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .config import FPDTPlugin
+from .disk import free_bytes
+from .entries import STAGING_BUFFERS
+from .keep import Kept, LayerBytes, candidates, least_bytes, peak_bytes
+from .memory import StepSizes
+from .offload import GIB, device_bytes_available, host_bytes_available
+from .shelves import Budgets, Forecast, KVBytes, forecast
+
+NO_LIMIT = 2**62
+# Left beside the arithmetic of the device's working set: fragments, libraries' workspaces.
+DEVICE_MARGIN = 1.10
+DEVICE_RESERVE = 1 * GIB
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """What one forward and backward pass does with its memory.
+
+    Attributes:
+        kv: K and V by chunk, and which chunks are resident.
+        budgets: what checkpoints may take; the device's without K and V.
+        foretold: what the step will take; None for a pass without a backward pass.
+    """
+
+    kv: KVBytes
+    budgets: Budgets
+    foretold: Forecast | None
+
+    @property
+    def kept(self) -> Kept:
+        """Which layers keep what."""
+        assert self.foretold is not None
+        return self.foretold.kept
+
+
+@dataclass(frozen=True)
+class Available:
+    """Bytes that the stores could fill on each tier when they were first asked; the least of all ranks that agree."""
+
+    device: int
+    host: int
+    disk: int
+
+
+def available(plugin: FPDTPlugin, device: torch.device, training_bytes: int) -> Available:
+    """What "auto" starts from.
+
+    Args:
+        training_bytes: what gradients and optimizer will still take of the device.
+    """
+    on_device = device_bytes_available(device) - training_bytes if device.type == "cuda" else NO_LIMIT
+    disk = 0 if plugin.disk_dir is None else free_bytes(plugin.disk_dir)
+    return Available(max(0, on_device), host_bytes_available(), disk)
+
+
+def budgets_of(plugin: FPDTPlugin, step: StepSizes, there: Available) -> Budgets:
+    """Bytes that the stores may fill on each tier in one step."""
+    device, host = plugin.device_budget_gib, plugin.host_budget_gib
+    working = DEVICE_RESERVE + DEVICE_MARGIN * step.working_bytes(step.kv_bytes(NO_LIMIT))
+    spare = NO_LIMIT if there.device >= NO_LIMIT else max(0, int(there.device - working))
+    return Budgets(
+        device=spare if device == "auto" else int(device * GIB),
+        host=there.host if host == "auto" else int(host * GIB),
+        disk=there.disk,
+    )
+
+
+def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have: Mapping[int, int]) -> PassPlan:
+    """The fastest plan of the policy that the budgets hold.
+
+    Args:
+        policy: `FPDTPlugin.checkpoints`.
+        layers: layers with a backward pass; 0: none.
+        have: sizes of the pinned buffers that exist, and how many of each.
+
+    Raises:
+        MemoryError: there is none; the message has the arithmetic and the ways out.
+    """
+    kv, sizes = step.kv_bytes(budgets.device), step.layer_bytes()
+    staging = STAGING_BUFFERS * sizes.longest if budgets.disk else 0
+    rest = Budgets(budgets.device - kv.device_bytes, max(0, budgets.host - staging), budgets.disk)
+    if not layers:
+        return PassPlan(kv, rest, None)
+    room = rest.total - kv.host_bytes
+    for kept in candidates(policy, layers, sizes, room, step.attention_over_rest()):
+        foretold = forecast(kept, sizes, kv, rest, have)
+        if foretold is None and have:
+            # Buffers of other lengths are in the way: without them?
+            foretold = forecast(kept, sizes, kv, rest, {})
+        if foretold is not None:
+            return PassPlan(kv, rest, foretold)
+    raise MemoryError(_too_much(policy, step, layers, budgets, kv))
+
+
+def _too_much(policy: str, step: StepSizes, layers: int, budgets: Budgets, kv: KVBytes) -> str:
+    sizes = step.layer_bytes()
+    needed = least_bytes(policy, layers, sizes)
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(budgets).items() if size or name != "disk")
+    return (
+        f"FPDT cannot keep what the backward pass of {step.plan.n_tokens:,} tokens needs. Needed: "
+        f"{_gib(needed)} for checkpoints={policy!r} ({layers} layers; one layer's input {_gib(sizes.input_total)}, "
+        f"its attention output {_gib(sizes.attention_total)}) and {_gib(kv.device_bytes + kv.host_bytes)} for K, V "
+        f"and their gradients. There: {parts}, together {_gib(budgets.total)}. Nothing was allocated. Ways out: "
+        f"{_smaller_policy(policy, layers, sizes)}larger budgets (device_budget_gib, host_budget_gib) or a folder for "
+        f"files (disk_dir); fewer tokens, or more ranks a sequence (sp_size)."
+    )
+
+
+def _smaller_policy(policy: str, layers: int, sizes: LayerBytes) -> str:
+    least = least_bytes("segment", layers, sizes)
+    return "" if policy in ("segment", "auto") else f'checkpoints="segment" ({_gib(least)}) or "auto"; '
+
+
+def _gib(nbytes: int) -> str:
+    if nbytes >= NO_LIMIT // 2:
+        return "no limit"
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def described(plan: PassPlan, step: StepSizes, budgets: Budgets) -> str:
+    """The one line that a person reads."""
+    chunks, resident = len(step.plan.chunks), plan.kv.backward_resident
+    text = f"{step.plan.n_tokens:,} tokens in {chunks} chunks: K, V of {resident} chunks on the device"
+    if plan.foretold is None:
+        return text
+    told = plan.foretold
+    places = f"device {_gib(told.device_bytes)}, host {_gib(told.host_bytes)}"
+    files = f", files {_gib(told.disk_bytes)}" if told.disk_bytes else ""
+    total = _gib(peak_bytes(told.kept, step.layer_bytes()))
+    return (
+        f"{text}; keeps {told.kept} ({total}: {places}{files}); in backward {told.kept.attention_reruns} layers run "
+        f"attention again, {told.kept.rebuilt} run their linears once more; budgets device {_gib(budgets.device)}, "
+        f"host {_gib(budgets.host)}"
+    )

@@ -1,0 +1,337 @@
+"""What backward needs of the forward pass, by (layer, chunk): kept, and fetched before it is asked for.
+
+Last in, first out over device, host and files, by the rule of `keep` and the placement of `shelves`. Copies out
+overlap the layer that follows; in the backward pass the reads to come are known, and the next are always on their way.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .budget import Available, PassPlan, available, budgets_of, described, plan_pass
+from .comms import SequenceParallelGroup
+from .config import FPDTPlugin
+from .entries import LOOKAHEAD, DeviceEntry, DiskTierEntry, Entry, Files, HostEntry
+from .keep import forward_bytes
+from .layout import Chunk
+from .memory import StepSizes
+from .offload import GIB, PinnedMemory, Transfers
+from .shelves import SOON, Budgets, BufferPool, ForwardOrder, KVBytes, Shelves, Tier
+from .streamed_kv import HostRoom
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Tiers:
+    """Memory of one device's stores; made when the first layer runs."""
+
+    transfers: Transfers
+    pinned: PinnedMemory
+    shelves: Shelves[Tensor]
+    files: Files | None
+
+
+class Pass:
+    """One forward pass through the layers, with the backward pass that follows.
+
+    Attributes:
+        plan: what it does with its memory.
+        first_layer: the lowest layer with a backward pass; layers are counted from it in `plan`.
+    """
+
+    def __init__(self, plan: PassPlan, step: StepSizes, first_layer: int) -> None:
+        self.plan, self.first_layer = plan, first_layer
+        self.order = ForwardOrder(forward_bytes(plan.kept, step.layer_bytes()), plan.budgets)
+
+
+class Run(Protocol):
+    """What the store asks of a layer's run."""
+
+    @property
+    def index(self) -> int:
+        """The layer's place among the model's."""
+
+    @property
+    def step(self) -> StepSizes:
+        """Sizes of the step."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the layer, so that all ranks of the job must run the same layers in the same order."""
+
+
+class CheckpointStore:
+    """Checkpoints of all layers of one model, and the memory that they and K, V share.
+
+    Args:
+        plugin: policy and budgets.
+        group: ranks that share a sequence, which must keep the same.
+        training_bytes: what gradients and optimizer will still take of the device.
+    """
+
+    def __init__(
+        self, plugin: FPDTPlugin, group: SequenceParallelGroup, training_bytes: Callable[[], int] = lambda: 0
+    ) -> None:
+        self._plugin, self._group, self._training_bytes = plugin, group, training_bytes
+        self._tiers: _Tiers | None = None
+        self._plans: dict[tuple[StepSizes, int], PassPlan] = {}
+        self._there: Available | None = None
+        self._reads: deque[Entry] = deque()
+        self._pass: Pass | None = None
+        self._last: weakref.ref[Any] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointStore:
+        # A copied model has memory of its own: streams and pinned buffers cannot be copied.
+        return CheckpointStore(self._plugin, self._group, copy.deepcopy(self._training_bytes, memo))
+
+    def join(self, run: Run, device: torch.device) -> tuple[LayerCheckpoint, Any]:
+        """The checkpoint of a layer that runs forward now, and the run of the layer below in its pass, if any."""
+        below = None if self._last is None else self._last()
+        if below is None or (below.index + 1, below.step) != (run.index, run.step):
+            below, self._pass = None, self._new_pass(run, device)
+        assert self._pass is not None
+        self._last = weakref.ref(run)
+        return LayerCheckpoint(self, self._pass, run.index - self._pass.first_layer), below
+
+    def _new_pass(self, run: Run, device: torch.device) -> Pass:
+        step = run.step
+        if run.sharded:
+            # What is rebuilt gathers weights: ranks with shorter sequences do as the longest.
+            sizes = torch.tensor([step.plan.n_tokens, step.batch], device=device)
+            (_, n_tokens), (_, batch) = self._group.extremes(sizes, everywhere=True)
+            step = replace(step, plan=replace(step.plan, n_tokens=n_tokens), batch=batch)
+        plan = self._plan(step, step.model.layers - run.index, device, sharded=run.sharded)
+        return Pass(plan, run.step, run.index)
+
+    def kv_plan(self, run: Run, device: torch.device) -> KVBytes:
+        """Which chunks of K and V are resident in the passes of a step."""
+        return self._plan(run.step, 0, device, sharded=run.sharded).kv
+
+    def _plan(self, step: StepSizes, layers: int, device: torch.device, *, sharded: bool) -> PassPlan:
+        """What a pass of this step does with its memory; made, said and allocated for once.
+
+        Args:
+            layers: layers with a backward pass; 0 for a pass without.
+
+        Raises:
+            MemoryError: no plan fits.
+        """
+        tiers = self._on(device)
+        if (step, layers) not in self._plans:
+            budgets = budgets_of(self._plugin, step, self._available(device, everywhere=sharded))
+            plan = plan_pass(self._plugin.checkpoints, step, layers, budgets, tiers.shelves.pool.made)
+            grew = _reserve(tiers, plan, budgets, step)
+            self._plans[step, layers] = plan
+            level = logging.INFO if grew or len(self._plans) <= 2 else logging.DEBUG
+            logger.log(level, "hf_fpdt: %s", described(plan, step, budgets))
+        plan = self._plans[step, layers]
+        tiers.shelves.budgets = plan.budgets
+        return plan
+
+    def _available(self, device: torch.device, *, everywhere: bool) -> Available:
+        """Measured once, before the first pass, by all ranks together: ranks whose plans differed would hang."""
+        if self._there is None:
+            own = available(self._plugin, device, self._training_bytes())
+            values = torch.tensor([own.device, own.host, own.disk], device=device)
+            self._there = Available(*(low for low, _ in self._group.extremes(values, everywhere=everywhere)))
+        return self._there
+
+    def _on(self, device: torch.device) -> _Tiers:
+        if self._tiers is None or self._tiers.transfers.device != device:
+            self.close()
+            transfers, pinned = Transfers(device), PinnedMemory(device)
+            files = None if self._plugin.disk_dir is None else Files(self._plugin.disk_dir, transfers)
+            shelves = Shelves(Budgets(0, 0), BufferPool(pinned.buffer, 0))
+            self._tiers = _Tiers(transfers, pinned, shelves, files)
+        return self._tiers
+
+    def room(self, device: torch.device) -> HostRoom:
+        """Where K and V that are not resident go."""
+        tiers = self._on(device)
+        return HostRoom(tiers.transfers, tiers.shelves)
+
+    def keep(self, value: Tensor, name: str, order: tuple[Tier, ...], *, alone: bool) -> Entry:
+        """Keep a tensor on the first tier of `order` that has room.
+
+        Args:
+            alone: on the device a part of a longer tensor is copied, so that it does not hold the rest.
+
+        Raises:
+            MemoryError: none has.
+        """
+        tiers = self._tiers
+        assert tiers is not None
+        nbytes = value.numel() * value.element_size()
+        place = tiers.shelves.place(nbytes, order)
+        if place is None:
+            raise MemoryError(_no_room(nbytes, tiers.shelves))
+        if place.tier == "device":
+            value = value.clone() if alone and value.untyped_storage().nbytes() > nbytes else value
+            return DeviceEntry(value, place, tiers.shelves, name)
+        if place.tier == "host":
+            return HostEntry(value, place, tiers.shelves, tiers.transfers)
+        assert tiers.files is not None
+        return DiskTierEntry(value, place, tiers.shelves, tiers.files)
+
+    def expect(self, reads: Iterable[Entry]) -> None:
+        """The entries that will be read next, in order: the first few are brought to the device from now on."""
+        self._reads = deque(reads)
+        self._begin_next()
+
+    def read(self, entry: Entry) -> Tensor:
+        """An entry's tensor on the device; the reads after it are on their way."""
+        value = entry.get()
+        if self._reads and self._reads[0] is entry:
+            self._reads.popleft()
+        else:
+            self._reads.clear()  # what follows is not what was expected
+        self._begin_next()
+        return value
+
+    def _begin_next(self) -> None:
+        for entry in islice(self._reads, LOOKAHEAD):
+            entry.begin()
+
+    def used_bytes(self) -> dict[str, int]:
+        """Bytes in use on each tier, and "pinned": all host buffers, used or free."""
+        if self._tiers is None:
+            return {}
+        shelves = self._tiers.shelves
+        return {**{tier: shelves.used[tier] for tier in SOON}, "pinned": shelves.pool.nbytes}
+
+    @property
+    def pinning_seconds(self) -> float:
+        """Time spent on pinning host memory so far."""
+        return 0.0 if self._tiers is None else self._tiers.pinned.seconds
+
+    @property
+    def plans(self) -> Mapping[tuple[StepSizes, int], PassPlan]:
+        """The plans made so far, by step and by layers with a backward pass."""
+        return MappingProxyType(self._plans)
+
+    def close(self) -> None:
+        """Give all memory back: host buffers, files. The next pass starts anew."""
+        self._reads.clear()
+        self._plans.clear()
+        self._there, self._pass, self._last = None, None, None
+        if self._tiers is not None:
+            self._tiers.pinned.release()
+            if self._tiers.files is not None:
+                self._tiers.files.close()
+        self._tiers = None
+
+
+def _reserve(tiers: _Tiers, plan: PassPlan, budgets: Budgets, step: StepSizes) -> bool:
+    """Allocate the pinned buffers that the plan needs and that are not there; whether there were any."""
+    pool = tiers.shelves.pool
+    pool.limit = budgets.host
+    if plan.foretold is not None and plan.foretold.disk_bytes:
+        assert tiers.files is not None
+        tiers.files.stage_for(step.layer_bytes().longest, tiers.pinned)
+    if plan.foretold is None or not plan.foretold.new_buffers:
+        return False
+    if plan.foretold.host_bytes < pool.nbytes + _total(plan.foretold.new_buffers):
+        # It fits without the buffers of other lengths alone, see `plan_pass`.
+        if pool.used_bytes:
+            raise MemoryError(_no_room(_total(plan.foretold.new_buffers), tiers.shelves))
+        tiers.pinned.release()
+        pool.clear()
+    for size, buffer in tiers.pinned.buffers(plan.foretold.new_buffers):
+        pool.add(size, buffer)
+    return True
+
+
+def _total(counts: Mapping[int, int]) -> int:
+    return sum(size * count for size, count in counts.items())
+
+
+def _no_room(nbytes: int, shelves: Shelves[Tensor]) -> str:
+    pool = shelves.pool
+    return (
+        f"fpdt: no room for {nbytes / GIB:.2f} GiB more of checkpoints: {shelves.used['device'] / GIB:.2f} of "
+        f"{shelves.budgets.device / GIB:.2f} GiB are in use on the device, {pool.used_bytes / GIB:.2f} of "
+        f"{pool.limit / GIB:.2f} GiB on the host. Passes whose backward pass has not run yet hold theirs: run it, or "
+        "raise device_budget_gib, host_budget_gib or disk_dir."
+    )
+
+
+class LayerCheckpoint:
+    """What one layer's backward pass needs of its forward pass, by name and chunk; each entry is taken once.
+
+    Attributes:
+        keeps_input: whether its forward pass puts "input"; what does not is rebuilt in backward.
+        keeps_attention: whether it puts "out" and "lse"; else attention runs again.
+    """
+
+    def __init__(self, store: CheckpointStore, run: Pass, index: int) -> None:
+        self._store, self._pass = store, run
+        self.keeps_input = run.plan.kept.inputs[index]
+        self.keeps_attention = run.plan.kept.attentions[index]
+        self._entries: dict[tuple[str, int], Entry] = {}
+        self._unsettled: list[Entry] = []
+
+    def put(self, name: str, chunk: Chunk, value: Tensor, *, rebuilt: bool = False) -> None:
+        """Keep `value` under (name, chunk)."""
+        nbytes = value.numel() * value.element_size()
+        order = SOON if rebuilt else self._pass.order.next(nbytes)
+        # A part of a longer tensor holds all of it: on the device the parts stay such only if all do.
+        alone = chunk.index > 0 and not isinstance(self._entries.get((name, 0)), DeviceEntry)
+        entry = self._store.keep(value, f"{name!r} of chunk {chunk.index}", order, alone=alone)
+        self._entries[name, chunk.index] = entry
+        self._unsettled.append(entry)
+
+    def settle(self) -> None:
+        """Whatever was put so far may leave the device: the computation waits for copies that still run."""
+        for entry in self._unsettled:
+            entry.settle()
+        self._unsettled.clear()
+
+    def holds(self, name: str, chunk: Chunk) -> bool:
+        """Whether `take` would find (name, chunk)."""
+        return (name, chunk.index) in self._entries
+
+    def take(self, name: str, chunk: Chunk) -> Tensor:
+        """Hand (name, chunk) over and forget it; raises as `peek`."""
+        value = self.peek(name, chunk)
+        self._entries.pop((name, chunk.index)).free()
+        return value
+
+    def peek(self, name: str, chunk: Chunk) -> Tensor:
+        """(name, chunk), which stays in the record.
+
+        Raises:
+            RuntimeError: it was taken before, as by a second backward pass through the same graph, or somebody wrote
+                to it since it was put.
+        """
+        if not self.holds(name, chunk):
+            raise RuntimeError(
+                f"The checkpoint {name!r} of chunk {chunk.index} was used before: FPDT frees what a layer kept as its "
+                "backward pass goes, so one forward pass serves one backward pass. Run the forward pass again."
+            )
+        return self._store.read(self._entries[name, chunk.index])
+
+    def entries(self, *names: str, chunks: Iterable[Chunk]) -> Iterator[Entry]:
+        """The entries of these names that are there, chunk by chunk; for `CheckpointStore.expect`."""
+        keys = ((name, chunk.index) for chunk in chunks for name in names)
+        yield from (self._entries[key] for key in keys if key in self._entries)
+
+    def expect(self, reads: Iterable[Entry]) -> None:
+        """See `CheckpointStore.expect`."""
+        self._store.expect(reads)
+
+    def __del__(self) -> None:
+        # A graph that never ran backward: its memory goes with it.
+        for entry in self._entries.values():
+            entry.free()

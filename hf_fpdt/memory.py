@@ -1,0 +1,192 @@
+"""How many bytes a training step needs, by arithmetic: what layers would keep, K and V, and what grows on the device.
+
+Nothing here imports torch. Sizes are those of one rank. Letters: B batch, S tokens of the sequence, P ranks that share
+it, D hidden size, N query heads, G key/value heads, H head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .keep import LayerBytes
+from .layout import ChunkPlan
+from .shelves import KVBytes
+
+Phase = Literal["forward", "loss", "backward"]
+PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
+
+# Activations that one replayed chunk of a gated MLP layer keeps at a time, in elements a token: multiples of the
+# hidden and of the intermediate size. Read off a Llama layer with LoRA on every linear; plain MLPs stay below.
+HIDDEN_COPIES, INTERMEDIATE_COPIES = 14, 5
+# Logits of a chunk: as they are, in fp32, and the gradients of both.
+LOGITS_COPIES = 3
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What the arithmetic needs to know of a model.
+
+    Attributes:
+        layers: decoder layers.
+        hidden: hidden size D.
+        intermediate: width of the MLP; of the experts that one token visits together.
+        q_heads, kv_heads, head_dim: attention's N, G, H.
+        rotary_dim: elements of cos and sin a token.
+        layer_parameters: weights of one layer.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    layer_parameters: int
+
+    @classmethod
+    def of(cls, config: Any, *, layers: int, layer_parameters: int) -> ModelSizes:
+        """Read off a transformers text configuration."""
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        experts = getattr(config, "num_experts_per_tok", None) or 1
+        width = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
+        width = width or getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        rope = getattr(config, "rope_parameters", None) or {}
+        return cls(
+            layers=layers,
+            hidden=config.hidden_size,
+            intermediate=experts * width,
+            q_heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            rotary_dim=int(head_dim * (rope.get("partial_rotary_factor") or 1.0)),
+            layer_parameters=layer_parameters,
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of device memory.
+
+    Attributes:
+        name: what it is.
+        phases: when it is there.
+        nbytes: its size on this rank.
+        grows: whether it grows with the sequence, not with the chunk.
+    """
+
+    name: str
+    phases: tuple[Phase, ...]
+    nbytes: int
+    grows: bool
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """One step of a model.
+
+    Attributes:
+        model: the model.
+        plan: the sequence and its chunks.
+        batch: sequences.
+        element_bytes: bytes of an element of hidden states.
+        attention_bytes: bytes of an element of q, k, v; fewer under autocast.
+        loss_tokens: tokens whose logits exist at a time.
+        vocabulary: logits a token.
+    """
+
+    model: ModelSizes
+    plan: ChunkPlan
+    batch: int = 1
+    element_bytes: int = 2
+    attention_bytes: int = 2
+    loss_tokens: int = 0
+    vocabulary: int = 0
+
+    @property
+    def _ranks(self) -> int:
+        return self.plan.sp_size
+
+    @property
+    def _sum_bytes(self) -> int:
+        """Of an element of a sum over chunks: fp32, or float64."""
+        return max(4, self.attention_bytes)
+
+    @property
+    def unit(self) -> int:
+        """Bytes of a rank's hidden states."""
+        return self.batch * self.plan.n_tokens // self._ranks * self.model.hidden * self.element_bytes
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of a rank, repeated where there are fewer than ranks."""
+        return math.lcm(self.model.kv_heads, self._ranks) // self._ranks
+
+    def layer_bytes(self) -> LayerBytes:
+        """What a layer would keep, by chunk."""
+        m, heads = self.model, self.model.q_heads // self._ranks
+        tokens = [self.batch * (chunk.stop - chunk.start) for chunk in self.plan.chunks]
+        return LayerBytes(
+            inputs=tuple(n // self._ranks * m.hidden * self.element_bytes for n in tokens),
+            outs=tuple(n * heads * m.head_dim * self.attention_bytes for n in tokens),
+            lses=tuple(n * heads * self._sum_bytes for n in tokens),
+        )
+
+    def kv_bytes(self, device_budget: int) -> KVBytes:
+        """K and V by chunk, with as many chunks on the device as the budget holds, in either pass."""
+        width = self.kv_heads * self.model.head_dim
+        tokens = [self.batch * (chunk.stop - chunk.start) for chunk in self.plan.chunks]
+        parts = tuple(n * width * self.attention_bytes for n in tokens)
+        grads = tuple(n * width * self._sum_bytes for n in tokens)
+        both = [part + grad for part, grad in zip(parts, grads, strict=True)]
+        return KVBytes(parts, grads, _holds(parts, device_budget), _holds(both, device_budget))
+
+    def attention_over_rest(self) -> float:
+        """Operations of a layer's causal attention forward over those of all its linears."""
+        attention = 2 * self.plan.n_tokens * self.model.q_heads * self.model.head_dim
+        return attention / (2 * max(1, self.model.layer_parameters))
+
+    def device_rows(self, kv: KVBytes) -> Iterator[Row]:
+        """The table: what lies on the device beside weights, optimizer and checkpoints, and when."""
+        unit, m = self.unit, self.model
+        tokens = self.batch * self.plan.n_tokens // self._ranks
+        forward, backward = kv.forward_resident, kv.backward_resident
+        yield Row("input ids, labels, shifted labels, positions", PHASES, 4 * 8 * tokens, True)
+        yield Row("cos, sin", PHASES, 2 * tokens // self.batch * m.rotary_dim * self.element_bytes, True)
+        yield Row("embeddings, held by the model's own forward", ("forward",), unit, True)
+        yield Row("a layer's input and output", ("forward",), 2 * unit, True)
+        yield Row("K, V of one layer, resident chunks", ("forward",), 2 * sum(kv.parts[:forward]), True)
+        yield Row("last hidden states, normed, and their gradient", ("loss",), 3 * unit, True)
+        yield Row("gradients of a layer's output and input", ("backward",), 2 * unit, True)
+        yield Row("K, V of one layer, resident chunks", ("backward",), 2 * sum(kv.parts[:backward]), True)
+        yield Row("dK, dV of one layer, resident chunks", ("backward",), 2 * sum(kv.grads[:backward]), True)
+        yield from self._chunk_rows(kv)
+
+    def _chunk_rows(self, kv: KVBytes) -> Iterator[Row]:
+        m, chunk = self.model, self.plan.chunks[0]
+        tokens = self.batch * (chunk.rank_stop - chunk.rank_start)
+        replay = tokens * (HIDDEN_COPIES * m.hidden + INTERMEDIATE_COPIES * m.intermediate) * self.element_bytes
+        streamed = 2 * (kv.parts[0] + kv.grads[0]) if kv.backward_resident < len(kv.parts) else 0
+        yield Row("a chunk's activations", ("forward",), replay // 2, False)
+        yield Row("a replayed chunk's activations", ("backward",), replay, False)
+        yield Row("checkpoints on their way", ("backward",), 3 * tokens * m.hidden * self.element_bytes, False)
+        yield Row("streamed K, V, dK, dV on their way", ("backward",), 3 * streamed, False)
+        yield Row("a loss chunk's logits", ("loss",), LOGITS_COPIES * 4 * self.loss_tokens * self.vocabulary, False)
+
+    def working_bytes(self, kv: KVBytes) -> int:
+        """The most that the table's rows take together, without resident K, V, dK, dV."""
+        rows = [row for row in self.device_rows(kv) if "resident" not in row.name]
+        return max(sum(row.nbytes for row in rows if phase in row.phases) for phase in PHASES)
+
+
+def _holds(parts: tuple[int, ...] | list[int], budget: int) -> int:
+    """How many of the first parts, each twice, fit in the budget."""
+    count, total = 0, 0
+    while count < len(parts) and total + 2 * parts[count] <= budget:
+        total += 2 * parts[count]
+        count += 1
+    return count

@@ -1,0 +1,183 @@
+"""What offloading costs and saves: training steps of one model shape under several budgets and checkpoint policies.
+
+    python scripts/bench_offload.py --shape llama-8b --layers 4 --seq-len 128K --case device=0 --case device=auto
+    python scripts/bench_offload.py --shape llama-8b --layers 32 --seq-len 512K --steps 1 --case checkpoints=auto
+
+Each --case is one row: comma-separated device=GIB, host=GIB (device_budget_gib, host_budget_gib; "auto" or a number),
+checkpoints=POLICY, disk=FOLDER. Random weights in bfloat16, LoRA rank 16 on every linear (or --full with AdamW in
+bfloat16). A short step first compiles kernels; pinning host memory is timed apart. With --steps above 1 the first is
+left out of the median. Strict MFU counts no recomputation and attention at half: tokens · (4·N + 6·L·S·heads·head_dim)
+for LoRA (6·N in full) over 989 TFLOP/s. Predicted bytes are those of `hf_fpdt.memory` and `hf_fpdt.shelves`.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import nn
+
+from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.config import parse_tokens
+from hf_fpdt.memory import PHASES
+from hf_fpdt.shapes import SHAPES, build_random, with_layers
+
+PEAK_FLOPS = 989e12
+GIB = 2**30
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama-8b")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seq-len", type=parse_tokens, default=parse_tokens("128K"))
+    parser.add_argument("--chunk-tokens", type=parse_tokens, default=parse_tokens("32K"))
+    parser.add_argument("--kernel", default="auto")
+    parser.add_argument("--case", action="append", default=[], help="one row, e.g. device=0,checkpoints=attention")
+    parser.add_argument("--full", action="store_true", help="train every weight with AdamW, not LoRA")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="append one JSON object a row to this file")
+    return parser.parse_args()
+
+
+def plugin_of(case: str, options: argparse.Namespace) -> FPDTPlugin:
+    names = {
+        "device": "device_budget_gib",
+        "host": "host_budget_gib",
+        "checkpoints": "checkpoints",
+        "disk": "disk_dir",
+    }
+    settings: dict[str, Any] = {}
+    for part in filter(None, case.split(",")):
+        key, _, value = part.partition("=")
+        is_number = key in ("device", "host") and value != "auto"
+        settings[names.get(key, key)] = float(value) if is_number else value
+    return FPDTPlugin(chunk_tokens=options.chunk_tokens, kernel=options.kernel, **settings)
+
+
+def step(model: nn.Module, ids: torch.Tensor, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """(seconds, loss) of forward, backward and optimizer."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    assert torch.isfinite(loss), "the loss is not finite"
+    return seconds, float(loss)
+
+
+def strict_flops(config: Any, n_tokens: int, full: bool) -> float:
+    """Floating-point operations of a step that a model needs, none of them twice."""
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    gated = 3 if config.model_type == "llama" else 2
+    attention = 2 * config.hidden_size**2 * (1 + kv_heads / heads)
+    weights = config.num_hidden_layers * (attention + gated * config.hidden_size * config.intermediate_size)
+    weights += config.vocab_size * config.hidden_size
+    return n_tokens * ((6 if full else 4) * weights + 6 * config.num_hidden_layers * n_tokens * config.hidden_size)
+
+
+def predicted_device_bytes(handle: Any, n_tokens: int) -> tuple[int, int]:
+    """Bytes beside weights, gradients and optimizer: everything, and the part that checkpoints take."""
+    for (sizes, layers), plan in handle.store.plans.items():
+        if layers and sizes.plan.n_tokens == n_tokens:
+            rows = list(sizes.device_rows(plan.kv))
+            working = max(sum(row.nbytes for row in rows if phase in row.phases) for phase in PHASES)
+            return working + plan.foretold.device_bytes, plan.foretold.device_bytes
+    raise LookupError("no plan of that length")
+
+
+def measure(model: nn.Module, config: Any, case: str, options: argparse.Namespace) -> dict[str, Any]:
+    n_tokens = options.seq_len
+    handle = apply_fpdt(model, plugin_of(case, options))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    ids = torch.randint(0, config.vocab_size, (1, n_tokens), device="cuda")
+    step(model, ids[:, : 2 * options.chunk_tokens + 1], optimizer)
+    weights = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    pinned_before, seconds, losses = handle.store.pinning_seconds, [], []
+    for _ in range(options.steps):
+        took, loss = step(model, ids, optimizer)
+        seconds.append(took - (handle.store.pinning_seconds - pinned_before))
+        pinned_before = handle.store.pinning_seconds
+        losses.append(loss)
+    median = statistics.median(seconds[1:] or seconds)
+    working, kept = predicted_device_bytes(handle, n_tokens)
+    plan = next(p for (sizes, layers), p in handle.store.plans.items() if layers and sizes.plan.n_tokens == n_tokens)
+    row = {
+        "case": case,
+        "seconds": round(median, 3),
+        "all_seconds": [round(s, 3) for s in seconds],
+        "tokens_per_s": round(n_tokens / median),
+        "strict_mfu": round(strict_flops(config, n_tokens, options.full) / median / PEAK_FLOPS, 4),
+        "loss": losses[-1],
+        "weights_gib": round(weights / GIB, 3),
+        "peak_device_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
+        "predicted_device_gib": round((weights + working) / GIB, 3),
+        "checkpoints_device_gib": round(kept / GIB, 3),
+        "host_gib": round(handle.store.used_bytes()["pinned"] / GIB, 3),
+        "predicted_host_gib": round(plan.foretold.host_bytes / GIB, 3),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "pinning_seconds": round(handle.store.pinning_seconds, 1),
+        "kept": str(plan.kept),
+        "attention_reruns": plan.kept.attention_reruns,
+        "rebuilt": plan.kept.rebuilt,
+    }
+    handle.remove()
+    return row
+
+
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    memory = 2**-30 * resource.getpagesize() * __import__("os").sysconf("SC_PHYS_PAGES")
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "host_memory_gib": round(memory),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
+        f"python {platform.python_version()}",
+        "commit": commit or "unknown",
+        "date": str(date.today()),
+        "shape": options.shape,
+        "layers": options.layers,
+        "trained": "full, AdamW bf16" if options.full else "LoRA r=16",
+        "tokens": options.seq_len,
+        "chunk_tokens": options.chunk_tokens,
+    }
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_fpdt").setLevel(logging.INFO)
+    options = parse()
+    config = with_layers(SHAPES[options.shape](), options.layers)
+    torch.manual_seed(0)
+    model = build_random(config, "cuda", torch.bfloat16, lora=not options.full)
+    facts = conditions(options)
+    print(facts, flush=True)
+    for case in options.case or ["device=auto"]:
+        torch.cuda.empty_cache()
+        try:
+            row = measure(model, config, case, options)
+        except torch.OutOfMemoryError as error:
+            row = {"case": case, "error": f"out of device memory: {str(error)[:200]}"}
+        print(row, flush=True)
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(json.dumps(facts | row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
