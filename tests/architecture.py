@@ -18,15 +18,15 @@ PACKAGE = "hf_fpdt"
 # A module imports from strictly lower ranks, so modules of one rank do not know each other.
 RANKS = MappingProxyType(
     {
-        **dict.fromkeys(("config", "progress", "ambient", "support"), 0),
-        "layout": 1,
-        **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner"), 2),
-        **dict.fromkeys(("attention", "patch"), 3),
+        **dict.fromkeys(("config", "progress", "ambient", "support", "trace_intervals"), 0),
+        **dict.fromkeys(("layout", "trace"), 1),
+        **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "trace_file", "trace_picture"), 2),
+        **dict.fromkeys(("attention", "patch", "shapes"), 3),
         "layer": 4,
         "loss": 5,
         **dict.fromkeys(("interface", "head"), 6),
         "model": 7,
-        "data": 8,
+        **dict.fromkeys(("data", "recording"), 8),
         "loaders": 9,
         **dict.fromkeys(("accelerate", "trainer"), 10),
         "cli": 11,
@@ -48,7 +48,7 @@ MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "O
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
 HOT_PATH = frozenset({"attention", "layer", "offload", "kernels", "loss"})
 HF_ROOMS = frozenset(
-    ["model", "head", "interface", "loss", "trainer", "accelerate", "data", "loaders", "planner", "cli"]
+    ["model", "head", "interface", "loss", "trainer", "accelerate", "data", "loaders", "planner", "shapes", "cli"]
 )
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
