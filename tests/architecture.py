@@ -18,9 +18,9 @@ PACKAGE = "hf_fpdt"
 # A module imports from strictly lower ranks, so modules of one rank do not know each other.
 RANKS = MappingProxyType(
     {
-        **dict.fromkeys(("config", "progress", "ambient", "support"), 0),
-        **dict.fromkeys(("layout", "keep", "disk"), 1),
-        "shelves": 2,
+        **dict.fromkeys(("config", "progress", "ambient", "support", "trace_intervals"), 0),
+        **dict.fromkeys(("layout", "keep", "disk", "trace"), 1),
+        **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
         **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory"), 3),
         **dict.fromkeys(("streamed_kv", "entries", "gradients"), 4),
         **dict.fromkeys(("kv_store", "budget"), 5),
@@ -29,7 +29,7 @@ RANKS = MappingProxyType(
         "loss": 8,
         **dict.fromkeys(("interface", "head"), 9),
         "model": 10,
-        "data": 11,
+        **dict.fromkeys(("data", "recording"), 11),
         "loaders": 12,
         **dict.fromkeys(("accelerate", "trainer"), 13),
         "cli": 14,

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 PRELOADED = ("hf_fpdt", "peft", "transformers.models.llama", "transformers.models.gpt_neox", "torch.distributed.fsdp")
 GROUP_TIMEOUT = timedelta(seconds=120)
@@ -105,6 +106,8 @@ def nan_filled_empty(package: str = "hf_fpdt") -> Iterator[None]:
     A buffer that nobody wrote then shows in the result, not only when the allocator happens to hand out dirty
     memory. Byte buffers get 0xFF, which is NaN in every floating view of them.
     """
+    # A `with torch.device(...)` block gathers the functions it acts on once a process: ours must not be among them.
+    _device_constructors()
     sites = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
     # Methods that torch.Tensor inherits are put back by deleting ours.
     saved = [(owner, name, owner.__dict__.get(name)) for owner, name in sites]
