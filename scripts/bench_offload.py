@@ -11,8 +11,10 @@ for LoRA (6·N in full) over 989 TFLOP/s. Predicted bytes are those of `hf_fpdt.
 """
 
 import argparse
+import gc
 import json
 import logging
+import os
 import platform
 import resource
 import statistics
@@ -29,6 +31,7 @@ from torch import nn
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.config import parse_tokens
+from hf_fpdt.keep import peak_bytes
 from hf_fpdt.memory import PHASES
 from hf_fpdt.shapes import SHAPES, build_random, with_layers
 
@@ -43,7 +46,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=parse_tokens, default=parse_tokens("128K"))
     parser.add_argument("--chunk-tokens", type=parse_tokens, default=parse_tokens("32K"))
     parser.add_argument("--kernel", default="auto")
-    parser.add_argument("--case", action="append", default=[], help="one row, e.g. device=0,checkpoints=attention")
+    parser.add_argument("--case", action="append", required=True, help="one row, e.g. device=0,checkpoints=attention")
+    parser.add_argument("--together", action="store_true", help="a model for each case, all at once; steps take turns")
     parser.add_argument("--full", action="store_true", help="train every weight with AdamW, not LoRA")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", type=Path, help="append one JSON object a row to this file")
@@ -76,7 +80,7 @@ def step(model: nn.Module, ids: torch.Tensor, optimizer: torch.optim.Optimizer) 
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     assert torch.isfinite(loss), "the loss is not finite"
-    return seconds, float(loss)
+    return seconds, loss.item()
 
 
 def strict_flops(config: Any, n_tokens: int, full: bool) -> float:
@@ -89,60 +93,90 @@ def strict_flops(config: Any, n_tokens: int, full: bool) -> float:
     return n_tokens * ((6 if full else 4) * weights + 6 * config.num_hidden_layers * n_tokens * config.hidden_size)
 
 
-def predicted_device_bytes(handle: Any, n_tokens: int) -> tuple[int, int]:
-    """Bytes beside weights, gradients and optimizer: everything, and the part that checkpoints take."""
-    for (sizes, layers), plan in handle.store.plans.items():
-        if layers and sizes.plan.n_tokens == n_tokens:
-            rows = list(sizes.device_rows(plan.kv))
-            working = max(sum(row.nbytes for row in rows if phase in row.phases) for phase in PHASES)
-            return working + plan.foretold.device_bytes, plan.foretold.device_bytes
-    raise LookupError("no plan of that length")
+class Case:
+    """One model with FPDT under one case's settings, and what its steps took.
+
+    Cases of one run take turns, step by step: a GPU's clock falls as it warms, by more than what is compared here.
+    """
+
+    def __init__(self, case: str, config: Any, options: argparse.Namespace) -> None:
+        self.case, self.config, self.options = case, config, options
+        torch.manual_seed(0)
+        self.model = build_random(config, "cuda", torch.bfloat16, lora=not options.full)
+        self.handle = apply_fpdt(self.model, plugin_of(case, options))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.peak_bytes = self.weight_bytes = 0
+
+    def step(self, n_tokens: int, *, count: bool = True) -> None:
+        ids = torch.randint(0, self.config.vocab_size, (1, n_tokens), device="cuda")
+        pinned, before = self.handle.store.pinning_seconds, torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        took, loss = step(self.model, ids, self.optimizer)
+        if count:
+            self.seconds.append(took - (self.handle.store.pinning_seconds - pinned))
+            self.losses.append(loss)
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
+            self.weight_bytes = before
+
+    def row(self) -> dict[str, Any]:
+        n_tokens, full = self.options.seq_len, self.options.full
+        sizes, plan = self._plan()
+        rows = list(sizes.device_rows(plan.kv))
+        working = max(sum(row.nbytes for row in rows if phase in row.phases) for phase in PHASES)
+        median = statistics.median(self.seconds[1:] or self.seconds)
+        return {
+            "case": self.case,
+            "seconds": round(median, 3),
+            "all_seconds": [round(s, 3) for s in self.seconds],
+            "tokens_per_s": round(n_tokens / median),
+            "strict_mfu": round(strict_flops(self.config, n_tokens, full) / median / PEAK_FLOPS, 4),
+            "loss": round(self.losses[-1], 4),
+            "allocated_before_gib": round(self.weight_bytes / GIB, 3),
+            "peak_device_gib": round(self.peak_bytes / GIB, 3),
+            "predicted_device_gib": round((self.weight_bytes + working + plan.foretold.device_bytes) / GIB, 3),
+            "checkpoints_device_gib": round(plan.foretold.device_bytes / GIB, 3),
+            "host_gib": round(self.handle.store.used_bytes()["pinned"] / GIB, 3),
+            "predicted_host_gib": round(plan.foretold.host_bytes / GIB, 3),
+            "store_gib": round(peak_bytes(plan.kept, sizes.layer_bytes()) / GIB, 3),
+            "disk_gib": round(plan.foretold.disk_bytes / GIB, 3),
+            "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            "pinning_seconds": round(self.handle.store.pinning_seconds, 1),
+            "kept": str(plan.kept),
+            "attention_reruns": plan.kept.attention_reruns,
+            "rebuilt": plan.kept.rebuilt,
+            "resident_chunks": plan.kv.backward_resident,
+            "budgets_gib": [self.handle.plugin.device_budget_gib, self.handle.plugin.host_budget_gib],
+        }
+
+    def _plan(self) -> tuple[Any, Any]:
+        plans = self.handle.store.plans.items()
+        return next(
+            (sizes, plan) for (sizes, layers), plan in plans if layers and sizes.plan.n_tokens == self.options.seq_len
+        )
 
 
-def measure(model: nn.Module, config: Any, case: str, options: argparse.Namespace) -> dict[str, Any]:
-    n_tokens = options.seq_len
-    handle = apply_fpdt(model, plugin_of(case, options))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    ids = torch.randint(0, config.vocab_size, (1, n_tokens), device="cuda")
-    step(model, ids[:, : 2 * options.chunk_tokens + 1], optimizer)
-    weights = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    pinned_before, seconds, losses = handle.store.pinning_seconds, [], []
-    for _ in range(options.steps):
-        took, loss = step(model, ids, optimizer)
-        seconds.append(took - (handle.store.pinning_seconds - pinned_before))
-        pinned_before = handle.store.pinning_seconds
-        losses.append(loss)
-    median = statistics.median(seconds[1:] or seconds)
-    working, kept = predicted_device_bytes(handle, n_tokens)
-    plan = next(p for (sizes, layers), p in handle.store.plans.items() if layers and sizes.plan.n_tokens == n_tokens)
-    row = {
-        "case": case,
-        "seconds": round(median, 3),
-        "all_seconds": [round(s, 3) for s in seconds],
-        "tokens_per_s": round(n_tokens / median),
-        "strict_mfu": round(strict_flops(config, n_tokens, options.full) / median / PEAK_FLOPS, 4),
-        "loss": losses[-1],
-        "weights_gib": round(weights / GIB, 3),
-        "peak_device_gib": round(torch.cuda.max_memory_allocated() / GIB, 3),
-        "predicted_device_gib": round((weights + working) / GIB, 3),
-        "checkpoints_device_gib": round(kept / GIB, 3),
-        "host_gib": round(handle.store.used_bytes()["pinned"] / GIB, 3),
-        "predicted_host_gib": round(plan.foretold.host_bytes / GIB, 3),
-        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "pinning_seconds": round(handle.store.pinning_seconds, 1),
-        "kept": str(plan.kept),
-        "attention_reruns": plan.kept.attention_reruns,
-        "rebuilt": plan.kept.rebuilt,
-    }
-    handle.remove()
-    return row
+def run_together(cases: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of cases whose steps take turns."""
+    config = with_layers(SHAPES[options.shape](), options.layers)
+    made = [Case(case, config, options) for case in cases]
+    for case in made:
+        case.step(2 * options.chunk_tokens + 1, count=False)  # kernels compile
+    for number in range(options.steps):
+        for case in made:
+            case.step(options.seq_len)
+            print(f"step {number} of {case.case}: {case.seconds[-1]:.2f} s", flush=True)
+    rows = [case.row() for case in made]
+    for case in made:
+        case.handle.remove()
+    return rows
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    memory = 2**-30 * resource.getpagesize() * __import__("os").sysconf("SC_PHYS_PAGES")
+    memory = 2**-30 * resource.getpagesize() * os.sysconf("SC_PHYS_PAGES")
     return {
         "gpu": torch.cuda.get_device_name(),
         "host_memory_gib": round(memory),
@@ -162,21 +196,20 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_fpdt").setLevel(logging.INFO)
     options = parse()
-    config = with_layers(SHAPES[options.shape](), options.layers)
-    torch.manual_seed(0)
-    model = build_random(config, "cuda", torch.bfloat16, lora=not options.full)
     facts = conditions(options)
     print(facts, flush=True)
-    for case in options.case or ["device=auto"]:
+    for cases in [options.case] if options.together else [[case] for case in options.case]:
+        gc.collect()
         torch.cuda.empty_cache()
         try:
-            row = measure(model, config, case, options)
+            rows = run_together(cases, options)
         except torch.OutOfMemoryError as error:
-            row = {"case": case, "error": f"out of device memory: {str(error)[:200]}"}
-        print(row, flush=True)
-        if options.out:
-            with options.out.open("a") as file:
-                file.write(json.dumps(facts | row) + "\n")
+            rows = [{"case": case, "error": f"out of device memory: {str(error)[:200]}"} for case in cases]
+        for row in rows:
+            print(row, flush=True)
+            if options.out:
+                with options.out.open("a") as file:
+                    file.write(json.dumps(facts | row) + "\n")
 
 
 if __name__ == "__main__":
