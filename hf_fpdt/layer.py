@@ -123,7 +123,8 @@ class LayerRun:
 
     def end(self, output_BSD: Tensor) -> None:
         """Remember which tensor the output was, without keeping it."""
-        self._output = StorageWeakRef(output_BSD.untyped_storage()), output_BSD._version
+        if self.checkpoint is not None:
+            self._output = StorageWeakRef(output_BSD.untyped_storage()), output_BSD._version
 
     def made(self, hidden_BSD: Tensor) -> bool:
         """Whether `hidden_BSD` is this layer's output, untouched; then running the layer again gives it again."""

@@ -1,0 +1,70 @@
+"""Bytes of tensors alive on the CPU, as a GPU's allocator would count them; pinned buffers are not among them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts storages made by operations while it is active, from the first operation that returns them to their end.
+
+    Attributes:
+        now, peak: bytes alive, and the most so far.
+        at_peak: sizes of the storages alive at the peak, if `detailed`.
+    """
+
+    def __init__(self, *, detailed: bool = False) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.detailed, self.at_peak = detailed, list[tuple[int, str]]()
+        self._known: dict[int, tuple[int, str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs or {})):
+            if isinstance(leaf, Tensor):
+                self._ignore(leaf)
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf, str(func))
+        return result
+
+    def _ignore(self, tensor: Tensor) -> None:
+        """What was there before, weights and pinned buffers, does not count."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._remember(storage, 0, "before")
+
+    def _count(self, tensor: Tensor, name: str) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._remember(storage, storage.nbytes(), name)
+            self.now += storage.nbytes()
+            if self.now > self.peak:
+                self.peak = self.now
+                if self.detailed:
+                    self.at_peak = [entry for entry in self._known.values() if entry[0]]
+
+    def _remember(self, storage: torch.UntypedStorage, nbytes: int, name: str) -> None:
+        key = storage._cdata
+        self._known[key] = nbytes, name
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        nbytes, _ = self._known.pop(key, (0, ""))
+        self.now -= nbytes
+
+
+@contextmanager
+def live_bytes(*, detailed: bool = False) -> Iterator[LiveBytes]:
+    """Count inside."""
+    with LiveBytes(detailed=detailed) as counter:
+        yield counter
