@@ -18,9 +18,13 @@ from .shelves import KVBytes
 Phase = Literal["forward", "loss", "backward"]
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
 
-# Activations that one replayed chunk of a gated MLP layer keeps at a time, in elements a token: multiples of the
-# hidden and of the intermediate size. Read off a Llama layer with LoRA on every linear; plain MLPs stay below.
-HIDDEN_COPIES, INTERMEDIATE_COPIES = 14, 5
+# Activations that one replayed chunk keeps at its peak, in elements a token: multiples of the hidden and of the
+# intermediate size, for MLPs with a gate and for plain ones. Measured in bfloat16 with LoRA on every linear.
+GATED_COPIES, PLAIN_COPIES = (14.5, 5.0), (11.0, 4.0)
+# On the device of what a chunk reads from elsewhere: its own input and attention output, and three reads ahead.
+CHECKPOINTS_UNDER_WAY = 5
+# Of streamed K, V, dK, dV: the diagonal, the chunk at hand, the one that comes.
+STREAMED_SETS = 3
 # Logits of a chunk: as they are, in fp32, and the gradients of both.
 LOGITS_COPIES = 3
 
@@ -46,6 +50,12 @@ class ModelSizes:
     head_dim: int
     rotary_dim: int
     layer_parameters: int
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has three matrices (a gate), told from the number of weights."""
+        attention = 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim
+        return self.layer_parameters - attention > 2.5 * self.hidden * self.intermediate
 
     @classmethod
     def of(cls, config: Any, *, layers: int, layer_parameters: int) -> ModelSizes:
@@ -169,17 +179,25 @@ class StepSizes:
     def _chunk_rows(self, kv: KVBytes) -> Iterator[Row]:
         m, chunk = self.model, self.plan.chunks[0]
         tokens = self.batch * (chunk.rank_stop - chunk.rank_start)
-        replay = tokens * (HIDDEN_COPIES * m.hidden + INTERMEDIATE_COPIES * m.intermediate) * self.element_bytes
+        unit = tokens * m.hidden * self.element_bytes
+        hidden, intermediate = GATED_COPIES if m.gated else PLAIN_COPIES
+        replay = int(hidden * unit + intermediate * tokens * m.intermediate * self.element_bytes)
         streamed = 2 * (kv.parts[0] + kv.grads[0]) if kv.backward_resident < len(kv.parts) else 0
         yield Row("a chunk's activations", ("forward",), replay // 2, False)
         yield Row("a replayed chunk's activations", ("backward",), replay, False)
-        yield Row("checkpoints on their way", ("backward",), 3 * tokens * m.hidden * self.element_bytes, False)
-        yield Row("streamed K, V, dK, dV on their way", ("backward",), 3 * streamed, False)
+        yield Row("checkpoints under way", ("backward",), CHECKPOINTS_UNDER_WAY * unit, False)
+        yield Row("streamed K, V, dK, dV under way", ("backward",), STREAMED_SETS * streamed, False)
         yield Row("a loss chunk's logits", ("loss",), LOGITS_COPIES * 4 * self.loss_tokens * self.vocabulary, False)
 
-    def working_bytes(self, kv: KVBytes) -> int:
-        """The most that the table's rows take together, without resident K, V, dK, dV."""
-        rows = [row for row in self.device_rows(kv) if "resident" not in row.name]
+    def working_bytes(self, kv: KVBytes, *, checkpoints_elsewhere: bool = True, resident: bool = False) -> int:
+        """The most that the table's rows take together in any phase.
+
+        Args:
+            checkpoints_elsewhere: whether checkpoints come from the host or a file, so that some are under way.
+            resident: count resident K, V, dK, dV too.
+        """
+        left_out = ("resident",) * (not resident) + ("checkpoints",) * (not checkpoints_elsewhere)
+        rows = [row for row in self.device_rows(kv) if not any(word in row.name for word in left_out)]
         return max(sum(row.nbytes for row in rows if phase in row.phases) for phase in PHASES)
 
 

@@ -32,7 +32,6 @@ from torch import nn
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.config import parse_tokens
 from hf_fpdt.keep import peak_bytes
-from hf_fpdt.memory import PHASES
 from hf_fpdt.shapes import SHAPES, build_random, with_layers
 
 PEAK_FLOPS = 989e12
@@ -124,8 +123,10 @@ class Case:
     def row(self) -> dict[str, Any]:
         n_tokens, full = self.options.seq_len, self.options.full
         sizes, plan = self._plan()
-        rows = list(sizes.device_rows(plan.kv))
-        working = max(sum(row.nbytes for row in rows if phase in row.phases) for phase in PHASES)
+        elsewhere = plan.foretold.host_bytes > plan.kv.host_bytes
+        working = sizes.working_bytes(plan.kv, checkpoints_elsewhere=elsewhere, resident=True)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        working += sum(p.numel() * p.element_size() for p in trained)  # their gradients
         median = statistics.median(self.seconds[1:] or self.seconds)
         return {
             "case": self.case,
@@ -175,7 +176,8 @@ def run_together(cases: list[str], options: argparse.Namespace) -> list[dict[str
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("HF_FPDT_COMMIT", git)  # for machines that have the files and not the history
     memory = 2**-30 * resource.getpagesize() * os.sysconf("SC_PHYS_PAGES")
     return {
         "gpu": torch.cuda.get_device_name(),

@@ -260,8 +260,8 @@ def test_a_model_that_cannot_be_exact_is_refused_unchanged(case: str) -> None:
 
 def test_every_reason_is_named_at_once() -> None:
     model = tiny("mistral", sliding_window=8, attention_dropout=0.1)
-    with pytest.raises(NotImplementedError, match="sliding-window.*dropout.*device_budget_gib=1.*segment"):
-        apply_fpdt(model, FPDTPlugin(device_budget_gib=1, checkpoints="segment"))
+    with pytest.raises(NotImplementedError, match="sliding-window.*dropout.*progress=True"):
+        apply_fpdt(model, FPDTPlugin(progress=True))
 
 
 @pytest.fixture

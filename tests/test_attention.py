@@ -12,6 +12,7 @@ import hf_fpdt.attention
 from hf_fpdt import attend_whole, reference
 from hf_fpdt.attention import kernel_spans, merge
 from hf_fpdt.kernels import KERNELS, MAX_ELEMENTS
+from hf_fpdt.kv_store import KVStore
 from hf_fpdt.layout import Span
 from tests.support import assert_rejects, peaked_qkv, relative_error
 
@@ -81,10 +82,11 @@ def test_shapes_that_do_not_fit_are_refused(shapes: tuple[tuple[int, ...], tuple
 def test_no_call_sees_more_elements_than_kernels_can_index() -> None:
     """2 million keys of 8 heads × 128 are past 2**31 elements: the row is cut, and nothing is left out."""
     stop = 2**21 + 2**15
-    spans = kernel_spans(KERNELS["flash"], stop - 2**15, stop, 2**15, (1, 8, 128))
-    assert spans != (Span(0, stop, True),) and spans[-1].causal
-    assert all((span.stop - span.start) * 8 * 128 <= MAX_ELEMENTS for span in spans)
-    assert [s.start for s in spans] == [0, *(s.stop for s in spans[:-1])] and spans[-1].stop == stop
+    k = torch.empty(1, stop, 8, 128, device="meta")
+    diagonal, *full = kernel_spans(KERNELS["flash"], (stop - 2**15, stop), 2**15, KVStore.holding(k, k))
+    assert diagonal == Span(stop - 2**15, stop, True) and len(full) > 1
+    assert all((span.stop - span.start) * 8 * 128 <= MAX_ELEMENTS for span in full)
+    assert [s.start for s in full] == [0, *(s.stop for s in full[:-1])] and full[-1].stop == diagonal.start
 
 
 def test_frozen_inputs_get_no_gradient_and_cost_nothing_wrong() -> None:

@@ -66,29 +66,29 @@ def read_keys(spans: Iterable[Span]) -> list[int]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("max_tokens", [2**62, 64, 8, 7])
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 7), (8, 9), (16, 23), (63, 70), (120, 127)])
-def test_a_row_reads_every_key_once_and_its_diagonal_last(
+def test_a_row_reads_every_key_once_and_its_diagonal_first(
     shape: RowShape, max_tokens: int, start: int, stop: int
 ) -> None:
     spans = row_spans(start, stop, shape=shape, unit_tokens=8, max_tokens=max_tokens)
 
     def check(spans: Sequence[Span]) -> None:
-        assert read_keys(spans) == list(range(stop))
-        *full, last = spans
-        assert last.causal and last.stop == stop and not any(span.causal for span in full)
+        diagonal, *full = spans
+        assert read_keys([*full, diagonal]) == list(range(stop))
+        assert diagonal.causal and diagonal.stop == stop and not any(span.causal for span in full)
         assert all(span.stop - span.start <= max_tokens for span in spans)
         # A causal call over more than the diagonal needs a kernel that aligns at the bottom right.
-        assert last.start == start or (shape == "prefix" and last.start == 0)
+        assert diagonal.start == start or (shape == "prefix" and diagonal.start == 0)
 
     check(spans)
-    *full, last = spans
+    diagonal, *full = spans
     broken = {
-        "diagonal not masked": [*full, Span(last.start, last.stop, False)],
-        "diagonal twice": [*spans, last],
-        "a key too far": [*full, Span(last.start, stop + 1, True)],
+        "diagonal not masked": [Span(diagonal.start, diagonal.stop, False), *full],
+        "diagonal twice": [*spans, diagonal],
+        "a key too far": [Span(diagonal.start, stop + 1, True), *full],
     }
     if full:
-        broken["a span lost"] = [*full[1:], last]
-        broken["full span masked"] = [*(Span(s.start, s.stop, True) for s in full), last]
+        broken["a span lost"] = [diagonal, *full[1:]]
+        broken["full span masked"] = [diagonal, *(Span(s.start, s.stop, True) for s in full)]
     assert_rejects(check, broken)
 
 
@@ -96,13 +96,31 @@ def test_a_row_reads_every_key_once_and_its_diagonal_last(
     ("shape", "max_tokens", "expected"),
     [
         ("prefix", 99, [(0, 20, True)]),
-        ("prefix", 12, [(0, 12, False), (12, 16, False), (16, 20, True)]),
-        ("rectangle", 99, [(0, 16, False), (16, 20, True)]),
-        ("rectangle", 10, [(0, 10, False), (10, 16, False), (16, 20, True)]),
-        ("pair", 99, [(0, 8, False), (8, 16, False), (16, 20, True)]),
-        ("pair", 6, [(0, 6, False), (6, 12, False), (12, 16, False), (16, 20, True)]),
+        ("prefix", 12, [(16, 20, True), (0, 12, False), (12, 16, False)]),
+        ("rectangle", 99, [(16, 20, True), (0, 16, False)]),
+        ("rectangle", 10, [(16, 20, True), (0, 10, False), (10, 16, False)]),
+        ("pair", 99, [(16, 20, True), (0, 8, False), (8, 16, False)]),
+        ("pair", 6, [(16, 20, True), (0, 6, False), (6, 12, False), (12, 16, False)]),
     ],
 )
 def test_row_spans_by_shape(shape: RowShape, max_tokens: int, expected: list[tuple[int, int, bool]]) -> None:
     spans = row_spans(16, 20, shape=shape, unit_tokens=8, max_tokens=max_tokens)
+    assert [(span.start, span.stop, span.causal) for span in spans] == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "resident", "expected"),
+    [
+        ("prefix", 20, [(0, 20, True)]),
+        ("prefix", 16, [(16, 20, True), (0, 16, False)]),
+        ("prefix", 8, [(16, 20, True), (0, 8, False), (8, 12, False), (12, 16, False)]),
+        ("rectangle", 8, [(16, 20, True), (0, 8, False), (8, 12, False), (12, 16, False)]),
+        ("pair", 8, [(16, 20, True), (0, 4, False), (4, 8, False), (8, 12, False), (12, 16, False)]),
+        ("prefix", 0, [(16, 20, True), (0, 4, False), (4, 8, False), (8, 12, False), (12, 16, False)]),
+    ],
+)
+def test_keys_that_are_not_resident_come_chunk_by_chunk(
+    shape: RowShape, resident: int, expected: list[tuple[int, int, bool]]
+) -> None:
+    spans = row_spans(16, 20, shape=shape, unit_tokens=4, resident_tokens=resident)
     assert [(span.start, span.stop, span.causal) for span in spans] == expected
