@@ -20,6 +20,7 @@ import resource
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-8b")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seq-len", type=parse_tokens, default=parse_tokens("128K"))
+    parser.add_argument("--seq-len", type=parse_tokens, nargs="+", default=[parse_tokens("128K")])
     parser.add_argument("--chunk-tokens", type=parse_tokens, default=parse_tokens("32K"))
     parser.add_argument("--kernel", default="auto")
     parser.add_argument("--case", action="append", required=True, help="one row, e.g. device=0,checkpoints=attention")
@@ -105,6 +106,10 @@ class Case:
         self.handle = apply_fpdt(self.model, plugin_of(case, options))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was measured: another length follows."""
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.peak_bytes = self.weight_bytes = 0
@@ -120,9 +125,9 @@ class Case:
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
             self.weight_bytes = before
 
-    def row(self) -> dict[str, Any]:
-        n_tokens, full = self.options.seq_len, self.options.full
-        sizes, plan = self._plan()
+    def row(self, n_tokens: int) -> dict[str, Any]:
+        full = self.options.full
+        sizes, plan = self._plan(n_tokens)
         elsewhere = plan.foretold.host_bytes > plan.kv.host_bytes
         working = sizes.working_bytes(plan.kv, checkpoints_elsewhere=elsewhere, resident=True)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -130,6 +135,7 @@ class Case:
         median = statistics.median(self.seconds[1:] or self.seconds)
         return {
             "case": self.case,
+            "tokens": n_tokens,
             "seconds": round(median, 3),
             "all_seconds": [round(s, 3) for s in self.seconds],
             "tokens_per_s": round(n_tokens / median),
@@ -152,27 +158,27 @@ class Case:
             "budgets_gib": [self.handle.plugin.device_budget_gib, self.handle.plugin.host_budget_gib],
         }
 
-    def _plan(self) -> tuple[Any, Any]:
+    def _plan(self, n_tokens: int) -> tuple[Any, Any]:
         plans = self.handle.store.plans.items()
-        return next(
-            (sizes, plan) for (sizes, layers), plan in plans if layers and sizes.plan.n_tokens == self.options.seq_len
-        )
+        return next((sizes, plan) for (sizes, layers), plan in plans if layers and sizes.plan.n_tokens == n_tokens)
 
 
-def run_together(cases: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_together(cases: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of cases whose steps take turns."""
     config = with_layers(SHAPES[options.shape](), options.layers)
     made = [Case(case, config, options) for case in cases]
     for case in made:
         case.step(2 * options.chunk_tokens + 1, count=False)  # kernels compile
-    for number in range(options.steps):
+    for n_tokens in options.seq_len:
         for case in made:
-            case.step(options.seq_len)
-            print(f"step {number} of {case.case}: {case.seconds[-1]:.2f} s", flush=True)
-    rows = [case.row() for case in made]
+            case.begin()
+        for number in range(options.steps):
+            for case in made:
+                case.step(n_tokens)
+                print(f"{n_tokens:,} tokens, step {number} of {case.case}: {case.seconds[-1]:.2f} s", flush=True)
+        yield from (case.row(n_tokens) for case in made)
     for case in made:
         case.handle.remove()
-    return rows
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +195,6 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
         "shape": options.shape,
         "layers": options.layers,
         "trained": "full, AdamW bf16" if options.full else "LoRA r=16",
-        "tokens": options.seq_len,
         "chunk_tokens": options.chunk_tokens,
     }
 
@@ -204,14 +209,17 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            rows = run_together(cases, options)
-        except torch.OutOfMemoryError as error:
-            rows = [{"case": case, "error": f"out of device memory: {str(error)[:200]}"} for case in cases]
-        for row in rows:
-            print(row, flush=True)
-            if options.out:
-                with options.out.open("a") as file:
-                    file.write(json.dumps(facts | row) + "\n")
+            for row in run_together(cases, options):
+                write(facts | row, options.out)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            write(facts | {"case": cases, "error": " ".join(str(error).split())[:400]}, options.out)
+
+
+def write(row: dict[str, Any], path: Path | None) -> None:
+    print(row, flush=True)
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
