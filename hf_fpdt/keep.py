@@ -12,7 +12,7 @@ needed beyond what the forward pass left. Segments of one size need their own si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -160,21 +160,28 @@ def candidates(policy: str, layers: int, sizes: LayerBytes, budget: int, ratio: 
 def _least(layers: int, sizes: LayerBytes, budget: int) -> Iterator[Kept]:
     """The plan without attention outputs that holds least, if it is within `budget`."""
     none = [False] * layers
-    for inputs in range(1, layers + 1):
-        plan = segmented(inputs, none, sizes, inputs * sizes.input_total)
-        if plan is not None:
-            if peak_bytes(plan, sizes) <= budget:
-                yield plan
-            return
+
+    def plan_within(limit: int) -> Kept | None:
+        # Of those that hold as little, the one that rebuilds least.
+        plans = (segmented(inputs, none, sizes, limit) for inputs in range(layers, 0, -1))
+        return next((plan for plan in plans if plan is not None), None)
+
+    least = _smallest(layers * sizes.input_total, lambda limit: plan_within(limit) is not None)
+    plan = plan_within(least)
+    if plan is not None and least <= budget:
+        yield plan
+
+
+def _smallest(high: int, fits: Callable[[int], bool]) -> int:
+    """The smallest number up to `high` that fits, where all above it do."""
+    low = 0
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return low
 
 
 def least_bytes(policy: str, layers: int, sizes: LayerBytes) -> int:
     """The smallest budget with which the policy has a plan."""
-    low, high = 0, layers * (sizes.input_total + sizes.attention_total)
-    while low < high:
-        middle = (low + high) // 2
-        if next(candidates(policy, layers, sizes, middle, 0.0), None) is None:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    most = layers * (sizes.input_total + sizes.attention_total)
+    return _smallest(most, lambda limit: next(candidates(policy, layers, sizes, limit, 0.0), None) is not None)

@@ -17,6 +17,7 @@ from typing import Generic, Literal, TypeVar
 from .keep import Kept, LayerBytes, forward_bytes
 
 PAGE = 4096
+LONGER = 1.5
 T = TypeVar("T")
 Tier = Literal["device", "host", "disk"]
 SOON: tuple[Tier, ...] = ("device", "host", "disk")
@@ -67,13 +68,15 @@ class BufferPool(Generic[T]):
     def take(self, nbytes: int) -> tuple[int, T] | None:
         """(size, buffer): the smallest free one that holds `nbytes`, else a new one; None where it would be too much.
 
-        A longer buffer serves too, so that a step of another length finds its odd last chunk a place.
+        A somewhat longer buffer serves too, so that the odd last chunks of other lengths do not add up; a much longer
+        one, which something else will need, only where there is no room for a new one.
         """
-        size = min((size for size, buffers in self._free.items() if buffers and size >= nbytes), default=None)
-        if size is not None:
-            return size, self._free[size].pop()
+        fitting = min((size for size, buffers in self._free.items() if buffers and size >= nbytes), default=None)
         size = page_rounded(nbytes)
-        if self.nbytes + size > self.limit:
+        is_new_allowed = self.nbytes + size <= self.limit
+        if fitting is not None and (fitting <= LONGER * size or not is_new_allowed):
+            return fitting, self._free[fitting].pop()
+        if not is_new_allowed:
             return None
         self.made[size] += 1
         return size, self._make(size)
