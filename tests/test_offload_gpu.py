@@ -45,7 +45,7 @@ def deterministic() -> Iterator[None]:
 def least_host_gib(model: torch.nn.Module) -> float:
     """The least host memory with which every attention output is kept: then inputs are rebuilt."""
     handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK))
-    step = handle._settings.step(torch.empty(1, N_TOKENS, 1024, dtype=torch.bfloat16, device="meta"))
+    step = handle._settings.step(torch.empty(1, N_TOKENS, 1024, dtype=torch.bfloat16, device="cuda"))
     handle.remove()
     for mib in itertools.count(1):
         with contextlib.suppress(MemoryError):
