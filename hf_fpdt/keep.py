@@ -159,21 +159,32 @@ def candidates(policy: str, layers: int, sizes: LayerBytes, budget: int, ratio: 
 
 def _least(layers: int, sizes: LayerBytes, budget: int) -> Iterator[Kept]:
     """The plan without attention outputs that holds least, if it is within `budget`."""
+    least = least_bytes("segment", layers, sizes)
+    if least <= budget:
+        # Of several the one that keeps most inputs: it rebuilds fewest layers.
+        yield next(_without_outputs(layers, sizes, least))
+
+
+def _without_outputs(layers: int, sizes: LayerBytes, budget: int) -> Iterator[Kept]:
+    """Plans without attention outputs that never hold more than `budget`, those that keep most inputs first."""
     none = [False] * layers
-    for inputs in range(1, layers + 1):
-        plan = segmented(inputs, none, sizes, inputs * sizes.input_total)
-        if plan is not None:
-            if peak_bytes(plan, sizes) <= budget:
-                yield plan
-            return
+    plans = (segmented(inputs, none, sizes, budget) for inputs in range(layers, 0, -1))
+    return (plan for plan in plans if plan is not None)
 
 
 def least_bytes(policy: str, layers: int, sizes: LayerBytes) -> int:
     """The smallest budget with which the policy has a plan."""
+
+    def plans(budget: int) -> Iterator[Kept]:
+        # To keep no attention output never needs more: what a rebuild makes of them is held for a shorter time.
+        if policy in ("segment", "auto"):
+            return _without_outputs(layers, sizes, budget)
+        return candidates(policy, layers, sizes, budget, 0.0)
+
     low, high = 0, layers * (sizes.input_total + sizes.attention_total)
     while low < high:
         middle = (low + high) // 2
-        if next(candidates(policy, layers, sizes, middle, 0.0), None) is None:
+        if next(plans(middle), None) is None:
             low = middle + 1
         else:
             high = middle
