@@ -1,4 +1,4 @@
-"""What the tests of the stores share: sizes with odd numbers, plans at random, tiers in plain memory, a layer's run."""
+"""What the tests of the stores share: sizes with odd numbers, random plans, tiers in plain memory, a layer's run."""
 
 from __future__ import annotations
 

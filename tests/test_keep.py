@@ -1,4 +1,4 @@
-"""What a pass keeps: the arithmetic against a step simulated entry by entry, and the plans against every other plan."""
+"""What a pass keeps: the arithmetic against a step simulated entry by entry, plans against every other plan."""
 
 from __future__ import annotations
 
