@@ -239,7 +239,7 @@ def _reserve(tiers: _Tiers, plan: PassPlan, budgets: Budgets, step: StepSizes) -
     pool.limit = budgets.host
     if plan.foretold is not None and plan.foretold.disk_bytes:
         assert tiers.files is not None
-        tiers.files.stage_for(step.layer_bytes().longest, tiers.pinned)
+        tiers.files.stage_for(step.layer_bytes().longest)
     if plan.foretold is None or not plan.foretold.new_buffers:
         return False
     if plan.foretold.host_bytes < pool.nbytes + _total(plan.foretold.new_buffers):
