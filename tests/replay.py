@@ -24,6 +24,9 @@ def replayed(kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have:
             if tier == "host":
                 fits = [buffer for buffer in free if buffer >= nbytes]
                 size = fits[0] if fits else page_rounded(nbytes)
+                kept = sum(size for (layer, *_), (_, _, size) in there.items() if layer >= 0)
+                if key[0] >= 0 and kept + size > budgets.host - budgets.kv:
+                    continue  # the rest is for K and V
                 if fits:
                     free.remove(size)
                 elif sum(made) + size > budgets.host:
@@ -51,7 +54,7 @@ def replayed(kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have:
         tiers = ["device", "host", "disk"]
         if not rebuilt:
             put_bytes += nbytes
-            if left > budgets.device + budgets.host:
+            if left > budgets.device + budgets.host - budgets.kv:
                 tiers = ["disk", "host"]
             elif left > budgets.device:
                 tiers = ["host", "device", "disk"]

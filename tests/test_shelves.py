@@ -29,6 +29,18 @@ from tests.support import assert_rejects
 NONE: Mapping[int, int] = {}
 
 
+def test_checkpoints_leave_to_keys_and_values_what_is_theirs() -> None:
+    tiers = Shelves(Budgets(device=0, host=5 * PAGE, disk=10 * PAGE, kv=2 * PAGE), plain_pool(5 * PAGE))
+    places = [tiers.place(PAGE) for _ in range(4)]
+    assert [place and place.tier for place in places] == ["host"] * 3 + ["disk"]
+    kv = [tiers.place_kv(PAGE) for _ in range(3)]
+    assert kv[0] is not None and kv[1] is not None and kv[2] is None
+    tiers.leave(kv[0])
+    again = tiers.place(PAGE)
+    assert again is not None and again.tier == "disk", "nor a buffer of theirs that is free"
+    assert tiers.place_kv(PAGE) is not None
+
+
 def plain_pool(limit: int) -> BufferPool[list[int]]:
     return BufferPool(lambda size: [size], limit)
 
@@ -124,6 +136,8 @@ def random_step(rng: random.Random) -> tuple[Kept, LayerBytes, KVBytes, Budgets,
     sizes = LayerBytes(*scaled[:3])
     total = layers * (sizes.input_total + sizes.attention_total)
     budgets = Budgets(rng.randrange(total), rng.randrange(2 * total) + 8 * PAGE, rng.choice((0, total)))
+    if budgets.disk and rng.random() < 0.5:
+        budgets = replace(budgets, kv=rng.randrange(budgets.host))
     have = {page_rounded(rng.choice(lengths)): rng.randrange(4) for _ in range(rng.randrange(3))}
     return random_kept(rng, layers), sizes, kv, budgets, have
 
@@ -146,6 +160,7 @@ def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.Monke
             "gradients forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, grads=(0,) * len(kv.grads)), *a),
             "K, V forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, parts=(0,) * len(kv.parts)), *a),
             "lse forgotten": lambda k, s, *a: forecast(k, replace(s, lses=(0,) * len(s.lses)), *a),
+            "no room for K, V apart": lambda k, s, kv, b, have: forecast(k, s, kv, replace(b, kv=0), have),
             "buffers that exist forgotten": lambda *a: forecast(*a[:4], NONE),
         },
     )
