@@ -18,7 +18,7 @@ from hf_fpdt.layout import ChunkPlan
 from hf_fpdt.memory import ModelSizes, StepSizes
 from hf_fpdt.offload import GIB
 from hf_fpdt.shelves import Budgets
-from tests.models import tiny, tokens
+from tests.models import assert_same_step, tiny, tokens, train_step
 from tests.stores import CPU, NO_LIMIT, TINY, step_of
 from tests.support import assert_rejects
 
@@ -164,3 +164,22 @@ def test_files_take_what_the_host_cannot_hold_beside_streamed_keys(host: int) ->
     assert told is not None and told.disk_bytes > 0 and told.host_bytes <= host * GIB - 7 * LONG.layer_bytes().longest
     # The host is full but for staging, for what K and V need, and for short entries in longer buffers.
     assert told.disk_bytes <= (64.5 - (host - 1.75 - 0.875) + 4) * GIB
+
+
+def test_a_step_over_all_tiers_is_exact_and_takes_what_was_foretold(tmp_path: Any) -> None:
+    model, ids = tiny(num_hidden_layers=4), tokens(1, 44)
+    truth = train_step(model, ids)
+    host = (7 * 2048 + 60 * 4096) / GIB
+    plugin = FPDTPlugin(
+        chunk_tokens=8,
+        checkpoints="attention",
+        device_budget_gib=4000 / GIB,
+        host_budget_gib=host,
+        disk_dir=str(tmp_path),
+    )
+    store = apply_fpdt(model, plugin).store
+    for _ in range(2):
+        assert_same_step(train_step(model, ids), truth)
+        told = next(plan.foretold for plan in store.plans.values() if plan.foretold is not None)
+        assert told.disk_bytes > 0 and told.host_bytes > 0
+        assert store.used_bytes() == {"device": 0, "host": 0, "disk": 0, "pinned": told.host_bytes}
