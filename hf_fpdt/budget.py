@@ -16,7 +16,7 @@ from .entries import STAGING_BUFFERS
 from .keep import Kept, LayerBytes, candidates, least_bytes, peak_bytes
 from .memory import StepSizes
 from .offload import GIB, device_bytes_available, host_bytes_available
-from .shelves import Budgets, Forecast, KVBytes, forecast
+from .shelves import PAGE, Budgets, Forecast, KVBytes, forecast
 
 NO_LIMIT = 2**62
 # Left beside the arithmetic of the device's working set: fragments, libraries' workspaces.
@@ -90,7 +90,9 @@ def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have:
     """
     kv, sizes = step.kv_bytes(budgets.device), step.layer_bytes()
     staging = STAGING_BUFFERS * sizes.longest if budgets.disk else 0
-    rest = Budgets(budgets.device - kv.device_bytes, max(0, budgets.host - staging), budgets.disk)
+    # Four buffers of a chunk, each in whole pages.
+    apart = kv.host_bytes + 4 * PAGE * len(kv.parts) if budgets.disk and kv.host_bytes else 0
+    rest = Budgets(budgets.device - kv.device_bytes, max(0, budgets.host - staging), budgets.disk, kv=apart)
     if not layers:
         return PassPlan(kv, rest, None)
     room = rest.total - kv.host_bytes
@@ -107,7 +109,9 @@ def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have:
 def _too_much(policy: str, step: StepSizes, layers: int, budgets: Budgets, kv: KVBytes) -> str:
     sizes = step.layer_bytes()
     needed = least_bytes(policy, layers, sizes)
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(budgets).items() if size or name != "disk")
+    parts = ", ".join(
+        f"{name} {_gib(size)}" for name, size in vars(budgets).items() if size or name in ("device", "host")
+    )
     return (
         f"FPDT cannot keep what the backward pass of {step.plan.n_tokens:,} tokens needs. Needed: "
         f"{_gib(needed)} for checkpoints={policy!r} ({layers} layers; one layer's input {_gib(sizes.input_total)}, "

@@ -132,12 +132,12 @@ class CheckpointStore:
         if (step, layers) not in self._plans:
             budgets = budgets_of(self._plugin, step, self._available(device, everywhere=sharded))
             plan = plan_pass(self._plugin.checkpoints, step, layers, budgets, tiers.shelves.pool.made)
-            grew = _reserve(tiers, plan, budgets, step)
+            grew = _reserve(tiers, plan, step)
             self._plans[step, layers] = plan
             level = logging.INFO if grew or len(self._plans) <= 2 else logging.DEBUG
             logger.log(level, "hf_fpdt: %s", described(plan, step, budgets))
         plan = self._plans[step, layers]
-        tiers.shelves.budgets = plan.budgets
+        tiers.shelves.budgets, tiers.shelves.pool.limit = plan.budgets, plan.budgets.host
         return plan
 
     def _available(self, device: torch.device, *, everywhere: bool) -> Available:
@@ -233,13 +233,12 @@ class CheckpointStore:
         self._tiers = None
 
 
-def _reserve(tiers: _Tiers, plan: PassPlan, budgets: Budgets, step: StepSizes) -> bool:
+def _reserve(tiers: _Tiers, plan: PassPlan, step: StepSizes) -> bool:
     """Allocate the pinned buffers that the plan needs and that are not there; whether there were any."""
     pool = tiers.shelves.pool
-    pool.limit = budgets.host
     if plan.foretold is not None and plan.foretold.disk_bytes:
         assert tiers.files is not None
-        tiers.files.stage_for(step.layer_bytes().longest, tiers.pinned)
+        tiers.files.stage_for(step.layer_bytes().longest)
     if plan.foretold is None or not plan.foretold.new_buffers:
         return False
     if plan.foretold.host_bytes < pool.nbytes + _total(plan.foretold.new_buffers):

@@ -41,6 +41,10 @@ class Transfer:
         """Block the host until the bytes have arrived; raises what went wrong with them."""
         self._future.result()
 
+    def done(self) -> bool:
+        """Whether `wait()` returns, or raises, at once."""
+        return self._future.done()
+
 
 class DiskEntry(Transfer):
     """`nbytes` of `owner`'s file and their write: after `wait()` its buffer may be used again."""

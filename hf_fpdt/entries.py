@@ -9,6 +9,7 @@ free()    forget it
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -101,6 +102,14 @@ class HostEntry:
         self._shelves.leave(self._place)
 
 
+@dataclass(frozen=True)
+class _Staging:
+    """A buffer between device and file, and the copy that may still read it: the file's threads wait for it."""
+
+    buffer: Tensor
+    leaving: Copy | None = None
+
+
 class Files:
     """The file of one process, and the pinned buffers through which bytes go to it and come back.
 
@@ -109,43 +118,58 @@ class Files:
     """
 
     def __init__(self, folder: str, transfers: Transfers) -> None:
-        self.file, self.transfers = DiskFile(folder), transfers
-        self._free: deque[Tensor] = deque()
+        self.file, self.transfers, self.pinned = DiskFile(folder), transfers, PinnedMemory(transfers.device)
+        self._free: deque[_Staging] = deque()
         self._writing: deque[tuple[DiskEntry, Tensor]] = deque()
         self._longest = 0
 
-    def stage_for(self, nbytes: int, pinned: PinnedMemory) -> None:
-        """Have staging buffers for entries of up to `nbytes`."""
+    def stage_for(self, nbytes: int) -> None:
+        """Have staging buffers for entries of up to `nbytes`; shorter ones are let go of."""
         if nbytes > self._longest:
             self._longest = nbytes
-            self._free.extend(pinned.buffer(nbytes) for _ in range(STAGING_BUFFERS))
+            self._free.clear()
+            self.pinned.release()
+            self._free.extend(_Staging(self.pinned.buffer(nbytes)) for _ in range(STAGING_BUFFERS))
 
-    def staging(self, nbytes: int) -> Tensor:
+    def staging(self, nbytes: int) -> _Staging:
         """A buffer of at least `nbytes`; where all are in use, the host waits for the oldest write."""
-        if not self._free:
+        while self._writing and (self._writing[0][0].done() or not self._free):
             written, buffer = self._writing.popleft()
             written.wait()
-            self._free.append(buffer)
-        buffer = self._free.popleft()
-        assert buffer.numel() >= nbytes
-        return buffer
+            self._give(_Staging(buffer), first=True)
+        # Reads that were begun and not taken, as after a backward pass that failed, may hold them all.
+        staging = self._free.popleft() if self._free else _Staging(self.pinned.buffer(self._longest))
+        assert staging.buffer.numel() >= nbytes
+        return staging
 
     def write(self, value: Tensor) -> tuple[DiskEntry, Copy]:
         """Start to write a device tensor by way of a staging buffer."""
         nbytes = value.numel() * value.element_size()
-        buffer = self.staging(nbytes)
+        # No wait for who read it: copies out come after what the computation has waited for.
+        buffer = self.staging(nbytes).buffer
         copy = self.transfers.to_host(value, buffer)
         entry = self.file.write(buffer[:nbytes], ready=copy.wait)
         self._writing.append((entry, buffer))
         return entry, copy
 
-    def give(self, buffer: Tensor) -> None:
-        """A staging buffer that was read from is free again."""
-        self._free.append(buffer)
+    def read(self, entry: DiskEntry) -> tuple[Transfer, Tensor]:
+        """Start to read an entry into a staging buffer."""
+        staging = self.staging(entry.nbytes)
+        ready = None if staging.leaving is None else staging.leaving.wait
+        return self.file.read(entry, staging.buffer[: entry.nbytes], ready), staging.buffer
+
+    def give(self, buffer: Tensor, leaving: Copy | None = None) -> None:
+        """A staging buffer is free again, once the copy out of it is done."""
+        self._give(_Staging(buffer, leaving))
+
+    def _give(self, staging: _Staging, *, first: bool = False) -> None:
+        if staging.buffer.numel() >= self._longest:
+            self._free.appendleft(staging) if first else self._free.append(staging)
 
     def close(self) -> None:
-        """Drop the file."""
+        """Drop the file and the buffers."""
         self.file.close()
+        self.pinned.release()
 
 
 class DiskTierEntry:
@@ -160,8 +184,7 @@ class DiskTierEntry:
     def begin(self) -> None:
         """Start to read it into a staging buffer."""
         if self._reading is None:
-            buffer = self._files.staging(self._entry.nbytes)
-            self._reading = self._files.file.read(self._entry, buffer[: self._entry.nbytes]), buffer
+            self._reading = self._files.read(self._entry)
 
     def get(self) -> Tensor:
         """It, on the device; the host waits for the file."""
@@ -169,8 +192,9 @@ class DiskTierEntry:
         assert self._reading is not None
         transfer, buffer = self._reading
         transfer.wait()
-        value = self._files.transfers.to_device(buffer, self._shape, self._dtype, after=None).tensor()
-        self._files.give(buffer)
+        fetch = self._files.transfers.to_device(buffer, self._shape, self._dtype, after=None)
+        value = fetch.tensor()
+        self._files.give(buffer, fetch.copy)
         self._reading = None
         return value
 

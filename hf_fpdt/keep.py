@@ -12,7 +12,7 @@ needed beyond what the forward pass left. Segments of one size need their own si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -159,29 +159,30 @@ def candidates(policy: str, layers: int, sizes: LayerBytes, budget: int, ratio: 
 
 def _least(layers: int, sizes: LayerBytes, budget: int) -> Iterator[Kept]:
     """The plan without attention outputs that holds least, if it is within `budget`."""
+    least = least_bytes("segment", layers, sizes)
+    if least <= budget:
+        # Of several the one that keeps most inputs: it rebuilds fewest layers.
+        yield next(_without_outputs(layers, sizes, least))
+
+
+def _without_outputs(layers: int, sizes: LayerBytes, budget: int) -> Iterator[Kept]:
+    """Plans without attention outputs that never hold more than `budget`, those that keep most inputs first."""
     none = [False] * layers
-
-    def plan_within(limit: int) -> Kept | None:
-        # Of those that hold as little, the one that rebuilds least.
-        plans = (segmented(inputs, none, sizes, limit) for inputs in range(layers, 0, -1))
-        return next((plan for plan in plans if plan is not None), None)
-
-    least = _smallest(layers * sizes.input_total, lambda limit: plan_within(limit) is not None)
-    plan = plan_within(least)
-    if plan is not None and least <= budget:
-        yield plan
-
-
-def _smallest(high: int, fits: Callable[[int], bool]) -> int:
-    """The smallest number up to `high` that fits, where all above it do."""
-    low = 0
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return low
+    plans = (segmented(inputs, none, sizes, budget) for inputs in range(layers, 0, -1))
+    return (plan for plan in plans if plan is not None)
 
 
 def least_bytes(policy: str, layers: int, sizes: LayerBytes) -> int:
     """The smallest budget with which the policy has a plan."""
-    most = layers * (sizes.input_total + sizes.attention_total)
-    return _smallest(most, lambda limit: next(candidates(policy, layers, sizes, limit, 0.0), None) is not None)
+
+    def plans(budget: int) -> Iterator[Kept]:
+        # To keep no attention output never needs more: what a rebuild makes of them is held for a shorter time.
+        if policy in ("segment", "auto"):
+            return _without_outputs(layers, sizes, budget)
+        return candidates(policy, layers, sizes, budget, 0.0)
+
+    low, high = 0, layers * (sizes.input_total + sizes.attention_total)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if next(plans(middle), None) is None else (low, middle)
+    return low

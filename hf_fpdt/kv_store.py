@@ -58,7 +58,7 @@ class KVStore:
         return min(self._resident_chunks * self.plan.chunk_tokens, self.plan.n_tokens)
 
     def put(self, chunk: Chunk, k_BSGH: Tensor, v_BSGH: Tensor) -> None:
-        """Keep K and V of one chunk (copied)."""
+        """Keep K and V of one chunk: copied, but a streamed chunk is read as it is until its row is done."""
         self._note(k_BSGH)
         if chunk.index >= self._resident_chunks:
             self._streaming().put(chunk.index, (k_BSGH, v_BSGH))
@@ -86,13 +86,14 @@ class KVStore:
         Args:
             with_grads: whether `add_grad` follows for each.
         """
+        for span in spans:
+            if not self._covers(span):
+                raise RuntimeError(f"KVStore.stream: keys [{span.start}, {span.stop}) were not put yet.")
         self._row_end = spans[-1].stop
         diagonal = self._streamed_index(spans[0])
         if diagonal is not None:
             self._streaming().start_row(diagonal)
         for span, after in zip(spans, (*spans[1:], None), strict=True):
-            if not self._covers(span):
-                raise RuntimeError(f"KVStore.stream: keys [{span.start}, {span.stop}) were not put yet.")
             index = self._streamed_index(span)
             if index is not None:
                 k, v = self._streaming().get(index, with_grads=with_grads)

@@ -65,11 +65,14 @@ class ModelSizes:
         experts = getattr(config, "num_experts_per_tok", None) or 1
         width = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
         width = width or getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        # Experts that every token visits beside the chosen ones: of a width of their own, or more of the same.
+        shared = getattr(config, "shared_expert_intermediate_size", None) if experts > 1 else None
+        shared = shared or (getattr(config, "n_shared_experts", None) or 0) * width
         rope = getattr(config, "rope_parameters", None) or {}
         return cls(
             layers=layers,
             hidden=config.hidden_size,
-            intermediate=experts * width,
+            intermediate=experts * width + shared,
             q_heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=head_dim,

@@ -8,6 +8,7 @@ be, and the peak does not depend on timing. Without CUDA the same calls copy at 
 [Note: reuse of host buffers] A buffer is given back once the computation's stream waits for the copy that read it, and
 the next copy into it waits for the computation's stream: it cannot be overwritten while it is read. Copies out of the
 device run in the order in which they were asked for, so a buffer given back unread is not written twice at once.
+Threads that fill a buffer from a file are on no stream: they wait for the copy itself.
 """
 
 from __future__ import annotations
@@ -53,20 +54,20 @@ class Copy:
         self._source = None
 
     def wait(self) -> None:
-        """The HOST waits for the copy; for the threads that write files."""
+        """The HOST waits for the copy; for the threads that read and write files."""
         while self.event is not None and not self.event.query():
             time.sleep(0.0005)
 
 
 class Fetch:
-    """A device tensor that a copy is filling."""
+    """A device tensor that `copy` is filling."""
 
     def __init__(self, filled: Tensor, source: Tensor, event: Any) -> None:
-        self._copy, self._filled, self._host = Copy(filled, event), filled, source
+        self.copy, self._filled, self._host = Copy(filled, event), filled, source
 
     def tensor(self) -> Tensor:
         """The tensor; what is computed from now on sees it filled."""
-        self._copy.settle()
+        self.copy.settle()
         return self._filled
 
 

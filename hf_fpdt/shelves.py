@@ -30,11 +30,17 @@ def page_rounded(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes that each tier may hold on this rank."""
+    """Bytes that each tier may hold on this rank.
+
+    Attributes:
+        kv: of the host's, those that checkpoints leave to K and V; where there is no further tier that is left to the
+            plan.
+    """
 
     device: int
     host: int
     disk: int = 0
+    kv: int = 0
 
     @property
     def total(self) -> int:
@@ -71,15 +77,25 @@ class BufferPool(Generic[T]):
         A somewhat longer buffer serves too, so that the odd last chunks of other lengths do not add up; a much longer
         one, which something else will need, only where there is no room for a new one.
         """
-        fitting = min((size for size, buffers in self._free.items() if buffers and size >= nbytes), default=None)
-        size = page_rounded(nbytes)
-        is_new_allowed = self.nbytes + size <= self.limit
-        if fitting is not None and (fitting <= LONGER * size or not is_new_allowed):
-            return fitting, self._free[fitting].pop()
-        if not is_new_allowed:
+        size, is_free = self._choice(nbytes)
+        if is_free:
+            return size, self._free[size].pop()
+        if self.nbytes + size > self.limit:
             return None
         self.made[size] += 1
         return size, self._make(size)
+
+    def size_for(self, nbytes: int) -> int:
+        """Size of the buffer that `take` would hand out or make."""
+        return self._choice(nbytes)[0]
+
+    def _choice(self, nbytes: int) -> tuple[int, bool]:
+        """(size, whether a buffer of it is free) for `nbytes`."""
+        size = page_rounded(nbytes)
+        free = min((free for free, buffers in self._free.items() if buffers and free >= nbytes), default=None)
+        if free is None or (free > LONGER * size and self.nbytes + size <= self.limit):
+            return size, False
+        return free, True
 
     def give(self, size: int, buffer: T) -> None:
         """Take a buffer back, or in."""
@@ -98,12 +114,13 @@ class BufferPool(Generic[T]):
 
 @dataclass
 class Place(Generic[T]):
-    """Where one entry lies: `buffer` on the host alone, and its `size` there."""
+    """Where one entry lies: `buffer` on the host alone, its `size` there, and whether it is of K and V."""
 
     tier: Tier
     nbytes: int
     size: int = 0
     buffer: T | None = None
+    kv: bool = False
 
 
 class Shelves(Generic[T]):
@@ -111,30 +128,45 @@ class Shelves(Generic[T]):
 
     def __init__(self, budgets: Budgets, pool: BufferPool[T]) -> None:
         self.budgets, self.pool = budgets, pool
+        self._kv_bytes = 0  # buffers of K and V
         self.used: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
 
     def place(self, nbytes: int, order: tuple[Tier, ...] = SOON) -> Place[T] | None:
-        """A place on the first tier of `order` that has room; None where none has."""
+        """A checkpoint's place on the first tier of `order` that has room; None where none has."""
         for tier in order:
-            place = self._on(tier, nbytes)
+            if tier == "host":
+                kept = self.pool.used_bytes - self._kv_bytes + self.pool.size_for(nbytes)
+                place = self._on_host(nbytes) if kept <= self.budgets.host - self.budgets.kv else None
+            else:
+                limit = self.budgets.device if tier == "device" else self.budgets.disk
+                place = Place[T](tier, nbytes) if self.used[tier] + nbytes <= limit else None
             if place is not None:
-                self.used[tier] += nbytes
-                self.peak[tier] = max(self.peak[tier], self.used[tier])
-                return place
+                return self._taken(place)
         return None
 
-    def _on(self, tier: Tier, nbytes: int) -> Place[T] | None:
-        if tier == "host":
-            taken = self.pool.take(nbytes)
-            return None if taken is None else Place(tier, nbytes, *taken)
-        limit = self.budgets.device if tier == "device" else self.budgets.disk
-        return Place(tier, nbytes) if self.used[tier] + nbytes <= limit else None
+    def place_kv(self, nbytes: int) -> Place[T] | None:
+        """A place for K or V, or for their gradients, on the host; None where there is no room."""
+        place = self._on_host(nbytes, kv=True)
+        if place is not None:
+            self._kv_bytes += place.size
+            self._taken(place)
+        return place
+
+    def _on_host(self, nbytes: int, *, kv: bool = False) -> Place[T] | None:
+        taken = self.pool.take(nbytes)
+        return None if taken is None else Place("host", nbytes, *taken, kv=kv)
+
+    def _taken(self, place: Place[T]) -> Place[T]:
+        self.used[place.tier] += place.nbytes
+        self.peak[place.tier] = max(self.peak[place.tier], self.used[place.tier])
+        return place
 
     def leave(self, place: Place[T]) -> None:
         """The entry is gone."""
         self.used[place.tier] -= place.nbytes
         if place.buffer is not None:
+            self._kv_bytes -= place.size * place.kv
             self.pool.give(place.size, place.buffer)
 
 
@@ -152,7 +184,8 @@ class ForwardOrder:
         self.put_bytes += nbytes
         if left <= self.budgets.device:
             return ("device", "host", "disk")
-        return ("host", "device", "disk") if left <= self.budgets.device + self.budgets.host else ("disk", "host")
+        near = self.budgets.device + self.budgets.host - self.budgets.kv
+        return ("host", "device", "disk") if left <= near else ("disk", "host")
 
 
 @dataclass(frozen=True)
@@ -273,7 +306,7 @@ class _Step:
 
     def _hold(self, held: list[Place[int]], nbytes: int) -> Iterator[bool]:
         for _ in range(2):
-            place = self.shelves.place(nbytes, ("host",))
+            place = self.shelves.place_kv(nbytes)
             if place is not None:
                 held.append(place)
             yield place is not None

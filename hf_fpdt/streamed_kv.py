@@ -56,7 +56,7 @@ class _Entry:
 
 
 def _place(shelves: Shelves[Tensor], nbytes: int) -> Place[Tensor]:
-    place = shelves.place(nbytes, ("host",))
+    place = shelves.place_kv(nbytes)
     if place is None:
         raise RuntimeError(
             f"fpdt: no host memory is left for K and V: {nbytes / 2**20:.0f} MiB more are needed, and "

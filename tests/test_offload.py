@@ -1,0 +1,164 @@
+"""Copies and host memory, on the CPU: what comes back is what went, and what nobody wrote shows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from hf_fpdt import offload
+from hf_fpdt.offload import GIB, HOST_RESERVE, PinnedMemory, accumulation_dtype, host_bytes_available, typed
+from hf_fpdt.shelves import PAGE
+from tests.stores import CPU, transfers
+from tests.support import assert_rejects
+
+SHAPES = [(1,), (3, 5, 7), (1, 13, 2, 8), ()]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.bool]
+
+
+def sources() -> list[Tensor]:
+    """Odd shapes in every dtype, and parts of longer tensors whose memory is in another order."""
+    plain = [torch.randn(shape).mul(9).to(dtype) for shape in SHAPES for dtype in DTYPES]
+    whole = torch.randn(2, 11, 3, 5)
+    return [*plain, whole[:, 3:8], whole.transpose(1, 2), whole[..., ::2], whole[:1].expand(4, -1, -1, -1)]
+
+
+def assert_round_trips(move: Callable[[Tensor, Tensor], Tensor]) -> None:
+    pinned = PinnedMemory(CPU)
+    for source in sources():
+        buffer = pinned.buffer(source.numel() * source.element_size() + 5)
+        back = move(source.clone(), buffer)
+        assert back.shape == source.shape and back.dtype == source.dtype
+        assert torch.equal(back, source) and back.is_contiguous()
+        buffer.zero_()
+        assert torch.equal(back, source), "what was fetched is no view of the buffer"
+
+
+def there_and_back(source: Tensor, buffer: Tensor) -> Tensor:
+    moves = transfers()
+    copy = moves.to_host(source, buffer)
+    fetch = moves.to_device(buffer, source.shape, source.dtype, after=copy)
+    copy.settle()
+    copy.wait()
+    return fetch.tensor()
+
+
+def test_what_went_to_the_host_comes_back_as_it_was() -> None:
+    assert_round_trips(there_and_back)
+
+    def never_sent(source: Tensor, buffer: Tensor) -> Tensor:
+        return transfers().to_device(buffer, source.shape, source.dtype, after=None).tensor()
+
+    def first_half(source: Tensor, buffer: Tensor) -> Tensor:
+        flat = source.contiguous().flatten()
+        transfers().to_host(flat[: len(flat) // 2], buffer)
+        return never_sent(source, buffer)
+
+    def as_it_lies(source: Tensor, buffer: Tensor) -> Tensor:
+        flat = torch.as_strided(source, (source.numel(),), (1,))
+        return there_and_back(flat, buffer).view(source.shape)
+
+    def a_view(source: Tensor, buffer: Tensor) -> Tensor:
+        transfers().to_host(source, buffer)
+        return typed(buffer, source.shape, source.dtype)
+
+    assert_rejects(
+        assert_round_trips,
+        {"never sent": never_sent, "half": first_half, "strides ignored": as_it_lies, "a view": a_view},
+    )
+
+
+def test_a_source_may_change_once_its_copy_was_settled() -> None:
+    source, buffer = torch.randn(7, 3), PinnedMemory(CPU).buffer(84)
+    before, moves = source.clone(), transfers()
+    copy = moves.to_host(source.requires_grad_(), buffer)
+    copy.settle()
+    source.data.fill_(7)
+    back = moves.to_device(buffer, source.shape, source.dtype, after=copy).tensor()
+    assert torch.equal(back, before) and not back.requires_grad
+    copy.settle()
+
+
+def test_only_the_first_bytes_of_a_longer_buffer_are_touched() -> None:
+    buffer = PinnedMemory(CPU).buffer(2 * PAGE)
+    transfers().to_host(torch.zeros(3, 5), buffer)
+    assert not buffer[:60].any() and (buffer[60:] == offload.NEVER_WRITTEN).all()
+    assert typed(buffer, torch.Size((3, 5)), torch.float32).data_ptr() == buffer.data_ptr()
+
+
+def test_buffers_start_on_a_page_and_have_whole_pages() -> None:
+    pinned = PinnedMemory(CPU)
+    for nbytes in (1, PAGE, PAGE + 1, 3 * PAGE - 1):
+        buffer = pinned.buffer(nbytes)
+        assert (buffer.dtype, buffer.dim(), buffer.data_ptr() % PAGE) == (torch.uint8, 1, 0)
+        assert buffer.numel() == -(-nbytes // PAGE) * PAGE
+    assert pinned.seconds > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_nobody_wrote_is_nan_in_every_floating_type(dtype: torch.dtype) -> None:
+    pinned = PinnedMemory(CPU)
+    for buffer in (pinned.buffer(PAGE), *(made for _, made in pinned.buffers({PAGE: 3}))):
+        assert typed(buffer, torch.Size((8, 17)), dtype).isnan().all()
+
+
+def test_many_buffers_come_from_few_regions_each_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "REGION_BYTES", 8 * PAGE)
+    regions: list[int] = []
+    make = PinnedMemory.buffer
+
+    def counted(self: PinnedMemory, nbytes: int) -> Tensor:
+        regions.append(nbytes)
+        return make(self, nbytes)
+
+    monkeypatch.setattr(PinnedMemory, "buffer", counted)
+    counts = {PAGE: 7, 3 * PAGE: 4, 10 * PAGE: 2}
+    made = list(PinnedMemory(CPU).buffers(counts))
+    assert {size: [s for s, _ in made].count(size) for size in counts} == counts
+    assert all(buffer.numel() == size for size, buffer in made)
+    assert all(nbytes <= 8 * PAGE or nbytes == 10 * PAGE for nbytes in regions), "one that is longer stands alone"
+    assert sum(regions) == sum(size * count for size, count in counts.items()) and len(regions) == 5
+    places = sorted((buffer.data_ptr(), size) for size, buffer in made)
+    assert all(start + size <= after for (start, size), (after, _) in zip(places, places[1:], strict=False))
+    assert all(start % PAGE == 0 for start, _ in places)
+    assert list(PinnedMemory(CPU).buffers({})) == []
+
+
+def test_released_memory_goes_back_but_for_what_somebody_holds() -> None:
+    pinned, process = PinnedMemory(CPU), psutil.Process()
+    before, nbytes = process.memory_info().rss, 64 * 2**20
+    kept = pinned.buffer(PAGE).fill_(5)
+    pinned.buffer(nbytes)
+    assert process.memory_info().rss - before > nbytes // 2
+    pinned.release()
+    assert process.memory_info().rss - before < nbytes // 2
+    assert (kept == 5).all()
+    pinned.release()
+
+
+def test_gradients_add_up_in_fp32_or_wider() -> None:
+    wide = {dtype: accumulation_dtype(dtype) for dtype in DTYPES[:4]}
+    assert wide.pop(torch.float64) == torch.float64 and set(wide.values()) == {torch.float32}
+
+
+def test_processes_of_a_machine_share_its_memory_and_leave_a_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Memory:
+        available = 100 * GIB
+
+    files = {"memory.max": "max", "memory.current": "0"}
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(Path, "exists", lambda path: path.name in files)
+    monkeypatch.setattr(Path, "read_text", lambda path: files[path.name] + "\n")
+    monkeypatch.delitem(os.environ, "LOCAL_WORLD_SIZE", raising=False)
+    assert host_bytes_available() == 100 * GIB - HOST_RESERVE
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert host_bytes_available() == (100 * GIB - HOST_RESERVE) // 4
+    files.update({"memory.max": str(50 * GIB), "memory.current": str(10 * GIB)})
+    assert host_bytes_available() == (40 * GIB - HOST_RESERVE) // 4, "a container has less"
+    files["memory.current"] = str(49 * GIB)
+    assert host_bytes_available() == 0
