@@ -96,6 +96,8 @@ def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have:
     if not layers:
         return PassPlan(kv, rest, None)
     room = rest.total - kv.host_bytes
+    if room < least_bytes(policy, layers, sizes):
+        raise MemoryError(_too_much(policy, step, layers, budgets, kv))
     for kept in candidates(policy, layers, sizes, room, step.attention_over_rest()):
         foretold = forecast(kept, sizes, kv, rest, have)
         if foretold is None and have:
@@ -108,7 +110,7 @@ def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have:
 
 def _too_much(policy: str, step: StepSizes, layers: int, budgets: Budgets, kv: KVBytes) -> str:
     sizes = step.layer_bytes()
-    needed = least_bytes(policy, layers, sizes)
+    needed = _least_that_fits(policy, layers, sizes, kv)
     parts = ", ".join(
         f"{name} {_gib(size)}" for name, size in vars(budgets).items() if size or name in ("device", "host")
     )
@@ -120,6 +122,18 @@ def _too_much(policy: str, step: StepSizes, layers: int, budgets: Budgets, kv: K
         f"{_smaller_policy(policy, layers, sizes)}larger budgets (device_budget_gib, host_budget_gib) or a folder for "
         f"files (disk_dir); fewer tokens, or more ranks a sequence (sp_size)."
     )
+
+
+def _least_that_fits(policy: str, layers: int, sizes: LayerBytes, kv: KVBytes) -> int:
+    """The least that checkpoints need on a host alone, with buffers that are longer than what lies in them."""
+    least = least_bytes(policy, layers, sizes)
+    for percent in range(100, 150):
+        needed = least * percent // 100
+        # To keep no attention output is what "auto" does at last.
+        plans = candidates("segment" if policy == "auto" else policy, layers, sizes, needed, 0.0)
+        if any(forecast(kept, sizes, kv, Budgets(0, needed + kv.host_bytes), {}) for kept in plans):
+            return needed
+    return least
 
 
 def _smaller_policy(policy: str, layers: int, sizes: LayerBytes) -> str:

@@ -72,12 +72,16 @@ class FPDTPlugin:
             on a GPU, 4,096 on a CPU. Smaller saves memory; below about 16K a GPU is no longer busy.
         kernel: Attention kernel, a name of `hf_fpdt.kernels`. "auto": the fastest that serves this machine and dtype.
             A named kernel that cannot serve raises with its reason; nothing falls back in silence.
-        checkpoints: What the backward pass finds of the forward pass. "attention": every layer's input, attention
-            output and lse; attention is not run again. "input": the layer's input alone; half the memory, one more
-            attention forward a layer. "auto": "attention".
-        device_budget_gib: GPU memory the stores may fill ("auto" or GiB).
-        host_budget_gib: Host memory the stores may fill ("auto" or GiB).
-        disk_dir: Folder for what neither budget holds (None: none).
+        checkpoints: What the backward pass finds of the forward pass. "attention": every layer's attention output, so
+            that attention is not run again, and as many inputs as the budgets hold; the others are rebuilt, token by
+            token. "input": every layer's input; half the memory, one more attention forward a layer. "segment": the
+            fewest inputs; about a third of "input" for 32 layers, at one more token-wise forward. "auto": what takes
+            least time of all that fit.
+        device_budget_gib: GPU memory that K, V and checkpoints may fill: 0 puts all of it on the host, "auto" takes
+            what a step leaves (on a CPU: no limit).
+        host_budget_gib: Pinned host memory that they may fill; "auto": what is available, less 6 GiB, shared by the
+            processes of the machine.
+        disk_dir: Folder for what neither holds; a local SSD. Nothing is left there, however the process ends.
         loss_chunk_tokens: Tokens whose logits exist at a time. "auto": as many as make 512 MiB of fp32 logits.
         progress: Show a line inside long steps.
 

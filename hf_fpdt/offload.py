@@ -186,12 +186,19 @@ def _first(sizes: list[int], limit: int) -> list[int]:
 def host_bytes_available() -> int:
     """Host memory that this process may still take: the system's, or the container's where that is less."""
     available = int(psutil.virtual_memory().available)
-    limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")]
-    if all(path.exists() for path in limits):
-        limit, current = (path.read_text().strip() for path in limits)
-        available = available if limit == "max" else min(available, int(limit) - int(current))
+    available = min(available, _container_bytes_available(Path("/sys/fs/cgroup")) or available)
     # Processes of one machine share it; launchers say how many there are.
     return max(0, available - HOST_RESERVE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _container_bytes_available(folder: Path) -> int | None:
+    """What a control group (version 2) leaves; None where it sets no limit."""
+    if not (folder / "memory.max").exists() or (folder / "memory.max").read_text().strip() == "max":
+        return None
+    limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+    counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    # Files that were read and may be dropped again count as used.
+    return limit - used + int(counts.get("inactive_file", 0))
 
 
 def device_bytes_available(device: torch.device) -> int:

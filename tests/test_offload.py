@@ -150,7 +150,7 @@ def test_processes_of_a_machine_share_its_memory_and_leave_a_reserve(monkeypatch
     class Memory:
         available = 100 * GIB
 
-    files = {"memory.max": "max", "memory.current": "0"}
+    files = {"memory.max": "max", "memory.current": "0", "memory.stat": "anon 1"}
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     monkeypatch.setattr(Path, "exists", lambda path: path.name in files)
     monkeypatch.setattr(Path, "read_text", lambda path: files[path.name] + "\n")
@@ -160,5 +160,7 @@ def test_processes_of_a_machine_share_its_memory_and_leave_a_reserve(monkeypatch
     assert host_bytes_available() == (100 * GIB - HOST_RESERVE) // 4
     files.update({"memory.max": str(50 * GIB), "memory.current": str(10 * GIB)})
     assert host_bytes_available() == (40 * GIB - HOST_RESERVE) // 4, "a container has less"
-    files["memory.current"] = str(49 * GIB)
+    files["memory.stat"] = f"anon {GIB}\ninactive_file {5 * GIB}"
+    assert host_bytes_available() == (45 * GIB - HOST_RESERVE) // 4, "files that were read may be dropped"
+    files["memory.current"] = str(54 * GIB)
     assert host_bytes_available() == 0
