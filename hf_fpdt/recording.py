@@ -61,7 +61,7 @@ class Recording:
             f"{self.config.get_text_config().num_hidden_layers} layers, random weights, {training}, bfloat16",
             f"1 x {self.n_tokens:,} tokens, chunk_tokens {plugin.chunk_tokens}, checkpoints {plugin.checkpoints}",
             f"device_budget_gib {plugin.device_budget_gib}, kernel {self.kernel_name()}",
-            ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
+            ", ".join(f"{name} {_version(name)}" for name in PACKAGES if _version(name)),
             f"python {platform.python_version()}, commit {_commit()}, {date.today()}",
         ]
         title = f"One decoder layer of {self.name}, {self.n_tokens:,} tokens"
@@ -94,10 +94,11 @@ def _step(model: nn.Module, ids: Tensor) -> None:
 
 
 def _version(package: str) -> str:
+    """Nothing where it is not installed; this package may run from its checkout."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return ""
 
 
 def _commit() -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.layout import ChunkPlan
+from hf_fpdt.memory import PHASES, ModelSizes, StepSizes
 from hf_fpdt.shapes import build_random, llama_8b, neox_6_9b, with_layers
 from tests.live_bytes import live_bytes
 from tests.support import assert_rejects
@@ -90,3 +93,22 @@ def test_gpu_the_peak_is_what_the_table_says(shape: str, place: str) -> None:
     handle.remove()
     print(f"{shape}, {place}: {measured / GIB:.3f} GiB over the weights, predicted {predicted / GIB:.3f}")
     assert measured == pytest.approx(predicted, rel=0.03)
+
+
+def test_the_docs_list_every_tensor_that_grows() -> None:
+    """The table of docs/offload.md is that of the arithmetic, for Llama-3.1-8B."""
+    sizes = ModelSizes(32, 4096, 14_336, 32, 8, 128, 128, 218_112_000)
+    step = StepSizes(sizes, ChunkPlan(2**17, 2**15))
+    expected: dict[str, dict[str, int]] = {}
+    for row in step.device_rows(step.kv_bytes(2**62)):
+        if row.grows:
+            expected.setdefault(row.name, {}).update(dict.fromkeys(row.phases, row.nbytes // 2**17))
+    table = Path("docs/offload.md").read_text().split("| tensor | forward | loss | backward |")[1].split("\n\n")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    listed = {
+        name.replace(" (0 to)", ""): {
+            phase: int(cell.replace(",", "")) for phase, cell in zip(PHASES, cells, strict=True) if cell
+        }
+        for name, *cells in lines
+    }
+    assert listed == expected
