@@ -16,7 +16,7 @@ from .entries import STAGING_BUFFERS
 from .keep import Kept, LayerBytes, candidates, least_bytes, peak_bytes
 from .memory import StepSizes
 from .offload import GIB, device_bytes_available, host_bytes_available
-from .shelves import Budgets, Forecast, KVBytes, forecast
+from .shelves import Budgets, Forecast, Have, KVBytes, forecast, without_kv
 
 NO_LIMIT = 2**62
 # Left beside the arithmetic of the device's working set: fragments, libraries' workspaces.
@@ -30,7 +30,7 @@ class PassPlan:
 
     Attributes:
         kv: K and V by chunk, and which chunks are resident.
-        budgets: what checkpoints may take; the device's without K and V.
+        budgets: what checkpoints may take, without K and V.
         foretold: what the step will take; None for a pass without a backward pass.
     """
 
@@ -77,13 +77,13 @@ def budgets_of(plugin: FPDTPlugin, step: StepSizes, there: Available) -> Budgets
     )
 
 
-def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have: Mapping[int, int]) -> PassPlan:
+def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have: Mapping[int, int] | Have) -> PassPlan:
     """The fastest plan of the policy that the budgets hold.
 
     Args:
         policy: `FPDTPlugin.checkpoints`.
         layers: layers with a backward pass; 0: none.
-        have: sizes of the pinned buffers that exist, and how many of each.
+        have: the pinned buffers that exist, see `forecast`.
 
     Raises:
         MemoryError: there is none; the message has the arithmetic and the ways out.
@@ -91,16 +91,17 @@ def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have:
     kv, sizes = step.kv_bytes(budgets.device), step.layer_bytes()
     staging = STAGING_BUFFERS * sizes.longest if budgets.disk else 0
     rest = Budgets(budgets.device - kv.device_bytes, max(0, budgets.host - staging), budgets.disk)
+    left = without_kv(rest, kv)
     if not layers:
-        return PassPlan(kv, rest, None)
-    room = rest.total - kv.host_bytes
+        return PassPlan(kv, left, None)
+    room = left.total if rest.host >= kv.host_buffer_bytes else -1
     for kept in candidates(policy, layers, sizes, room, step.attention_over_rest()):
         foretold = forecast(kept, sizes, kv, rest, have)
         if foretold is None and have:
             # Buffers of other lengths are in the way: without them?
             foretold = forecast(kept, sizes, kv, rest, {})
         if foretold is not None:
-            return PassPlan(kv, rest, foretold)
+            return PassPlan(kv, left, foretold)
     raise MemoryError(_too_much(policy, step, layers, budgets, kv))
 
 

@@ -27,7 +27,7 @@ from .keep import forward_bytes
 from .layout import Chunk
 from .memory import StepSizes
 from .offload import GIB, PinnedMemory, Transfers
-from .shelves import SOON, Budgets, BufferPool, ForwardOrder, KVBytes, Shelves, Tier
+from .shelves import SOON, Budgets, BufferPool, ForwardOrder, Have, KVBytes, Shelves, Tier
 from .streamed_kv import HostRoom
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,8 @@ class CheckpointStore:
         tiers = self._on(device)
         if (step, layers) not in self._plans:
             budgets = budgets_of(self._plugin, step, self._available(device, everywhere=sharded))
-            plan = plan_pass(self._plugin.checkpoints, step, layers, budgets, tiers.shelves.pool.made)
+            have = Have(tiers.shelves.pool.made, tiers.shelves.kv_pool.made)
+            plan = plan_pass(self._plugin.checkpoints, step, layers, budgets, have)
             grew = _reserve(tiers, plan, budgets, step)
             self._plans[step, layers] = plan
             level = logging.INFO if grew or len(self._plans) <= 2 else logging.DEBUG
@@ -153,7 +154,7 @@ class CheckpointStore:
             self.close()
             transfers, pinned = Transfers(device), PinnedMemory(device)
             files = None if self._plugin.disk_dir is None else Files(self._plugin.disk_dir, transfers)
-            shelves = Shelves(Budgets(0, 0), BufferPool(pinned.buffer, 0))
+            shelves = Shelves(Budgets(0, 0), *(BufferPool(pinned.buffer, 0) for _ in range(2)))
             self._tiers = _Tiers(transfers, pinned, shelves, files)
         return self._tiers
 
@@ -209,7 +210,7 @@ class CheckpointStore:
         if self._tiers is None:
             return {}
         shelves = self._tiers.shelves
-        return {**{tier: shelves.used[tier] for tier in SOON}, "pinned": shelves.pool.nbytes}
+        return {**{tier: shelves.used[tier] for tier in SOON}, "pinned": shelves.pool.nbytes + shelves.kv_pool.nbytes}
 
     @property
     def pinning_seconds(self) -> float:
@@ -235,22 +236,29 @@ class CheckpointStore:
 
 def _reserve(tiers: _Tiers, plan: PassPlan, budgets: Budgets, step: StepSizes) -> bool:
     """Allocate the pinned buffers that the plan needs and that are not there; whether there were any."""
-    pool = tiers.shelves.pool
-    pool.limit = budgets.host
-    if plan.foretold is not None and plan.foretold.disk_bytes:
+    pools = tiers.shelves.pool, tiers.shelves.kv_pool
+    pools[0].limit, pools[1].limit = plan.budgets.host, budgets.host
+    foretold = plan.foretold
+    if foretold is None:
+        return False
+    needed = foretold.new_buffers, foretold.new_kv_buffers
+    new_bytes = sum(map(_total, needed))
+    if foretold.host_bytes < sum(pool.nbytes for pool in pools) + new_bytes:
+        # It fits without the buffers of other lengths alone, see `plan_pass`.
+        if any(pool.used_bytes for pool in pools):
+            raise MemoryError(_no_room(new_bytes, tiers.shelves))
+        if tiers.files is not None:
+            tiers.files.unstage()
+        tiers.pinned.release()
+        for pool in pools:
+            pool.clear()
+    for pool, counts in zip(pools, needed, strict=True):
+        for size, buffer in tiers.pinned.buffers(counts):
+            pool.add(size, buffer)
+    if foretold.disk_bytes:
         assert tiers.files is not None
         tiers.files.stage_for(step.layer_bytes().longest, tiers.pinned)
-    if plan.foretold is None or not plan.foretold.new_buffers:
-        return False
-    if plan.foretold.host_bytes < pool.nbytes + _total(plan.foretold.new_buffers):
-        # It fits without the buffers of other lengths alone, see `plan_pass`.
-        if pool.used_bytes:
-            raise MemoryError(_no_room(_total(plan.foretold.new_buffers), tiers.shelves))
-        tiers.pinned.release()
-        pool.clear()
-    for size, buffer in tiers.pinned.buffers(plan.foretold.new_buffers):
-        pool.add(size, buffer)
-    return True
+    return new_bytes > 0
 
 
 def _total(counts: Mapping[int, int]) -> int:

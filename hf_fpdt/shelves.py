@@ -4,7 +4,8 @@ Three tiers: device memory, pinned host memory, files. Stores place real buffers
 planner plays the same rules with plain numbers for buffers, so what it foretells is what they allocate, to the byte.
 
 The last layers are needed first, so they go to the device; what the device cannot hold goes to the host, and what
-neither holds, the first layers, to files. What backward rebuilds is needed soon: device first.
+neither holds, the first layers, to files. What backward rebuilds is needed soon: device first. K and V that the device
+does not hold have host buffers of their own, which checkpoints neither crowd out nor waste on a small lse.
 """
 
 from __future__ import annotations
@@ -95,19 +96,26 @@ class BufferPool(Generic[T]):
 
 @dataclass
 class Place(Generic[T]):
-    """Where one entry lies: `buffer` on the host alone, and its `size` there."""
+    """Where one entry lies: `buffer` on the host alone, its `size` there and the `pool` that it is of."""
 
     tier: Tier
     nbytes: int
     size: int = 0
     buffer: T | None = None
+    pool: BufferPool[T] | None = None
 
 
 class Shelves(Generic[T]):
-    """The three tiers: what is used of each, and the most that was."""
+    """The three tiers: what is used of each, and the most that was.
 
-    def __init__(self, budgets: Budgets, pool: BufferPool[T]) -> None:
+    Args:
+        pool: host buffers of checkpoints.
+        kv_pool: host buffers of K, V and their gradients; None: the same.
+    """
+
+    def __init__(self, budgets: Budgets, pool: BufferPool[T], kv_pool: BufferPool[T] | None = None) -> None:
         self.budgets, self.pool = budgets, pool
+        self.kv_pool = pool if kv_pool is None else kv_pool
         self.used: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
 
@@ -116,23 +124,35 @@ class Shelves(Generic[T]):
         for tier in order:
             place = self._on(tier, nbytes)
             if place is not None:
-                self.used[tier] += nbytes
-                self.peak[tier] = max(self.peak[tier], self.used[tier])
-                return place
+                return self._counted(place)
         return None
+
+    def place_kv(self, nbytes: int) -> Place[T] | None:
+        """A host buffer for K, V or a gradient of them; None where there is no room."""
+        place = self._buffer(self.kv_pool, nbytes)
+        return None if place is None else self._counted(place)
+
+    def _counted(self, place: Place[T]) -> Place[T]:
+        self.used[place.tier] += place.nbytes
+        self.peak[place.tier] = max(self.peak[place.tier], self.used[place.tier])
+        return place
+
+    @staticmethod
+    def _buffer(pool: BufferPool[T], nbytes: int) -> Place[T] | None:
+        taken = pool.take(nbytes)
+        return None if taken is None else Place("host", nbytes, *taken, pool)
 
     def _on(self, tier: Tier, nbytes: int) -> Place[T] | None:
         if tier == "host":
-            taken = self.pool.take(nbytes)
-            return None if taken is None else Place(tier, nbytes, *taken)
+            return self._buffer(self.pool, nbytes)
         limit = self.budgets.device if tier == "device" else self.budgets.disk
         return Place(tier, nbytes) if self.used[tier] + nbytes <= limit else None
 
     def leave(self, place: Place[T]) -> None:
         """The entry is gone."""
         self.used[place.tier] -= place.nbytes
-        if place.buffer is not None:
-            self.pool.give(place.size, place.buffer)
+        if place.buffer is not None and place.pool is not None:
+            place.pool.give(place.size, place.buffer)
 
 
 @dataclass
@@ -183,6 +203,18 @@ class KVBytes:
         backward = sum(self.parts[self.backward_resident : last]) + sum(self.grads[self.backward_resident : last - 1])
         return 2 * max(forward, backward)
 
+    @property
+    def host_buffer_bytes(self) -> int:
+        """Their buffers, in whole pages: those of a backward pass, which serve the forward pass too."""
+        last = len(self.parts) - 1
+        streamed = self.parts[self.backward_resident : last] + self.grads[self.backward_resident : max(0, last - 1)]
+        return 2 * sum(map(page_rounded, streamed))
+
+
+def without_kv(budgets: Budgets, kv: KVBytes) -> Budgets:
+    """What is left for checkpoints of budgets that count K and V on the host."""
+    return Budgets(budgets.device, max(0, budgets.host - kv.host_buffer_bytes), budgets.disk)
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -193,7 +225,8 @@ class Forecast:
         device_bytes: most that checkpoints hold on the device.
         host_bytes: all pinned buffers.
         disk_bytes: most that files hold.
-        new_buffers: sizes of the pinned buffers that are not there yet, and how many of each.
+        new_buffers: sizes of the pinned buffers of checkpoints that are not there yet, and how many of each.
+        new_kv_buffers: the same of K and V.
     """
 
     kept: Kept
@@ -201,25 +234,47 @@ class Forecast:
     host_bytes: int
     disk_bytes: int
     new_buffers: Mapping[int, int] = field(default_factory=dict)
+    new_kv_buffers: Mapping[int, int] = field(default_factory=dict)
 
 
-def forecast(kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: Mapping[int, int]) -> Forecast | None:
+@dataclass(frozen=True)
+class Have:
+    """Sizes of the pinned buffers that exist, and how many of each: of checkpoints, and of K and V."""
+
+    checkpoints: Mapping[int, int] = field(default_factory=dict)
+    kv: Mapping[int, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.checkpoints or self.kv)
+
+
+def forecast(
+    kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: Mapping[int, int] | Have
+) -> Forecast | None:
     """Play a step: every layer forward, then every layer backward; None where the budgets do not hold it.
 
     Args:
-        budgets: `device` is what checkpoints may take of it, without K and V.
-        have: sizes of the pinned buffers that exist, and how many of each.
+        budgets: `device` is what checkpoints may take of it, without K and V; `host` counts both.
+        have: the pinned buffers that exist; a plain mapping: of checkpoints alone.
     """
-    pool: BufferPool[int] = BufferPool(lambda size: size, budgets.host)
+    have = have if isinstance(have, Have) else Have(have)
+    left = without_kv(budgets, kv)
+    pool, kv_pool = _played(have.checkpoints, left.host), _played(have.kv, budgets.host)
+    step = _Step(kept, sizes, kv, Shelves(left, pool, kv_pool))
+    if not all(step.play()) or pool.nbytes + kv_pool.nbytes > budgets.host:
+        return None
+    peak, host = step.shelves.peak, pool.nbytes + kv_pool.nbytes
+    new, new_kv = pool.made - Counter(have.checkpoints), kv_pool.made - Counter(have.kv)
+    return Forecast(kept, peak["device"], host, peak["disk"], dict(new), dict(new_kv))
+
+
+def _played(have: Mapping[int, int], limit: int) -> BufferPool[int]:
+    """A pool of plain numbers."""
+    pool: BufferPool[int] = BufferPool(lambda size: size, limit)
     for size, count in have.items():
         for _ in range(count):
             pool.add(size, size)
-    step = _Step(kept, sizes, kv, Shelves(budgets, pool))
-    if not all(step.play()):
-        return None
-    peak = step.shelves.peak
-    new = pool.made - Counter(have)
-    return Forecast(kept, peak["device"], pool.nbytes, peak["disk"], dict(new))
+    return pool
 
 
 class _Step:
@@ -270,7 +325,7 @@ class _Step:
 
     def _hold(self, held: list[Place[int]], nbytes: int) -> Iterator[bool]:
         for _ in range(2):
-            place = self.shelves.place(nbytes, ("host",))
+            place = self.shelves.place_kv(nbytes)
             if place is not None:
                 held.append(place)
             yield place is not None
