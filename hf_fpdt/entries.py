@@ -63,7 +63,8 @@ class DeviceEntry:
         """Nothing to do."""
 
     def free(self) -> None:
-        """Let go of the tensor."""
+        """Let go of the tensor; the store may still remember the entry as a read to come."""
+        del self._value
         self._shelves.leave(self._place)
 
 
@@ -117,8 +118,17 @@ class Files:
     def stage_for(self, nbytes: int, pinned: PinnedMemory) -> None:
         """Have staging buffers for entries of up to `nbytes`."""
         if nbytes > self._longest:
+            self.unstage()
             self._longest = nbytes
             self._free.extend(pinned.buffer(nbytes) for _ in range(STAGING_BUFFERS))
+
+    def unstage(self) -> None:
+        """Forget the staging buffers, once what is written from them is in the file; `stage_for` makes others."""
+        for written, _ in self._writing:
+            written.wait()
+        self._writing.clear()
+        self._free.clear()
+        self._longest = 0
 
     def staging(self, nbytes: int) -> Tensor:
         """A buffer of at least `nbytes`; where all are in use, the host waits for the oldest write."""
@@ -140,8 +150,9 @@ class Files:
         return entry, copy
 
     def give(self, buffer: Tensor) -> None:
-        """A staging buffer that was read from is free again."""
-        self._free.append(buffer)
+        """A staging buffer that was read from is free again, unless longer ones have taken its place."""
+        if buffer.numel() >= self._longest:
+            self._free.append(buffer)
 
     def close(self) -> None:
         """Drop the file."""
