@@ -91,17 +91,19 @@ def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have:
     kv, sizes = step.kv_bytes(budgets.device), step.layer_bytes()
     staging = STAGING_BUFFERS * sizes.longest if budgets.disk else 0
     rest = Budgets(budgets.device - kv.device_bytes, max(0, budgets.host - staging), budgets.disk)
-    left = without_kv(rest, kv)
+    have = have if isinstance(have, Have) else Have(have)
     if not layers:
-        return PassPlan(kv, left, None)
-    room = left.total if rest.host >= kv.host_buffer_bytes else -1
+        return PassPlan(kv, without_kv(rest, kv, have), None)
+    room = without_kv(rest, kv, Have()).total if rest.host >= kv.host_buffer_bytes else -1
     for kept in candidates(policy, layers, sizes, room, step.attention_over_rest()):
-        foretold = forecast(kept, sizes, kv, rest, have)
-        if foretold is None and have:
-            # Buffers of other lengths are in the way: without them?
-            foretold = forecast(kept, sizes, kv, rest, {})
-        if foretold is not None:
-            return PassPlan(kv, left, foretold)
+        # Without regard to the buffers there are, in which ranks may differ: they must keep the same.
+        found, pool = forecast(kept, sizes, kv, rest, Have()), Have()
+        if found is not None and have:
+            reusing = forecast(kept, sizes, kv, rest, have)
+            # Buffers of other lengths may be in the way; those that are in use stay there.
+            found, pool = (reusing, have) if reusing is not None or have.in_use else (found, pool)
+        if found is not None:
+            return PassPlan(kv, without_kv(rest, kv, pool), found)
     raise MemoryError(_too_much(policy, step, layers, budgets, kv))
 
 

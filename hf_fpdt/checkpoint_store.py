@@ -42,6 +42,11 @@ class _Tiers:
     shelves: Shelves[Tensor]
     files: Files | None
 
+    def made(self) -> Have:
+        """The host buffers that exist now."""
+        pools = self.shelves.pool, self.shelves.kv_pool
+        return Have(dict(pools[0].made), dict(pools[1].made), any(pool.used_bytes for pool in pools))
+
 
 class Pass:
     """One forward pass through the layers, with the backward pass that follows.
@@ -87,6 +92,7 @@ class CheckpointStore:
         self._plugin, self._group, self._training_bytes = plugin, group, training_bytes
         self._tiers: _Tiers | None = None
         self._plans: dict[tuple[StepSizes, int], PassPlan] = {}
+        self._made: dict[tuple[StepSizes, int], Have] = {}  # the buffers that each plan was made with
         self._there: Available | None = None
         self._reads: deque[Entry] = deque()
         self._pass: Pass | None = None
@@ -113,6 +119,8 @@ class CheckpointStore:
             (_, n_tokens), (_, batch) = self._group.extremes(sizes, everywhere=True)
             step = replace(step, plan=replace(step.plan, n_tokens=n_tokens), batch=batch)
         plan = self._plan(step, step.model.layers - run.index, device, sharded=run.sharded)
+        shelves = self._on(device).shelves
+        shelves.budgets, shelves.pool.limit = plan.budgets, plan.budgets.host
         return Pass(plan, run.step, run.index)
 
     def kv_plan(self, run: Run, device: torch.device) -> KVBytes:
@@ -128,18 +136,17 @@ class CheckpointStore:
         Raises:
             MemoryError: no plan fits.
         """
-        tiers = self._on(device)
-        if (step, layers) not in self._plans:
+        tiers, key = self._on(device), (step, layers)
+        # A plan holds for the buffers that it was made with: steps of other lengths may have changed them since.
+        if key not in self._plans or (layers and self._made[key] != tiers.made()):
+            new = key not in self._plans
             budgets = budgets_of(self._plugin, step, self._available(device, everywhere=sharded))
-            have = Have(tiers.shelves.pool.made, tiers.shelves.kv_pool.made)
-            plan = plan_pass(self._plugin.checkpoints, step, layers, budgets, have)
+            plan = plan_pass(self._plugin.checkpoints, step, layers, budgets, tiers.made())
             grew = _reserve(tiers, plan, budgets, step)
-            self._plans[step, layers] = plan
-            level = logging.INFO if grew or len(self._plans) <= 2 else logging.DEBUG
+            self._plans[key], self._made[key] = plan, tiers.made()
+            level = logging.INFO if new and (grew or len(self._plans) <= 2) else logging.DEBUG
             logger.log(level, "hf_fpdt: %s", described(plan, step, budgets))
-        plan = self._plans[step, layers]
-        tiers.shelves.budgets = plan.budgets
-        return plan
+        return self._plans[key]
 
     def _available(self, device: torch.device, *, everywhere: bool) -> Available:
         """Measured once, before the first pass, by all ranks together: ranks whose plans differed would hang."""
@@ -153,7 +160,7 @@ class CheckpointStore:
         if self._tiers is None or self._tiers.transfers.device != device:
             self.close()
             transfers, pinned = Transfers(device), PinnedMemory(device)
-            files = None if self._plugin.disk_dir is None else Files(self._plugin.disk_dir, transfers)
+            files = None if self._plugin.disk_dir is None else Files(self._plugin.disk_dir, transfers, pinned)
             shelves = Shelves(Budgets(0, 0), *(BufferPool(pinned.buffer, 0) for _ in range(2)))
             self._tiers = _Tiers(transfers, pinned, shelves, files)
         return self._tiers
@@ -226,6 +233,7 @@ class CheckpointStore:
         """Give all memory back: host buffers, files. The next pass starts anew."""
         self._reads.clear()
         self._plans.clear()
+        self._made.clear()
         self._there, self._pass, self._last = None, None, None
         if self._tiers is not None:
             self._tiers.pinned.release()
@@ -237,7 +245,7 @@ class CheckpointStore:
 def _reserve(tiers: _Tiers, plan: PassPlan, budgets: Budgets, step: StepSizes) -> bool:
     """Allocate the pinned buffers that the plan needs and that are not there; whether there were any."""
     pools = tiers.shelves.pool, tiers.shelves.kv_pool
-    pools[0].limit, pools[1].limit = plan.budgets.host, budgets.host
+    pools[1].limit = budgets.host
     foretold = plan.foretold
     if foretold is None:
         return False
@@ -257,7 +265,7 @@ def _reserve(tiers: _Tiers, plan: PassPlan, budgets: Budgets, step: StepSizes) -
             pool.add(size, buffer)
     if foretold.disk_bytes:
         assert tiers.files is not None
-        tiers.files.stage_for(step.layer_bytes().longest, tiers.pinned)
+        tiers.files.stage_for(step.layer_bytes().longest)
     return new_bytes > 0
 
 

@@ -109,18 +109,21 @@ class Files:
         folder: `FPDTPlugin.disk_dir`.
     """
 
-    def __init__(self, folder: str, transfers: Transfers) -> None:
-        self.file, self.transfers = DiskFile(folder), transfers
+    def __init__(self, folder: str, transfers: Transfers, pinned: PinnedMemory) -> None:
+        self.file, self.transfers, self._pinned = DiskFile(folder), transfers, pinned
         self._free: deque[Tensor] = deque()
         self._writing: deque[tuple[DiskEntry, Tensor]] = deque()
         self._longest = 0
 
-    def stage_for(self, nbytes: int, pinned: PinnedMemory) -> None:
+    def stage_for(self, nbytes: int) -> None:
         """Have staging buffers for entries of up to `nbytes`."""
         if nbytes > self._longest:
-            self.unstage()
-            self._longest = nbytes
-            self._free.extend(pinned.buffer(nbytes) for _ in range(STAGING_BUFFERS))
+            self._begin_staging(nbytes)
+            self._free.extend(self._pinned.buffer(nbytes) for _ in range(STAGING_BUFFERS))
+
+    def _begin_staging(self, nbytes: int) -> None:
+        self.unstage()
+        self._longest = nbytes
 
     def unstage(self) -> None:
         """Forget the staging buffers, once what is written from them is in the file; `stage_for` makes others."""
@@ -131,14 +134,17 @@ class Files:
         self._longest = 0
 
     def staging(self, nbytes: int) -> Tensor:
-        """A buffer of at least `nbytes`; where all are in use, the host waits for the oldest write."""
-        if not self._free:
+        """A buffer of at least `nbytes`; where all are in use, the host waits for the oldest write.
+
+        One more is made where all are being read into, or no plan foretold that files would be used.
+        """
+        if nbytes > self._longest:
+            self._begin_staging(nbytes)
+        if not self._free and self._writing:
             written, buffer = self._writing.popleft()
             written.wait()
             self._free.append(buffer)
-        buffer = self._free.popleft()
-        assert buffer.numel() >= nbytes
-        return buffer
+        return self._free.popleft() if self._free else self._pinned.buffer(self._longest)
 
     def write(self, value: Tensor) -> tuple[DiskEntry, Copy]:
         """Start to write a device tensor by way of a staging buffer."""

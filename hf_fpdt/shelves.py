@@ -211,9 +211,26 @@ class KVBytes:
         return 2 * sum(map(page_rounded, streamed))
 
 
-def without_kv(budgets: Budgets, kv: KVBytes) -> Budgets:
-    """What is left for checkpoints of budgets that count K and V on the host."""
-    return Budgets(budgets.device, max(0, budgets.host - kv.host_buffer_bytes), budgets.disk)
+@dataclass(frozen=True)
+class Have:
+    """Sizes of the pinned buffers that exist, and how many of each: of checkpoints, and of K and V.
+
+    Attributes:
+        in_use: whether some hold something, so that none can be given up for others.
+    """
+
+    checkpoints: Mapping[int, int] = field(default_factory=dict)
+    kv: Mapping[int, int] = field(default_factory=dict)
+    in_use: bool = field(default=False, compare=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.checkpoints or self.kv)
+
+
+def without_kv(budgets: Budgets, kv: KVBytes, have: Have) -> Budgets:
+    """What is left for checkpoints of budgets that count K and V on the host, and the buffers of K, V that exist."""
+    there = sum(size * count for size, count in have.kv.items())
+    return Budgets(budgets.device, max(0, budgets.host - max(there, kv.host_buffer_bytes)), budgets.disk)
 
 
 @dataclass(frozen=True)
@@ -237,17 +254,6 @@ class Forecast:
     new_kv_buffers: Mapping[int, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Have:
-    """Sizes of the pinned buffers that exist, and how many of each: of checkpoints, and of K and V."""
-
-    checkpoints: Mapping[int, int] = field(default_factory=dict)
-    kv: Mapping[int, int] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.checkpoints or self.kv)
-
-
 def forecast(
     kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: Mapping[int, int] | Have
 ) -> Forecast | None:
@@ -258,7 +264,7 @@ def forecast(
         have: the pinned buffers that exist; a plain mapping: of checkpoints alone.
     """
     have = have if isinstance(have, Have) else Have(have)
-    left = without_kv(budgets, kv)
+    left = without_kv(budgets, kv, have)
     pool, kv_pool = _played(have.checkpoints, left.host), _played(have.kv, budgets.host)
     step = _Step(kept, sizes, kv, Shelves(left, pool, kv_pool))
     if not all(step.play()) or pool.nbytes + kv_pool.nbytes > budgets.host:
