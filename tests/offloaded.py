@@ -150,3 +150,10 @@ def _count_entries(patch: pytest.MonkeyPatch, kind: Any, tier: str, counter: Mea
 
     patch.setattr(kind, "__init__", made)
     patch.setattr(kind, "free", freed)
+
+
+def everything_bytes(sizes: StepSizes) -> int:
+    """The host bytes with which no layer of a step is rebuilt nor runs attention again."""
+    foretold = plan_pass("attention", sizes, sizes.model.layers, Budgets(0, 2**30), {}).foretold
+    assert foretold is not None
+    return foretold.host_bytes

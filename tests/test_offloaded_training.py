@@ -170,7 +170,7 @@ def test_auto_walks_from_no_rerun_to_reruns_as_the_host_shrinks() -> None:
     assert costs == sorted(costs) and len(set(costs)) > 3
 
 
-# -- layers that are not chained ---------------------------------------------------------------------------------------
+# -- layers that are not chained ------------------------------------------------------------------------------------
 
 
 def _added(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
