@@ -147,10 +147,9 @@ def device_bytes(model: Any, settings: FPDTPlugin, case: Case) -> int:
     """K, V of a layer, the inputs of `inputs_held` layers and every attention output."""
     handle = apply_fpdt(model, settings)
     found, step = applied_settings(model), case.plan
-    assert found is not None
-    hidden = torch.empty(step.batch, step.n_tokens // step.sp_size, found.sizes.hidden, dtype=case.dtype)
-    sizes = found.step(hidden)
     handle.remove()
+    assert found is not None
+    sizes = found.step(torch.empty(step.batch, step.n_tokens // step.sp_size, found.sizes.hidden, dtype=case.dtype))
     layer = sizes.layer_bytes()
     kept = (case.inputs_held or 0) * layer.input_total + step.layers * layer.attention_total
     return sizes.kv_bytes(2**62).device_bytes + kept
@@ -190,7 +189,6 @@ def rebuilt(kept: Kept | None) -> dict[str, int]:
     if kept is None:
         return {}
     again = [layer for layer in range(kept.layers - 1) if not kept.inputs[layer + 1]]
-    assert len(again) == kept.rebuilt
     return {"rebuilt_layers": len(again), "rebuilt_attentions": sum(not kept.attentions[layer] for layer in again)}
 
 
