@@ -16,7 +16,7 @@ from .entries import STAGING_BUFFERS
 from .keep import Kept, LayerBytes, candidates, least_bytes, peak_bytes
 from .memory import StepSizes
 from .offload import GIB, device_bytes_available, host_bytes_available
-from .shelves import PAGE, Budgets, Forecast, KVBytes, forecast
+from .shelves import Budgets, Forecast, Have, KVBytes, forecast, without_kv
 
 NO_LIMIT = 2**62
 # Left beside the arithmetic of the device's working set: fragments, libraries' workspaces.
@@ -30,7 +30,7 @@ class PassPlan:
 
     Attributes:
         kv: K and V by chunk, and which chunks are resident.
-        budgets: what checkpoints may take; the device's without K and V.
+        budgets: what checkpoints may take, without K and V.
         foretold: what the step will take; None for a pass without a backward pass.
     """
 
@@ -77,43 +77,42 @@ def budgets_of(plugin: FPDTPlugin, step: StepSizes, there: Available) -> Budgets
     )
 
 
-def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have: Mapping[int, int]) -> PassPlan:
+def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have: Mapping[int, int] | Have) -> PassPlan:
     """The fastest plan of the policy that the budgets hold.
 
     Args:
         policy: `FPDTPlugin.checkpoints`.
         layers: layers with a backward pass; 0: none.
-        have: sizes of the pinned buffers that exist, and how many of each.
+        have: the pinned buffers that exist, see `forecast`.
 
     Raises:
         MemoryError: there is none; the message has the arithmetic and the ways out.
     """
     kv, sizes = step.kv_bytes(budgets.device), step.layer_bytes()
     staging = STAGING_BUFFERS * sizes.longest if budgets.disk else 0
-    # Four buffers of a chunk, each in whole pages.
-    apart = kv.host_bytes + 4 * PAGE * len(kv.parts) if budgets.disk and kv.host_bytes else 0
-    rest = Budgets(budgets.device - kv.device_bytes, max(0, budgets.host - staging), budgets.disk, kv=apart)
+    rest = Budgets(budgets.device - kv.device_bytes, max(0, budgets.host - staging), budgets.disk)
+    have = have if isinstance(have, Have) else Have(have)
     if not layers:
-        return PassPlan(kv, rest, None)
-    room = rest.total - kv.host_bytes
+        return PassPlan(kv, without_kv(rest, kv, have), None)
+    room = without_kv(rest, kv, Have()).total if rest.host >= kv.host_buffer_bytes else -1
     if room < least_bytes(policy, layers, sizes):
         raise MemoryError(_too_much(policy, step, layers, budgets, kv))
     for kept in candidates(policy, layers, sizes, room, step.attention_over_rest()):
-        foretold = forecast(kept, sizes, kv, rest, have)
-        if foretold is None and have:
-            # Buffers of other lengths are in the way: without them?
-            foretold = forecast(kept, sizes, kv, rest, {})
-        if foretold is not None:
-            return PassPlan(kv, rest, foretold)
+        # Without regard to the buffers there are, in which ranks may differ: they must keep the same.
+        found, pool = forecast(kept, sizes, kv, rest, Have()), Have()
+        if found is not None and have:
+            reusing = forecast(kept, sizes, kv, rest, have)
+            # Buffers of other lengths may be in the way; those that are in use stay there.
+            found, pool = (reusing, have) if reusing is not None or have.in_use else (found, pool)
+        if found is not None:
+            return PassPlan(kv, without_kv(rest, kv, pool), found)
     raise MemoryError(_too_much(policy, step, layers, budgets, kv))
 
 
 def _too_much(policy: str, step: StepSizes, layers: int, budgets: Budgets, kv: KVBytes) -> str:
     sizes = step.layer_bytes()
     needed = _least_that_fits(policy, layers, sizes, kv)
-    parts = ", ".join(
-        f"{name} {_gib(size)}" for name, size in vars(budgets).items() if size or name in ("device", "host")
-    )
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(budgets).items() if size or name != "disk")
     return (
         f"FPDT cannot keep what the backward pass of {step.plan.n_tokens:,} tokens needs. Needed: "
         f"{_gib(needed)} for checkpoints={policy!r} ({layers} layers; one layer's input {_gib(sizes.input_total)}, "
@@ -131,7 +130,7 @@ def _least_that_fits(policy: str, layers: int, sizes: LayerBytes, kv: KVBytes) -
         needed = least * percent // 100
         # To keep no attention output is what "auto" does at last.
         plans = candidates("segment" if policy == "auto" else policy, layers, sizes, needed, 0.0)
-        if any(forecast(kept, sizes, kv, Budgets(0, needed + kv.host_bytes), {}) for kept in plans):
+        if any(forecast(kept, sizes, kv, Budgets(0, needed + kv.host_buffer_bytes), Have()) for kept in plans):
             return needed
     return least
 

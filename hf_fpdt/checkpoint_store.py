@@ -27,7 +27,7 @@ from .keep import forward_bytes
 from .layout import Chunk
 from .memory import StepSizes
 from .offload import GIB, PinnedMemory, Transfers
-from .shelves import SOON, Budgets, BufferPool, ForwardOrder, KVBytes, Shelves, Tier
+from .shelves import SOON, Budgets, BufferPool, ForwardOrder, Have, KVBytes, Shelves, Tier
 from .streamed_kv import HostRoom
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,11 @@ class _Tiers:
     pinned: PinnedMemory
     shelves: Shelves[Tensor]
     files: Files | None
+
+    def made(self) -> Have:
+        """The host buffers that exist now."""
+        pools = self.shelves.pool, self.shelves.kv_pool
+        return Have(dict(pools[0].made), dict(pools[1].made), any(pool.used_bytes for pool in pools))
 
 
 class Pass:
@@ -87,6 +92,7 @@ class CheckpointStore:
         self._plugin, self._group, self._training_bytes = plugin, group, training_bytes
         self._tiers: _Tiers | None = None
         self._plans: dict[tuple[StepSizes, int], PassPlan] = {}
+        self._made: dict[tuple[StepSizes, int], Have] = {}  # the buffers that each plan was made with
         self._there: Available | None = None
         self._reads: deque[Entry] = deque()
         self._pass: Pass | None = None
@@ -113,6 +119,8 @@ class CheckpointStore:
             (_, n_tokens), (_, batch) = self._group.extremes(sizes, everywhere=True)
             step = replace(step, plan=replace(step.plan, n_tokens=n_tokens), batch=batch)
         plan = self._plan(step, step.model.layers - run.index, device, sharded=run.sharded)
+        shelves = self._on(device).shelves
+        shelves.budgets, shelves.pool.limit = plan.budgets, plan.budgets.host
         return Pass(plan, run.step, run.index)
 
     def kv_plan(self, run: Run, device: torch.device) -> KVBytes:
@@ -128,17 +136,17 @@ class CheckpointStore:
         Raises:
             MemoryError: no plan fits.
         """
-        tiers = self._on(device)
-        if (step, layers) not in self._plans:
+        tiers, key = self._on(device), (step, layers)
+        # A plan holds for the buffers that it was made with: steps of other lengths may have changed them since.
+        if key not in self._plans or (layers and self._made[key] != tiers.made()):
+            new = key not in self._plans
             budgets = budgets_of(self._plugin, step, self._available(device, everywhere=sharded))
-            plan = plan_pass(self._plugin.checkpoints, step, layers, budgets, tiers.shelves.pool.made)
-            grew = _reserve(tiers, plan, step)
-            self._plans[step, layers] = plan
-            level = logging.INFO if grew or len(self._plans) <= 2 else logging.DEBUG
+            plan = plan_pass(self._plugin.checkpoints, step, layers, budgets, tiers.made())
+            grew = _reserve(tiers, plan, budgets, step)
+            self._plans[key], self._made[key] = plan, tiers.made()
+            level = logging.INFO if new and (grew or len(self._plans) <= 2) else logging.DEBUG
             logger.log(level, "hf_fpdt: %s", described(plan, step, budgets))
-        plan = self._plans[step, layers]
-        tiers.shelves.budgets, tiers.shelves.pool.limit = plan.budgets, plan.budgets.host
-        return plan
+        return self._plans[key]
 
     def _available(self, device: torch.device, *, everywhere: bool) -> Available:
         """Measured once, before the first pass, by all ranks together: ranks whose plans differed would hang."""
@@ -153,7 +161,7 @@ class CheckpointStore:
             self.close()
             transfers, pinned = Transfers(device), PinnedMemory(device)
             files = None if self._plugin.disk_dir is None else Files(self._plugin.disk_dir, transfers)
-            shelves = Shelves(Budgets(0, 0), BufferPool(pinned.buffer, 0))
+            shelves = Shelves(Budgets(0, 0), *(BufferPool(pinned.buffer, 0) for _ in range(2)))
             self._tiers = _Tiers(transfers, pinned, shelves, files)
         return self._tiers
 
@@ -209,7 +217,7 @@ class CheckpointStore:
         if self._tiers is None:
             return {}
         shelves = self._tiers.shelves
-        return {**{tier: shelves.used[tier] for tier in SOON}, "pinned": shelves.pool.nbytes}
+        return {**{tier: shelves.used[tier] for tier in SOON}, "pinned": shelves.pool.nbytes + shelves.kv_pool.nbytes}
 
     @property
     def pinning_seconds(self) -> float:
@@ -225,6 +233,7 @@ class CheckpointStore:
         """Give all memory back: host buffers, files. The next pass starts anew."""
         self._reads.clear()
         self._plans.clear()
+        self._made.clear()
         self._there, self._pass, self._last = None, None, None
         if self._tiers is not None:
             self._tiers.pinned.release()
@@ -233,23 +242,29 @@ class CheckpointStore:
         self._tiers = None
 
 
-def _reserve(tiers: _Tiers, plan: PassPlan, step: StepSizes) -> bool:
+def _reserve(tiers: _Tiers, plan: PassPlan, budgets: Budgets, step: StepSizes) -> bool:
     """Allocate the pinned buffers that the plan needs and that are not there; whether there were any."""
-    pool = tiers.shelves.pool
-    if plan.foretold is not None and plan.foretold.disk_bytes:
+    pools = tiers.shelves.pool, tiers.shelves.kv_pool
+    pools[1].limit = budgets.host
+    foretold = plan.foretold
+    if foretold is None:
+        return False
+    needed = foretold.new_buffers, foretold.new_kv_buffers
+    new_bytes = sum(map(_total, needed))
+    if foretold.host_bytes < sum(pool.nbytes for pool in pools) + new_bytes:
+        # It fits without the buffers of other lengths alone, see `plan_pass`.
+        if any(pool.used_bytes for pool in pools):
+            raise MemoryError(_no_room(new_bytes, tiers.shelves))
+        tiers.pinned.release()
+        for pool in pools:
+            pool.clear()
+    for pool, counts in zip(pools, needed, strict=True):
+        for size, buffer in tiers.pinned.buffers(counts):
+            pool.add(size, buffer)
+    if foretold.disk_bytes:
         assert tiers.files is not None
         tiers.files.stage_for(step.layer_bytes().longest)
-    if plan.foretold is None or not plan.foretold.new_buffers:
-        return False
-    if plan.foretold.host_bytes < pool.nbytes + _total(plan.foretold.new_buffers):
-        # It fits without the buffers of other lengths alone, see `plan_pass`.
-        if pool.used_bytes:
-            raise MemoryError(_no_room(_total(plan.foretold.new_buffers), tiers.shelves))
-        tiers.pinned.release()
-        pool.clear()
-    for size, buffer in tiers.pinned.buffers(plan.foretold.new_buffers):
-        pool.add(size, buffer)
-    return True
+    return new_bytes > 0
 
 
 def _total(counts: Mapping[int, int]) -> int:

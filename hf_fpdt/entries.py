@@ -64,7 +64,8 @@ class DeviceEntry:
         """Nothing to do."""
 
     def free(self) -> None:
-        """Let go of the tensor."""
+        """Let go of the tensor; the store may still remember the entry as a read to come."""
+        del self._value
         self._shelves.leave(self._place)
 
 
@@ -126,21 +127,29 @@ class Files:
     def stage_for(self, nbytes: int) -> None:
         """Have staging buffers for entries of up to `nbytes`; shorter ones are let go of."""
         if nbytes > self._longest:
-            self._longest = nbytes
-            self._free.clear()
-            self.pinned.release()
+            self._begin_staging(nbytes)
             self._free.extend(_Staging(self.pinned.buffer(nbytes)) for _ in range(STAGING_BUFFERS))
 
+    def _begin_staging(self, nbytes: int) -> None:
+        for written, _ in self._writing:
+            written.wait()
+        self._writing.clear()
+        self._free.clear()
+        self.pinned.release()
+        self._longest = nbytes
+
     def staging(self, nbytes: int) -> _Staging:
-        """A buffer of at least `nbytes`; where all are in use, the host waits for the oldest write."""
+        """A buffer of at least `nbytes`; where all are in use, the host waits for the oldest write.
+
+        One more is made where all are being read into, or no plan foretold that files would be used.
+        """
+        if nbytes > self._longest:
+            self._begin_staging(nbytes)
         while self._writing and (self._writing[0][0].done() or not self._free):
             written, buffer = self._writing.popleft()
             written.wait()
             self._give(_Staging(buffer), first=True)
-        # Reads that were begun and not taken, as after a backward pass that failed, may hold them all.
-        staging = self._free.popleft() if self._free else _Staging(self.pinned.buffer(self._longest))
-        assert staging.buffer.numel() >= nbytes
-        return staging
+        return self._free.popleft() if self._free else _Staging(self.pinned.buffer(self._longest))
 
     def write(self, value: Tensor) -> tuple[DiskEntry, Copy]:
         """Start to write a device tensor by way of a staging buffer."""

@@ -100,7 +100,7 @@ class LayerRun:
     below: LayerRun | None = field(init=False, default=None)
     random_states: list[RandomState] = field(init=False, default_factory=list)
     autocast: Autocast = field(init=False)
-    _output: tuple[StorageWeakRef, int] | None = field(init=False, default=None)
+    _output: tuple[StorageWeakRef, tuple[object, ...]] | None = field(init=False, default=None)
 
     @property
     def plan(self) -> ChunkPlan:
@@ -124,11 +124,11 @@ class LayerRun:
     def end(self, output_BSD: Tensor) -> None:
         """Remember which tensor the output was, without keeping it."""
         if self.checkpoint is not None:
-            self._output = StorageWeakRef(output_BSD.untyped_storage()), output_BSD._version
+            self._output = StorageWeakRef(output_BSD.untyped_storage()), _reading(output_BSD)
 
     def made(self, hidden_BSD: Tensor) -> bool:
         """Whether `hidden_BSD` is this layer's output, untouched; then running the layer again gives it again."""
-        return self._output == (StorageWeakRef(hidden_BSD.untyped_storage()), hidden_BSD._version)
+        return self._output == (StorageWeakRef(hidden_BSD.untyped_storage()), _reading(hidden_BSD))
 
     def kv_store(self, device: torch.device, *, backward: bool) -> KVStore:
         """An empty store for K and V of one pass."""
@@ -146,6 +146,11 @@ class LayerRun:
                 f"fpdt: {self.name} returns {type(y_BSD).__name__}, not hidden states alone; it is not supported."
             )
         return y_BSD
+
+
+def _reading(value: Tensor) -> tuple[object, ...]:
+    """How a tensor reads its memory, and how often that was written: another view of it is another value."""
+    return value._version, value.dtype, value.shape, value.stride(), value.storage_offset()
 
 
 def tokens_of(value: Any, chunk: Chunk, plan: ChunkPlan) -> Any:

@@ -16,6 +16,8 @@ from .layout import Chunk, ChunkPlan
 # Four whole numbers (rows, tokens, sample, place) and their negatives; 8 bytes each.
 AGREEMENT_BYTES = 64
 LABEL_COUNT_BYTES = 8
+# Three budgets (device, host, files) and their negatives.
+BUDGETS_BYTES = 48
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,10 @@ class Collectives:
 class StepPlan:
     """Sizes of one training step (forward and backward of one batch), and the collectives it makes.
 
-    DDP's and FSDP2's own collectives and those of Trainer (it counts labels over all ranks) come on top. Both policies
-    of `FPDTPlugin.checkpoints` exchange alike: what "input" does not keep is made again from exchanged tensors.
+    DDP's and FSDP2's own collectives and those of Trainer (it counts labels over all ranks) come on top; so do, with
+    FSDP2, the all-reduce a step in which all ranks agree on the longest sequence. "attention" and "input" of
+    `FPDTPlugin.checkpoints` exchange alike: what "input" does not keep is made again from exchanged tensors. Inputs
+    that were not kept ("segment", or little memory) are rebuilt, and the layers that run for it exchange once more.
 
     Attributes:
         n_tokens: tokens of the sequence, over all ranks; filled up to a multiple of `sp_size`.
@@ -86,11 +90,13 @@ class StepPlan:
         element_bytes: bytes of an element of q, k, v (2 for bf16).
         backward_layers: layers with a backward pass; None: all. Below the lowest layer that trains there is none.
         frozen_attentions: those of them whose attention needs no gradient: with LoRA on MLPs alone, the lowest.
+        rebuilt_layers: layers that run forward again in backward, for the sake of the input above (`Kept.rebuilt`).
+        rebuilt_attentions: those of them whose attention runs again, as its output was not kept.
         mean_of_labels: whether the model itself counts the labels of the sequence, as it does in loops of one's own;
             Trainer hands it `num_items_in_batch`.
 
     Raises:
-        ValueError: `sp_size` does not divide `chunk_tokens` or `q_heads`.
+        ValueError: `sp_size` does not divide `chunk_tokens` or `q_heads`, or more attentions than layers are rebuilt.
     """
 
     n_tokens: int
@@ -104,11 +110,18 @@ class StepPlan:
     element_bytes: int = 2
     backward_layers: int | None = None
     frozen_attentions: int = 0
+    rebuilt_layers: int = 0
+    rebuilt_attentions: int = 0
     mean_of_labels: bool = True
 
     def __post_init__(self) -> None:
         if self.q_heads % self.sp_size:
             raise ValueError(f"StepPlan(q_heads={self.q_heads}): a multiple of sp_size={self.sp_size} is expected.")
+        if self.rebuilt_attentions > self.rebuilt_layers:
+            raise ValueError(
+                f"StepPlan(rebuilt_attentions={self.rebuilt_attentions}): at most rebuilt_layers="
+                f"{self.rebuilt_layers} is expected, the layers that they are in."
+            )
         _ = self.chunks
 
     @cached_property
@@ -133,15 +146,25 @@ class StepPlan:
         """
         return self._made(self._backward(into_attention))
 
+    def layer_rebuild(self, *, attention: bool) -> tuple[Exchange, ...]:
+        """The exchanges of one layer that runs forward again; `attention`: whether its attention does too."""
+        return self._made(self._forward() if attention else ((chunk, "out") for chunk in self.chunks))
+
     def layers_forward(self) -> Collectives:
         """All layers' forward passes."""
         return _total(self.layer_forward()) * self.layers
 
     def layers_backward(self) -> Collectives:
-        """All layers' backward passes."""
+        """All layers' backward passes, and what is rebuilt for them."""
         layers = self.layers if self.backward_layers is None else self.backward_layers
         frozen = _total(self.layer_backward(into_attention=False)) * self.frozen_attentions
-        return _total(self.layer_backward()) * (layers - self.frozen_attentions) + frozen
+        return _total(self.layer_backward()) * (layers - self.frozen_attentions) + frozen + self.rebuilds()
+
+    def rebuilds(self) -> Collectives:
+        """All layers that run forward again."""
+        again = _total(self.layer_rebuild(attention=True)) * self.rebuilt_attentions
+        linears = self.rebuilt_layers - self.rebuilt_attentions
+        return again + _total(self.layer_rebuild(attention=False)) * linears
 
     def outside_layers(self) -> Collectives:
         """Around the layers, in the forward pass: the ranks compare their parts, and count the labels."""
@@ -151,8 +174,12 @@ class StepPlan:
         counted = Collectives(reductions=1, reduced_bytes=LABEL_COUNT_BYTES)
         return agreement + counted * int(self.mean_of_labels)
 
+    def first_pass(self) -> Collectives:
+        """Once a process, before its first step or evaluation: the ranks agree on what each tier may hold."""
+        return Collectives() if self.sp_size == 1 else Collectives(reductions=1, reduced_bytes=BUDGETS_BYTES)
+
     def step(self) -> Collectives:
-        """The whole step."""
+        """The whole step; the first one makes `first_pass` too."""
         return self.outside_layers() + self.layers_forward() + self.layers_backward()
 
     def _forward(self) -> Iterator[tuple[Chunk, str]]:

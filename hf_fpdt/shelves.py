@@ -4,7 +4,8 @@ Three tiers: device memory, pinned host memory, files. Stores place real buffers
 planner plays the same rules with plain numbers for buffers, so what it foretells is what they allocate, to the byte.
 
 The last layers are needed first, so they go to the device; what the device cannot hold goes to the host, and what
-neither holds, the first layers, to files. What backward rebuilds is needed soon: device first.
+neither holds, the first layers, to files. What backward rebuilds is needed soon: device first. K and V that the device
+does not hold have host buffers of their own, which checkpoints neither crowd out nor waste on a small lse.
 """
 
 from __future__ import annotations
@@ -30,17 +31,11 @@ def page_rounded(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes that each tier may hold on this rank.
-
-    Attributes:
-        kv: of the host's, those that checkpoints leave to K and V; where there is no further tier that is left to the
-            plan.
-    """
+    """Bytes that each tier may hold on this rank."""
 
     device: int
     host: int
     disk: int = 0
-    kv: int = 0
 
     @property
     def total(self) -> int:
@@ -77,25 +72,15 @@ class BufferPool(Generic[T]):
         A somewhat longer buffer serves too, so that the odd last chunks of other lengths do not add up; a much longer
         one, which something else will need, only where there is no room for a new one.
         """
-        size, is_free = self._choice(nbytes)
-        if is_free:
-            return size, self._free[size].pop()
-        if self.nbytes + size > self.limit:
+        size = page_rounded(nbytes)
+        free = min((free for free, buffers in self._free.items() if buffers and free >= nbytes), default=None)
+        is_full = self.nbytes + size > self.limit
+        if free is not None and (free <= LONGER * size or is_full):
+            return free, self._free[free].pop()
+        if is_full:
             return None
         self.made[size] += 1
         return size, self._make(size)
-
-    def size_for(self, nbytes: int) -> int:
-        """Size of the buffer that `take` would hand out or make."""
-        return self._choice(nbytes)[0]
-
-    def _choice(self, nbytes: int) -> tuple[int, bool]:
-        """(size, whether a buffer of it is free) for `nbytes`."""
-        size = page_rounded(nbytes)
-        free = min((free for free, buffers in self._free.items() if buffers and free >= nbytes), default=None)
-        if free is None or (free > LONGER * size and self.nbytes + size <= self.limit):
-            return size, False
-        return free, True
 
     def give(self, size: int, buffer: T) -> None:
         """Take a buffer back, or in."""
@@ -114,60 +99,63 @@ class BufferPool(Generic[T]):
 
 @dataclass
 class Place(Generic[T]):
-    """Where one entry lies: `buffer` on the host alone, its `size` there, and whether it is of K and V."""
+    """Where one entry lies: `buffer` on the host alone, its `size` there and the `pool` that it is of."""
 
     tier: Tier
     nbytes: int
     size: int = 0
     buffer: T | None = None
-    kv: bool = False
+    pool: BufferPool[T] | None = None
 
 
 class Shelves(Generic[T]):
-    """The three tiers: what is used of each, and the most that was."""
+    """The three tiers: what is used of each, and the most that was.
 
-    def __init__(self, budgets: Budgets, pool: BufferPool[T]) -> None:
+    Args:
+        pool: host buffers of checkpoints.
+        kv_pool: host buffers of K, V and their gradients; None: the same.
+    """
+
+    def __init__(self, budgets: Budgets, pool: BufferPool[T], kv_pool: BufferPool[T] | None = None) -> None:
         self.budgets, self.pool = budgets, pool
-        self._kv_bytes = 0  # buffers of K and V
+        self.kv_pool = pool if kv_pool is None else kv_pool
         self.used: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
 
     def place(self, nbytes: int, order: tuple[Tier, ...] = SOON) -> Place[T] | None:
-        """A checkpoint's place on the first tier of `order` that has room; None where none has."""
+        """A place on the first tier of `order` that has room; None where none has."""
         for tier in order:
-            if tier == "host":
-                kept = self.pool.used_bytes - self._kv_bytes + self.pool.size_for(nbytes)
-                place = self._on_host(nbytes) if kept <= self.budgets.host - self.budgets.kv else None
-            else:
-                limit = self.budgets.device if tier == "device" else self.budgets.disk
-                place = Place[T](tier, nbytes) if self.used[tier] + nbytes <= limit else None
+            place = self._on(tier, nbytes)
             if place is not None:
-                return self._taken(place)
+                return self._counted(place)
         return None
 
     def place_kv(self, nbytes: int) -> Place[T] | None:
-        """A place for K or V, or for their gradients, on the host; None where there is no room."""
-        place = self._on_host(nbytes, kv=True)
-        if place is not None:
-            self._kv_bytes += place.size
-            self._taken(place)
-        return place
+        """A host buffer for K, V or a gradient of them; None where there is no room."""
+        place = self._buffer(self.kv_pool, nbytes)
+        return None if place is None else self._counted(place)
 
-    def _on_host(self, nbytes: int, *, kv: bool = False) -> Place[T] | None:
-        taken = self.pool.take(nbytes)
-        return None if taken is None else Place("host", nbytes, *taken, kv=kv)
-
-    def _taken(self, place: Place[T]) -> Place[T]:
+    def _counted(self, place: Place[T]) -> Place[T]:
         self.used[place.tier] += place.nbytes
         self.peak[place.tier] = max(self.peak[place.tier], self.used[place.tier])
         return place
 
+    @staticmethod
+    def _buffer(pool: BufferPool[T], nbytes: int) -> Place[T] | None:
+        taken = pool.take(nbytes)
+        return None if taken is None else Place("host", nbytes, *taken, pool)
+
+    def _on(self, tier: Tier, nbytes: int) -> Place[T] | None:
+        if tier == "host":
+            return self._buffer(self.pool, nbytes)
+        limit = self.budgets.device if tier == "device" else self.budgets.disk
+        return Place(tier, nbytes) if self.used[tier] + nbytes <= limit else None
+
     def leave(self, place: Place[T]) -> None:
         """The entry is gone."""
         self.used[place.tier] -= place.nbytes
-        if place.buffer is not None:
-            self._kv_bytes -= place.size * place.kv
-            self.pool.give(place.size, place.buffer)
+        if place.buffer is not None and place.pool is not None:
+            place.pool.give(place.size, place.buffer)
 
 
 @dataclass
@@ -184,8 +172,7 @@ class ForwardOrder:
         self.put_bytes += nbytes
         if left <= self.budgets.device:
             return ("device", "host", "disk")
-        near = self.budgets.device + self.budgets.host - self.budgets.kv
-        return ("host", "device", "disk") if left <= near else ("disk", "host")
+        return ("host", "device", "disk") if left <= self.budgets.device + self.budgets.host else ("disk", "host")
 
 
 @dataclass(frozen=True)
@@ -219,6 +206,35 @@ class KVBytes:
         backward = sum(self.parts[self.backward_resident : last]) + sum(self.grads[self.backward_resident : last - 1])
         return 2 * max(forward, backward)
 
+    @property
+    def host_buffer_bytes(self) -> int:
+        """Their buffers, in whole pages: those of a backward pass, which serve the forward pass too."""
+        last = len(self.parts) - 1
+        streamed = self.parts[self.backward_resident : last] + self.grads[self.backward_resident : max(0, last - 1)]
+        return 2 * sum(map(page_rounded, streamed))
+
+
+@dataclass(frozen=True)
+class Have:
+    """Sizes of the pinned buffers that exist, and how many of each: of checkpoints, and of K and V.
+
+    Attributes:
+        in_use: whether some hold something, so that none can be given up for others.
+    """
+
+    checkpoints: Mapping[int, int] = field(default_factory=dict)
+    kv: Mapping[int, int] = field(default_factory=dict)
+    in_use: bool = field(default=False, compare=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.checkpoints or self.kv)
+
+
+def without_kv(budgets: Budgets, kv: KVBytes, have: Have) -> Budgets:
+    """What is left for checkpoints of budgets that count K and V on the host, and the buffers of K, V that exist."""
+    there = sum(size * count for size, count in have.kv.items())
+    return Budgets(budgets.device, max(0, budgets.host - max(there, kv.host_buffer_bytes)), budgets.disk)
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -229,7 +245,8 @@ class Forecast:
         device_bytes: most that checkpoints hold on the device.
         host_bytes: all pinned buffers.
         disk_bytes: most that files hold.
-        new_buffers: sizes of the pinned buffers that are not there yet, and how many of each.
+        new_buffers: sizes of the pinned buffers of checkpoints that are not there yet, and how many of each.
+        new_kv_buffers: the same of K and V.
     """
 
     kept: Kept
@@ -237,25 +254,36 @@ class Forecast:
     host_bytes: int
     disk_bytes: int
     new_buffers: Mapping[int, int] = field(default_factory=dict)
+    new_kv_buffers: Mapping[int, int] = field(default_factory=dict)
 
 
-def forecast(kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: Mapping[int, int]) -> Forecast | None:
+def forecast(
+    kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: Mapping[int, int] | Have
+) -> Forecast | None:
     """Play a step: every layer forward, then every layer backward; None where the budgets do not hold it.
 
     Args:
-        budgets: `device` is what checkpoints may take of it, without K and V.
-        have: sizes of the pinned buffers that exist, and how many of each.
+        budgets: `device` is what checkpoints may take of it, without K and V; `host` counts both.
+        have: the pinned buffers that exist; a plain mapping: of checkpoints alone.
     """
-    pool: BufferPool[int] = BufferPool(lambda size: size, budgets.host)
+    have = have if isinstance(have, Have) else Have(have)
+    left = without_kv(budgets, kv, have)
+    pool, kv_pool = _played(have.checkpoints, left.host), _played(have.kv, budgets.host)
+    step = _Step(kept, sizes, kv, Shelves(left, pool, kv_pool))
+    if not all(step.play()) or pool.nbytes + kv_pool.nbytes > budgets.host:
+        return None
+    peak, host = step.shelves.peak, pool.nbytes + kv_pool.nbytes
+    new, new_kv = pool.made - Counter(have.checkpoints), kv_pool.made - Counter(have.kv)
+    return Forecast(kept, peak["device"], host, peak["disk"], dict(new), dict(new_kv))
+
+
+def _played(have: Mapping[int, int], limit: int) -> BufferPool[int]:
+    """A pool of plain numbers."""
+    pool: BufferPool[int] = BufferPool(lambda size: size, limit)
     for size, count in have.items():
         for _ in range(count):
             pool.add(size, size)
-    step = _Step(kept, sizes, kv, Shelves(budgets, pool))
-    if not all(step.play()):
-        return None
-    peak = step.shelves.peak
-    new = pool.made - Counter(have)
-    return Forecast(kept, peak["device"], pool.nbytes, peak["disk"], dict(new))
+    return pool
 
 
 class _Step:

@@ -32,7 +32,13 @@ class _Entry:
 
     def __init__(self, room: HostRoom, like: Tensor) -> None:
         self._room, self._shape, self._dtype = room, like.shape, like.dtype
-        self._places = [_place(room.shelves, like.numel() * like.element_size()) for _ in range(2)]
+        self._places: list[Place[Tensor]] = []
+        try:
+            for _ in range(2):
+                self._places.append(_place(room.shelves, like.numel() * like.element_size()))
+        except RuntimeError:
+            self.free()  # nobody else knows the first
+            raise
         self._copies: list[Copy] = []
 
     def write(self, pair: Pair) -> list[Copy]:
@@ -60,7 +66,7 @@ def _place(shelves: Shelves[Tensor], nbytes: int) -> Place[Tensor]:
     if place is None:
         raise RuntimeError(
             f"fpdt: no host memory is left for K and V: {nbytes / 2**20:.0f} MiB more are needed, and "
-            f"{shelves.pool.used_bytes / 2**30:.1f} of {shelves.pool.limit / 2**30:.1f} GiB are in use. Raise "
+            f"{shelves.kv_pool.used_bytes / 2**30:.1f} of {shelves.kv_pool.limit / 2**30:.1f} GiB are in use. Raise "
             "FPDTPlugin(host_budget_gib=...) or device_budget_gib, or train fewer sequences at once."
         )
     return place

@@ -11,8 +11,13 @@ from hf_fpdt.shelves import Budgets, Forecast, KVBytes, page_rounded
 
 def replayed(kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: Mapping[int, int]) -> Forecast | None:
     """What `shelves.forecast` should tell, found without its classes."""
-    free = sorted(size for size, count in have.items() for _ in range(count))
-    made, used, most = list(free), Counter[str](), Counter[str]()
+    # Host buffers of checkpoints, and of K, V and their gradients.
+    frees = {False: sorted(size for size, count in have.items() for _ in range(count)), True: list[int]()}
+    mades = {False: list(frees[False]), True: list[int]()}
+    last = len(kv.parts) - 1
+    of_kv = kv.parts[kv.backward_resident : last] + kv.grads[kv.backward_resident : max(0, last - 1)]
+    limits = {False: max(0, budgets.host - 2 * sum(map(page_rounded, of_kv))), True: budgets.host}
+    used, most = Counter[str](), Counter[str]()
     there: dict[tuple[int, str, int], tuple[str, int, int]] = {}
     chunks, put_bytes = len(sizes.inputs), 0
     nbytes_of = {"input": sizes.inputs, "out": sizes.outs, "lse": sizes.lses}
@@ -22,23 +27,18 @@ def replayed(kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have:
         for tier in tiers:
             size = 0
             if tier == "host":
+                free, made, new = frees[key[0] < 0], mades[key[0] < 0], page_rounded(nbytes)
                 fits = [buffer for buffer in free if buffer >= nbytes]
-                if (
-                    fits
-                    and 2 * fits[0] > 3 * page_rounded(nbytes)
-                    and sum(made) + page_rounded(nbytes) <= budgets.host
-                ):
-                    fits = []  # much longer, and a new one may be made
-                size = fits[0] if fits else page_rounded(nbytes)
-                kept = sum(size for (layer, *_), (_, _, size) in there.items() if layer >= 0)
-                if key[0] >= 0 and kept + size > budgets.host - budgets.kv:
-                    continue  # the rest is for K and V
+                may_grow = sum(made) + new <= limits[key[0] < 0]
+                if fits and 2 * fits[0] > 3 * new and may_grow:
+                    fits = []  # much longer than need be
+                size = fits[0] if fits else new
                 if fits:
                     free.remove(size)
-                elif sum(made) + size > budgets.host:
-                    continue
-                else:
+                elif may_grow:
                     made.append(size)
+                else:
+                    continue
             elif used[tier] + nbytes > (budgets.device if tier == "device" else budgets.disk):
                 continue
             used[tier] += nbytes
@@ -51,8 +51,8 @@ def replayed(kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have:
         tier, nbytes, size = there.pop(key, ("", 0, 0))
         used[tier] -= nbytes
         if tier == "host":
-            free.append(size)
-            free.sort()
+            frees[key[0] < 0].append(size)
+            frees[key[0] < 0].sort()
 
     def keep(layer: int, name: str, chunk: int, rebuilt: bool) -> None:
         nonlocal put_bytes
@@ -60,7 +60,7 @@ def replayed(kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have:
         tiers = ["device", "host", "disk"]
         if not rebuilt:
             put_bytes += nbytes
-            if left > budgets.device + budgets.host - budgets.kv:
+            if left > budgets.device + limits[False]:
                 tiers = ["disk", "host"]
             elif left > budgets.device:
                 tiers = ["host", "device", "disk"]
@@ -109,4 +109,8 @@ def replayed(kept: Kept, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have:
     except MemoryError:
         return None
     assert not there
-    return Forecast(kept, most["device"], sum(made), most["disk"], dict(Counter(made) - Counter(have)))
+    host = sum(map(sum, mades.values()))
+    if host > budgets.host:
+        return None
+    new = {of_kv: dict(Counter(made) - Counter({} if of_kv else have)) for of_kv, made in mades.items()}
+    return Forecast(kept, most["device"], host, most["disk"], new[False], new[True])

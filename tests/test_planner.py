@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_fpdt import FPDTPlugin, ShardingCollator, apply_fpdt, planner
-from hf_fpdt.planner import Collectives, StepPlan
+from hf_fpdt.keep import Kept
+from hf_fpdt.model import applied_settings
+from hf_fpdt.planner import Collectives, Exchange, StepPlan
 from tests.support import assert_rejects, spawn
 from tests.test_sequence_parallel import sample, stacked
 from tests.truth import in_double, tiny
@@ -41,6 +43,7 @@ class Counted:
 
     sent: list[int] = field(default_factory=list)
     reduced: list[int] = field(default_factory=list)
+    kept: Kept | None = None  # what the step's plan said
 
 
 @contextmanager
@@ -77,6 +80,7 @@ class Case:
     checkpoints: str = "attention"
     dtype: torch.dtype = torch.float64
     trained: str = "."  # pattern of the parameters that train
+    inputs_held: int | None = None  # memory for so many layers' inputs, and for all attention outputs
 
 
 def plan(sp_size: int, n_tokens: int, kv_heads: int = 2, **more: Any) -> StepPlan:
@@ -99,6 +103,13 @@ CASES = [
     Case("llama", plan(2, 50, layers=3, backward_layers=1, frozen_attentions=1), trained=r"layers\.2\.mlp"),
     Case("llama", plan(2, 50, backward_layers=0), trained="lm_head"),
 ]
+REBUILT = [
+    Case("llama", plan(2, 64, layers=6), "segment"),
+    Case("neox", plan(2, 50, 12, layers=6, batch=2), "segment"),
+    Case("llama", plan(2, 20, layers=6), "segment"),
+    Case("llama", plan(2, 64, layers=6), inputs_held=3),
+    Case("llama", plan(2, 64, layers=6, backward_layers=5), "segment", trained=r"layers\.[1-5]\.self_attn"),
+]
 WIDER = [Case("llama", plan(3, 100, kv_heads), policy) for kv_heads in (1, 2, 4) for policy in ("attention", "input")]
 WIDER += [Case("neox-sequential", plan(3, 71, 12, chunk_tokens=9))]
 
@@ -112,7 +123,9 @@ def counted_step(case: Case, rank: int) -> tuple[Counted, Counted]:
     model = tiny(case.family, num_hidden_layers=step.layers, **heads).to(case.dtype)
     model = in_double(model) if case.dtype == torch.float64 else model
     settings = FPDTPlugin(chunk_tokens=step.chunk_tokens, sp_size=step.sp_size, checkpoints=case.checkpoints)
-    apply_fpdt(model, settings)
+    if case.inputs_held is not None:
+        settings = replace(settings, device_budget_gib=device_bytes(model, settings, case) / 2**30, host_budget_gib=0)
+    handle = apply_fpdt(model, settings)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(re.search(case.trained, name) is not None)
     collator = ShardingCollator(stacked, step.sp_size, rank % step.sp_size, step.chunk_tokens)
@@ -126,33 +139,71 @@ def counted_step(case: Case, rank: int) -> tuple[Counted, Counted]:
         loss = model(**batch, **items).loss
     with counting(backward):
         loss.backward()
+    backward.kept = next((told.kept for (_, layers), told in handle.store.plans.items() if layers), None)
     return forward, backward
+
+
+def device_bytes(model: Any, settings: FPDTPlugin, case: Case) -> int:
+    """K, V of a layer, the inputs of `inputs_held` layers and every attention output."""
+    handle = apply_fpdt(model, settings)
+    found, step = applied_settings(model), case.plan
+    handle.remove()
+    assert found is not None
+    sizes = found.step(torch.empty(step.batch, step.n_tokens // step.sp_size, found.sizes.hidden, dtype=case.dtype))
+    layer = sizes.layer_bytes()
+    kept = (case.inputs_held or 0) * layer.input_total + step.layers * layer.attention_total
+    return sizes.kv_bytes(2**62).device_bytes + kept
 
 
 def assert_planned(step: StepPlan, forward: Counted, backward: Counted) -> None:
     sent_forward = [exchange.sent_bytes for exchange in step.layer_forward()]
     trained = (step.layers if step.backward_layers is None else step.backward_layers) - step.frozen_attentions
     lowest = [False] * step.frozen_attentions  # the last to be reached
-    backwards = [step.layer_backward(into_attention=into) for into in [True] * trained + lowest]
+    backwards = list(backward_order(step, [True] * trained + lowest, backward.kept))
     assert forward.sent == sent_forward * step.layers
     assert backward.sent == [exchange.sent_bytes for exchanges in backwards for exchange in exchanges]
     assert not backward.reduced
     outside = step.outside_layers()
-    assert (len(forward.reduced), sum(forward.reduced)) == (outside.reductions, outside.reduced_bytes)
+    reduced = outside + step.first_pass()
+    assert (len(forward.reduced), sum(forward.reduced)) == (reduced.reductions, reduced.reduced_bytes)
     sent = [*forward.sent, *backward.sent]
     counted = Collectives(len(sent), sum(sent), len(forward.reduced), sum(forward.reduced))
-    assert counted == step.step() == outside + step.layers_forward() + step.layers_backward()
+    assert counted == step.step() + step.first_pass()
+    assert step.step() == outside + step.layers_forward() + step.layers_backward()
+
+
+def backward_order(step: StepPlan, into_attention: list[bool], kept: Kept | None) -> Iterator[tuple[Exchange, ...]]:
+    """Layers from the last to the first, each after what is rebuilt for it."""
+    there = set[int]()  # inputs and attention outputs that a rebuild made
+    for above, into in enumerate(into_attention):
+        layer = len(into_attention) - 1 - above
+        if kept is not None and kept.inputs[layer : layer + 1] == (False,) and layer not in there:
+            for below in range(kept.base(layer), layer):
+                yield step.layer_rebuild(attention=not kept.attentions[below])
+                there.add(below + 1)
+        yield step.layer_backward(into_attention=into)
+
+
+def rebuilt(kept: Kept | None) -> dict[str, int]:
+    """A plan's layers that run again, and those of them whose attention does."""
+    if kept is None:
+        return {}
+    again = [layer for layer in range(kept.layers - 1) if not kept.inputs[layer + 1]]
+    return {"rebuilt_layers": len(again), "rebuilt_attentions": sum(not kept.attentions[layer] for layer in again)}
 
 
 def _steps(rank: int, world: int, cases: list[Case]) -> None:
     for case in cases:
         counted = counted_step(case, rank)
+        case = replace(case, plan=replace(case.plan, **rebuilt(counted[1].kept)))
+        assert (case.plan.rebuilt_layers > 0) == (case.checkpoints == "segment" or case.inputs_held is not None)
         assert_planned(case.plan, *counted)
         wrong = {
             "another chunk size": {"chunk_tokens": case.plan.chunk_tokens * 4},
             "a layer more": {"layers": case.plan.layers + 1},
             "a frozen attention more": {"frozen_attentions": case.plan.frozen_attentions + 1},
             "bytes of another dtype": {"element_bytes": 1},
+            "a rebuilt layer more": {"rebuilt_layers": case.plan.rebuilt_layers + 1},
             "labels counted or not": {"mean_of_labels": not case.plan.mean_of_labels},
             "a longer sequence": {"n_tokens": case.plan.n_tokens + case.plan.sp_size},
             "more key/value heads": {"kv_heads": case.plan.kv_heads * 7},
@@ -167,6 +218,27 @@ def test_two_ranks_make_the_planned_collectives() -> None:
     spawn(_steps, 2, CASES)
 
 
+def test_two_ranks_rebuild_as_planned() -> None:
+    spawn(_steps, 2, REBUILT)
+
+
+def test_the_agreement_on_budgets_is_made_once() -> None:
+    spawn(_second_step, 2)
+
+
+def _second_step(rank: int, world: int) -> None:
+    model, step = tiny("llama"), plan(2, 64)
+    apply_fpdt(model, FPDTPlugin(chunk_tokens=24, sp_size=2))
+    data = ShardingCollator(stacked, 2, rank, 24)([sample(0, 64)])
+    with torch.no_grad(), counting(evaluated := Counted()):
+        model(**data)
+    with counting(trained := Counted()):
+        model(**data).loss.backward()
+    outside = step.outside_layers()
+    assert sum(evaluated.reduced) == outside.reduced_bytes + step.first_pass().reduced_bytes
+    assert sum(trained.reduced) == outside.reduced_bytes
+
+
 def test_three_ranks_make_the_planned_collectives() -> None:
     spawn(_steps, 3, WIDER)
 
@@ -177,12 +249,12 @@ def test_groups_beside_each_other_make_those_of_one() -> None:
 
 def test_one_rank_makes_none() -> None:
     step = plan(1, 64)
-    assert step.step() == Collectives() and not step.layer_forward() and not step.layer_backward()
+    assert step.step() == step.first_pass() == Collectives() and not step.layer_forward() and not step.layer_backward()
     with counting(counted := Counted()):
         model = tiny("llama")
         apply_fpdt(model, FPDTPlugin(chunk_tokens=24))
         model(**stacked([sample(0, 64)])).loss.backward()
-    assert counted == Counted()
+    assert not counted.sent and not counted.reduced
 
 
 def test_exchanges_are_named_by_chunk() -> None:
@@ -207,7 +279,12 @@ def test_a_known_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"q_heads": 10}, "q_heads=10"), ({"chunk_tokens": 25}, "chunk_tokens=25")]
+    ("changes", "message"),
+    [
+        ({"q_heads": 10}, "q_heads=10"),
+        ({"chunk_tokens": 25}, "chunk_tokens=25"),
+        ({"rebuilt_attentions": 1}, "rebuilt_layers=0"),
+    ],
 )
 def test_sizes_that_do_not_divide_are_refused(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -17,6 +17,7 @@ from hf_fpdt.shelves import (
     BufferPool,
     Forecast,
     ForwardOrder,
+    Have,
     KVBytes,
     Shelves,
     forecast,
@@ -26,11 +27,11 @@ from tests.replay import replayed
 from tests.stores import NO_LIMIT, random_kept
 from tests.support import assert_rejects
 
-NONE: Mapping[int, int] = {}
+NONE = Have()
 
 
 def test_checkpoints_leave_to_keys_and_values_what_is_theirs() -> None:
-    tiers = Shelves(Budgets(device=0, host=5 * PAGE, disk=10 * PAGE, kv=2 * PAGE), plain_pool(5 * PAGE))
+    tiers = Shelves(Budgets(device=0, host=3 * PAGE, disk=10 * PAGE), plain_pool(3 * PAGE), plain_pool(2 * PAGE))
     places = [tiers.place(PAGE) for _ in range(4)]
     assert [place and place.tier for place in places] == ["host"] * 3 + ["disk"]
     kv = [tiers.place_kv(PAGE) for _ in range(3)]
@@ -144,9 +145,7 @@ def random_step(rng: random.Random) -> tuple[Kept, LayerBytes, KVBytes, Budgets,
     kv = KVBytes(scaled[3], scaled[4], rng.randrange(chunks + 1), rng.randrange(chunks + 1))
     sizes = LayerBytes(*scaled[:3])
     total = layers * (sizes.input_total + sizes.attention_total)
-    budgets = Budgets(rng.randrange(total), rng.randrange(2 * total) + 8 * PAGE, rng.choice((0, total)))
-    if budgets.disk and rng.random() < 0.5:
-        budgets = replace(budgets, kv=rng.randrange(budgets.host))
+    budgets = Budgets(rng.randrange(total), rng.randrange(3 * total // 2) + 4 * PAGE, rng.choice((0, total)))
     have = {page_rounded(rng.choice(lengths)): rng.randrange(4) for _ in range(rng.randrange(3))}
     return random_kept(rng, layers), sizes, kv, budgets, have
 
@@ -169,7 +168,6 @@ def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.Monke
             "gradients forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, grads=(0,) * len(kv.grads)), *a),
             "K, V forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, parts=(0,) * len(kv.parts)), *a),
             "lse forgotten": lambda k, s, *a: forecast(k, replace(s, lses=(0,) * len(s.lses)), *a),
-            "no room for K, V apart": lambda k, s, kv, b, have: forecast(k, s, kv, replace(b, kv=0), have),
             "buffers that exist forgotten": lambda *a: forecast(*a[:4], NONE),
         },
     )
@@ -177,7 +175,11 @@ def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.Monke
     assert_rejects(assert_foretold, {"K, V never given back": forecast})
 
 
-def foretold(n_tokens: int, host: int, have: Mapping[int, int] = NONE) -> Forecast | None:
+def total(counts: Mapping[int, int]) -> int:
+    return sum(size * count for size, count in counts.items())
+
+
+def foretold(n_tokens: int, host: int, have: Have = NONE) -> Forecast | None:
     """Three layers in chunks of 1,024 tokens, 64 bytes a token, all on the host."""
     lengths = [min(1024, n_tokens - start) for start in range(0, n_tokens, 1024)]
     sizes = LayerBytes(*(tuple(n * width for n in lengths) for width in (64, 64, 2)))
@@ -188,14 +190,15 @@ def foretold(n_tokens: int, host: int, have: Mapping[int, int] = NONE) -> Foreca
 def test_another_length_needs_only_the_buffers_that_are_not_there() -> None:
     first = foretold(8000, NO_LIMIT)
     assert first is not None
-    have = first.new_buffers
-    assert first.host_bytes == sum(size * count for size, count in have.items())
+    have = Have(first.new_buffers, first.new_kv_buffers)
+    assert first.host_bytes == total(first.new_buffers) + total(first.new_kv_buffers)
     for shorter in (8000, 7168, 4096, 4000, 1024, 1):
         again = foretold(shorter, NO_LIMIT, have)
-        assert again is not None and again.new_buffers == {} and again.host_bytes == first.host_bytes
+        assert again is not None and again.new_buffers == again.new_kv_buffers == {}
+        assert again.host_bytes == first.host_bytes
     longer, alone = foretold(9 * 1024, NO_LIMIT, have), foretold(9 * 1024, NO_LIMIT)
     assert longer is not None and alone is not None
-    new = sum(size * count for size, count in longer.new_buffers.items())
+    new = total(longer.new_buffers) + total(longer.new_kv_buffers)
     assert longer.host_bytes == first.host_bytes + new and 0 < new < alone.host_bytes / 4
     assert foretold(9 * 1024, longer.host_bytes, have) == longer
     assert foretold(8000, first.host_bytes) == first
