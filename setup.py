@@ -33,7 +33,7 @@ setup(
         # Only pre-releases exist so far; pip takes them because there is nothing else to choose.
         "flash": ["flash-attn-4"],
         "bench": ["matplotlib", "liger-kernel"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "pre-commit", "matplotlib"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pre-commit", "matplotlib"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

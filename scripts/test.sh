@@ -11,5 +11,6 @@ ruff format --check .
 echo "[test] mypy hf_fpdt"
 mypy hf_fpdt
 echo "[test] pytest"
-# The last command, so that pytest's summary is the last line and its status is the script's.
-python -m pytest -q "$@"
+# Two workers: most tests keep one core busy. The last command, so that pytest's summary is the last line and its status
+# is the script's.
+python -m pytest -q -n 2 --dist worksteal "$@"
