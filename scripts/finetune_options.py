@@ -14,9 +14,9 @@ from user_error import UserError, parse_tokens
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.comms import SequenceParallelGroup
+from hf_fpdt.config import CHECKPOINT_POLICIES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CHECKPOINTS = ("auto", "attention", "input")
 DESCRIPTION = "Fine-tune a Hugging Face decoder on long texts, with hf_fpdt (chunked exact attention and loss)."
 PACKING = """
 Documents longer than --max-length are cut into windows of that length. Shorter documents and the tails of long ones
@@ -97,7 +97,11 @@ def _length_arguments(group: Any) -> None:
     group.add_argument("--max-length", default="64K", help="tokens of a window; K = 1,024, M = 1,048,576, as in 1M")
     group.add_argument("--chunk-tokens", default="auto", help="tokens of a chunk of FPDT: auto, or a number like 32K")
     group.add_argument(
-        "--checkpoints", choices=CHECKPOINTS, default="auto", help="what FPDT keeps of each layer for backward"
+        "--checkpoints",
+        choices=CHECKPOINT_POLICIES,
+        default="auto",
+        help="what FPDT keeps of each layer for backward; FPDT_DEVICE_BUDGET_GIB, FPDT_HOST_BUDGET_GIB and "
+        "FPDT_DISK_DIR say where",
     )
     group.add_argument(
         "--sp-size", type=int, default=1, help="processes that share each sequence; accelerate launch starts them"
