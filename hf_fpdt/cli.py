@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +16,9 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from .config import CHECKPOINT_POLICIES, KERNEL_NAMES, FPDTPlugin, parse_tokens
+from .fit import STEP_TOKENS, Machines, fit, longest, what_would_help
+from .plan_report import as_json, as_text, training_of
+from .rates import GPUS
 from .recording import Recording, record_step
 from .shapes import SHAPES, with_layers
 from .trace import TraceError, middle_layer
@@ -45,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Tools around FPDT training: exact training of Hugging Face models on very long sequences.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_plan(commands)
     _add_trace(commands)
     return parser
 
@@ -56,6 +62,85 @@ def _mistakes(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise UserMistake(" ".join(str(error).split())) from error
+
+
+# hf-fpdt plan --------------------------------------------------------------------------------------------------------
+
+PLAN_HELP = """\
+Says from a model's configuration alone, without weights and without a GPU, whether a sequence of --seq-len tokens
+can be trained on the given GPUs and host memory, what lies where, and about how long a step takes; without --seq-len,
+the longest sequence that can, and what would make it longer. All GPUs share one sequence (sp_size).
+
+Bytes are those that FPDT itself plans with at run time. Seconds come from rates measured on an H100 (steps of a
+Llama-8B with LoRA from 128K to 512K tokens were within 2 % of them); for other GPUs they are derived from data sheets.
+"""
+PLAN_EXAMPLES = """\
+examples:
+  hf-fpdt plan --shape llama-8b --host-mem 128                       the longest sequence on one H100
+  hf-fpdt plan --shape llama-8b --host-mem 128 --seq-len 512K        what 512K tokens take there
+  hf-fpdt plan meta-llama/Llama-3.1-70B --gpus 32 --host-mem 4096 --fsdp --seq-len 1M
+  hf-fpdt plan ./my-model --gpu a100-80 --gpus 4 --host-mem 1024 --full --fsdp --json
+"""
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a length takes on given GPUs, or the longest that fits; needs no GPU",
+        description=PLAN_HELP,
+        epilog=PLAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=plan)
+    model = parser.add_argument_group("what to train").add_mutually_exclusive_group()
+    model.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder whose configuration is taken")
+    model.add_argument("--shape", choices=list(SHAPES), help=f"a known model's sizes (default: {DEFAULT_SHAPE})")
+    training = parser.add_argument_group("how")
+    training.add_argument("--seq-len", type=_tokens, metavar="TOKENS", help="default: the longest that fits")
+    training.add_argument("--chunk-tokens", type=_tokens, default="32K", metavar="TOKENS", help="default: %(default)s")
+    training.add_argument("--full", action="store_true", help="train every weight (default: LoRA, rank 16)")
+    training.add_argument("--checkpoints", choices=CHECKPOINT_POLICIES, default="auto", help="default: %(default)s")
+    machines = parser.add_argument_group("on what")
+    machines.add_argument("--gpu", choices=list(GPUS), default="h100", help="kind of GPU (default: %(default)s)")
+    machines.add_argument("--gpus", type=_count, default=1, help="all of one sequence (default: %(default)s)")
+    machines.add_argument("--host-mem", type=_amount, required=True, metavar="GIB", help="of all machines together")
+    machines.add_argument("--disk", type=_amount, default=0.0, metavar="GIB", help="for files (default: none)")
+    machines.add_argument("--fsdp", action="store_true", help="shard weights over the GPUs (FSDP2)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0 or value == float("inf"):
+        raise argparse.ArgumentTypeError(f"A number of GiB from 0 was expected, got {text!r}.")
+    return value
+
+
+def plan(options: argparse.Namespace) -> None:
+    """`hf-fpdt plan`: what a step takes, or the longest sequence that fits."""
+    training = training_of(_config(options, layers=None), lora=not options.full)
+    training = replace(training, chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints)
+    machines = Machines(
+        gpu=GPUS[options.gpu],
+        gpus=options.gpus,
+        host_bytes=int(options.host_mem * 2**30),
+        disk_bytes=int(options.disk * 2**30),
+        sharded=options.fsdp,
+    )
+    if training.model.q_heads % options.gpus or options.chunk_tokens % options.gpus:
+        raise UserMistake(
+            f"--gpus {options.gpus}: the GPUs of a sequence share its {training.model.q_heads} query heads and every "
+            f"chunk of {options.chunk_tokens:,} tokens, so it must divide both."
+        )
+    with _mistakes(MemoryError):
+        found = longest(training, machines) if options.seq_len is None else fit(training, machines, options.seq_len)
+    if found is None:
+        raise UserMistake(f"not even {STEP_TOKENS:,} tokens fit; see --seq-len {STEP_TOKENS} for the arithmetic.")
+    helps = {} if options.seq_len is not None else what_would_help(training, machines)
+    print(json.dumps(as_json(found, helps)) if options.json else as_text(found, machines, helps))
 
 
 # hf-fpdt trace -------------------------------------------------------------------------------------------------------
@@ -179,7 +264,7 @@ def _recording(options: argparse.Namespace) -> Recording:
             "hf-fpdt trace runs a step on a CUDA GPU, and torch finds none here; record with --json on a machine that "
             "has one, and draw that file here with --from."
         )
-    config = _config(options)
+    config = _config(options, layers=options.layers)
     # One process, whatever FPDT_SP_SIZE says.
     with _mistakes(ValueError):
         plugin = FPDTPlugin(
@@ -193,15 +278,16 @@ def _recording(options: argparse.Namespace) -> Recording:
     return Recording(name=name, config=config, n_tokens=options.seq_len, lora=not options.full, plugin=plugin)
 
 
-def _config(options: argparse.Namespace) -> PreTrainedConfig:
-    """Of MODEL or --shape, with --layers layers."""
+def _config(options: argparse.Namespace, *, layers: int | None) -> PreTrainedConfig:
+    """Of MODEL or --shape, with that many layers, or its own."""
     if options.model is None:
-        return with_layers(SHAPES[options.shape or DEFAULT_SHAPE](), options.layers)
+        config = SHAPES[options.shape or DEFAULT_SHAPE]()
+        return config if layers is None else with_layers(config, layers)
     with _mistakes(OSError, ValueError):
         config = AutoConfig.from_pretrained(options.model)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserMistake(f"{options.model} is a {config.model_type} model; a causal language model is expected.")
-    return with_layers(config, options.layers)
+    return config if layers is None else with_layers(config, layers)
 
 
 def _record(recording: Recording, path: Path) -> None:

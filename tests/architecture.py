@@ -22,14 +22,14 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("layout", "keep", "disk", "trace"), 1),
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
         **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory"), 3),
-        **dict.fromkeys(("streamed_kv", "entries", "gradients"), 4),
+        **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates"), 4),
         **dict.fromkeys(("kv_store", "budget"), 5),
-        **dict.fromkeys(("attention", "checkpoint_store"), 6),
+        **dict.fromkeys(("attention", "checkpoint_store", "fit"), 6),
         **dict.fromkeys(("patch", "layer", "shapes"), 7),
         "loss": 8,
         **dict.fromkeys(("interface", "head"), 9),
         "model": 10,
-        **dict.fromkeys(("data", "recording"), 11),
+        **dict.fromkeys(("data", "recording", "plan_report"), 11),
         "loaders": 12,
         **dict.fromkeys(("accelerate", "trainer"), 13),
         "cli": 14,
@@ -53,7 +53,7 @@ HOT_PATH = frozenset(
     ["attention", "layer", "offload", "kernels", "loss", "streamed_kv", "kv_store", "entries", "checkpoint_store"]
 )
 HF_ROOMS = frozenset(
-    ["model", "head", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders", "planner", "cli"]
+    ["model", "head", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders", "plan_report", "cli"]
 )
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 

@@ -1,0 +1,193 @@
+"""Whether a training step fits given machines, what it takes where and how long; and the longest sequence that fits.
+
+Arithmetic only, from a model's configuration: the same that places checkpoints at run time (`budget`, `shelves`), the
+table of device memory (`memory`) and the rates of GPUs (`rates`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .budget import DEVICE_MARGIN, DEVICE_RESERVE, NO_LIMIT, PassPlan, plan_pass
+from .layout import ChunkPlan
+from .memory import ModelSizes, StepSizes
+from .offload import GIB, HOST_RESERVE
+from .rates import GPU, step_seconds, strict_flops
+from .shelves import Budgets
+
+# Lengths are looked for in steps of this many tokens.
+STEP_TOKENS = 16_384
+MOST_TOKENS = 2**27
+# Of the memory that a machine is sold with, what its system shows.
+HOST_USABLE = 0.98
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Parameters of a model, and what training keeps of them.
+
+    Attributes:
+        total: all of them.
+        trained: those that train.
+        largest_trained: the most that train in one layer, or outside of the layers: their gradients add up in fp32.
+        outside: embeddings, final norm and head.
+        element_bytes: of weights, gradients and optimizer states.
+        optimizer_states: numbers that the optimizer keeps for each (AdamW: 2).
+    """
+
+    total: int
+    trained: int
+    largest_trained: int
+    outside: int
+    element_bytes: int = 2
+    optimizer_states: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """What there is, all machines together.
+
+    Attributes:
+        gpu: their kind.
+        gpus: how many, all of one sequence-parallel group.
+        host_bytes: host memory.
+        disk_bytes: free space for files.
+        sharded: whether FSDP2 shards weights, gradients and optimizer over all GPUs; else each has all of them (DDP).
+    """
+
+    gpu: GPU
+    gpus: int
+    host_bytes: int
+    disk_bytes: int = 0
+    sharded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is to be trained.
+
+    Attributes:
+        model: its sizes.
+        weights: its parameters.
+        vocabulary: logits a token.
+        chunk_tokens: tokens of a chunk, over all GPUs.
+        loss_tokens: tokens whose logits exist at a time.
+        checkpoints: `FPDTPlugin.checkpoints`.
+    """
+
+    model: ModelSizes
+    weights: Weights
+    vocabulary: int
+    chunk_tokens: int
+    loss_tokens: int
+    checkpoints: str = "auto"
+
+    def step(self, n_tokens: int, sp_size: int) -> StepSizes:
+        """Sizes of a step of one sequence."""
+        plan = ChunkPlan(n_tokens + -n_tokens % sp_size, self.chunk_tokens, sp_size)
+        return StepSizes(self.model, plan, loss_tokens=self.loss_tokens, vocabulary=self.vocabulary)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A step that fits.
+
+    Attributes:
+        step: its sizes.
+        plan: where checkpoints, K and V go.
+        device: bytes on each GPU, by what they are.
+        host: pinned bytes on the hosts, all together.
+        seconds: of the step.
+        strict_mfu: of all GPUs; no recomputation counted, attention at half.
+        copy_seconds: what the host's link needs for the checkpoints, which is under computation if it is less.
+    """
+
+    step: StepSizes
+    plan: PassPlan
+    device: tuple[tuple[str, int], ...]
+    host: int
+    seconds: float
+    strict_mfu: float
+    copy_seconds: float
+
+
+def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
+    """What a step of `n_tokens` takes.
+
+    Raises:
+        MemoryError: it does not fit; the message has the arithmetic.
+    """
+    step, gpu, weights = training.step(n_tokens, machines.gpus), machines.gpu, training.weights
+    fixed = _fixed_bytes(weights, machines, training.model.layer_parameters)
+    working = int(DEVICE_MARGIN * step.working_bytes(step.kv_bytes(NO_LIMIT))) + DEVICE_RESERVE
+    room = int(gpu.memory_gib * GIB) - sum(size for _, size in fixed) - working
+    if room < 0:
+        raise MemoryError(
+            f"{n_tokens:,} tokens need {(int(gpu.memory_gib * GIB) - room) / GIB:.1f} GiB of each {gpu.name}'s "
+            f"{gpu.memory_gib:.1f}, checkpoints, K and V not counted."
+        )
+    host = max(0, int(HOST_USABLE * machines.host_bytes) - HOST_RESERVE) // machines.gpus
+    budgets = Budgets(room, host, machines.disk_bytes // machines.gpus)
+    plan = plan_pass(training.checkpoints, step, training.model.layers, budgets, {})
+    assert plan.foretold is not None
+    full = weights.trained == weights.total
+    seconds = step_seconds(step, plan.kept, gpu, full=full)
+    resident = plan.kv.device_bytes
+    items = (*fixed, ("activations and gradients of a step", working), ("K, V, dK, dV", resident))
+    elsewhere = plan.foretold.host_bytes - plan.kv.host_bytes + plan.foretold.disk_bytes
+    return Fit(
+        step=step,
+        plan=plan,
+        device=(*items, ("checkpoints", plan.foretold.device_bytes)),
+        host=plan.foretold.host_bytes * machines.gpus,
+        seconds=seconds,
+        strict_mfu=strict_flops(step, full=full) / seconds / machines.gpus / gpu.peak,
+        copy_seconds=2 * elsewhere / gpu.link,
+    )
+
+
+def _fixed_bytes(weights: Weights, machines: Machines, layer: int) -> tuple[tuple[str, int], ...]:
+    """What lies on each GPU whatever the length."""
+    ranks, size = (machines.gpus if machines.sharded else 1), weights.element_bytes
+    # FSDP2 gathers the layer that runs and the next one; embeddings and head stay gathered.
+    gathered = (2 * layer + weights.outside) * size if machines.sharded else 0
+    return (
+        ("weights", weights.total * size // ranks + gathered),
+        ("gradients", weights.trained * size // ranks),
+        ("optimizer", weights.optimizer_states * weights.trained * size // ranks),
+        ("sums of gradients over chunks", 6 * weights.largest_trained),
+    )
+
+
+def longest(training: Training, machines: Machines) -> Fit | None:
+    """The longest sequence that fits, in steps of 16K tokens; None where not even one does."""
+
+    def fits(units: int) -> Fit | None:
+        try:
+            return fit(training, machines, units * STEP_TOKENS)
+        except MemoryError:
+            return None
+
+    found, low, high = None, 0, 1
+    while (longer := fits(high)) is not None and high * STEP_TOKENS < MOST_TOKENS:
+        found, low, high = longer, high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        at_middle = fits(middle)
+        found, low, high = (found, low, middle) if at_middle is None else (at_middle, middle, high)
+    return found
+
+
+def what_would_help(training: Training, machines: Machines) -> dict[str, int]:
+    """Longest sequences with a quarter more of one thing: host memory, memory of a GPU; and with twice the GPUs."""
+    gpu = machines.gpu
+    more = {
+        "a quarter more host memory": replace(machines, host_bytes=machines.host_bytes * 5 // 4),
+        "a quarter more GPU memory": replace(machines, gpu=replace(gpu, memory_gib=1.25 * gpu.memory_gib)),
+    }
+    if training.model.q_heads % (2 * machines.gpus) == 0:
+        more["twice the GPUs and hosts"] = replace(
+            machines, gpus=2 * machines.gpus, host_bytes=2 * machines.host_bytes, disk_bytes=2 * machines.disk_bytes
+        )
+    found = {name: longest(training, other) for name, other in more.items()}
+    return {name: 0 if best is None else best.step.plan.n_tokens for name, best in found.items()}

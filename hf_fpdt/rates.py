@@ -1,0 +1,106 @@
+"""What GPUs do in a second, and from that the seconds of a training step. Numbers only; no torch.
+
+A step is attention at the kernel's rate, matrix products at theirs, and everything else (norms, activations, adapters,
+copies inside the device) at the speed of device memory. The H100's rates were measured, see docs/offload.md; what is
+derived from data sheets says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from .keep import Kept
+from .memory import StepSizes
+
+# Matrix products of a layer in a step, in forward passes of it: forward, replay, gradient of the inputs, K and V once
+# more; training every weight adds the gradients of the weights.
+ADAPTER_PASSES, FULL_PASSES = 3.14, 4.14
+# Passes of one layer's forward over device memory outside of matrix products, in hidden and intermediate sizes a
+# token, with LoRA on every linear; the whole step makes as many times more.
+GATED_TRAFFIC, PLAIN_TRAFFIC, STEP_TRAFFIC = (60, 35), (60, 13), 3.48
+LOGIT_PASSES = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPU:
+    """Rates of one kind of GPU in bfloat16.
+
+    Attributes:
+        name: as people say it.
+        memory_gib: what a process can use of its memory.
+        peak: floating-point operations a second by the data sheet, dense; what MFU is measured against.
+        matmul: of large matrix products.
+        attention: forward and backward of the attention kernel, by head dimension.
+        memory: bytes a second of device memory.
+        link: bytes a second from and to host memory, one way.
+        source: where the rates come from.
+    """
+
+    name: str
+    memory_gib: float
+    peak: float
+    matmul: float
+    attention: Mapping[int, tuple[float, float]]
+    memory: float
+    link: float
+    source: str
+
+
+_H100 = GPU(
+    name="H100 80GB",
+    memory_gib=78.8,
+    peak=989e12,
+    matmul=670e12,
+    attention=MappingProxyType({128: (673e12, 596e12), 64: (539e12, 546e12)}),
+    memory=3.0e12,
+    link=52e9,
+    source="rates measured on one H100 with flash-attn-4; exchanges between GPUs not counted",
+)
+_A100 = GPU(
+    name="A100 80GB",
+    memory_gib=78.8,
+    peak=312e12,
+    matmul=250e12,
+    attention=MappingProxyType({128: (220e12, 190e12), 64: (190e12, 170e12)}),
+    memory=1.8e12,
+    link=24e9,
+    source="derived from data sheets, not measured",
+)
+GPUS: Mapping[str, GPU] = MappingProxyType(
+    {
+        "h100": _H100,
+        "h200": replace(_H100, name="H200 141GB", memory_gib=139.0, memory=4.3e12, source="the H100's, not measured"),
+        "a100-80": _A100,
+        "a100-40": replace(_A100, name="A100 40GB", memory_gib=39.0, memory=1.4e12),
+    }
+)
+
+
+def strict_flops(step: StepSizes, *, full: bool) -> float:
+    """Operations that a step of the whole sequence needs, none of them twice; causal attention at half."""
+    m, n_tokens = step.model, step.batch * step.plan.n_tokens
+    weights = m.layers * m.layer_parameters + step.vocabulary * m.hidden
+    attention = 6 * m.layers * step.plan.n_tokens * m.q_heads * m.head_dim
+    return n_tokens * ((6 if full else 4) * weights + attention)
+
+
+def step_seconds(step: StepSizes, kept: Kept, gpu: GPU, *, full: bool) -> float:
+    """Seconds of one step on every rank of the group, copies to and from the host all under computation."""
+    m, ranks = step.model, step.plan.sp_size
+    tokens = step.batch * step.plan.n_tokens / ranks
+    forward_rate, backward_rate = gpu.attention[128 if m.head_dim > 64 else 64]
+    attention = 2 * step.plan.n_tokens * tokens * m.q_heads * m.head_dim
+    linear = 2 * tokens * m.layer_parameters / gpu.matmul
+    hidden, intermediate = GATED_TRAFFIC if m.gated else PLAIN_TRAFFIC
+    rest = tokens * (hidden * m.hidden + intermediate * m.intermediate) * step.element_bytes / gpu.memory
+    passes = FULL_PASSES if full else ADAPTER_PASSES
+    layer = attention / forward_rate + 2.5 * attention / backward_rate + passes * linear + STEP_TRAFFIC * rest
+    again = kept.attention_reruns * attention / forward_rate + kept.rebuilt * (linear + rest)
+    return m.layers * layer + again + _head_seconds(step, tokens, gpu, full=full)
+
+
+def _head_seconds(step: StepSizes, tokens: float, gpu: GPU, *, full: bool) -> float:
+    products = (3 if full else 2) * 2 * tokens * step.vocabulary * step.model.hidden / gpu.matmul
+    return products + LOGIT_PASSES * 4 * tokens * step.vocabulary / gpu.memory

@@ -1,0 +1,75 @@
+"""What fits: the arithmetic of a plan for machines, and the longest sequence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hf_fpdt.fit import GIB, STEP_TOKENS, Machines, Training, Weights, fit, longest, what_would_help
+from hf_fpdt.rates import GPUS
+from tests.test_rates import LLAMA_8B
+
+LORA = Weights(total=8_072_204_288, trained=41_943_040, largest_trained=1_310_720, outside=1_050_677_248)
+TRAINING = Training(model=LLAMA_8B, weights=LORA, vocabulary=128_256, chunk_tokens=32_768, loss_tokens=1024)
+ONE = Machines(gpu=GPUS["h100"], gpus=1, host_bytes=128 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "device_gib", "seconds"), [(2**17, 74.45, 41.58), (2**18, 74.24, 136.83), (2**19, 75.31, 485.17)]
+)
+def test_a_plan_foretells_the_measured_steps(n_tokens: int, device_gib: float, seconds: float) -> None:
+    """One H100 and 128 GiB, docs/offload.md: device memory within 10 % (with its reserve), seconds within 5 %."""
+    found = fit(TRAINING, ONE, n_tokens)
+    assert sum(size for _, size in found.device) / GIB == pytest.approx(device_gib, rel=0.1)
+    assert found.seconds == pytest.approx(seconds, rel=0.05)
+    assert found.copy_seconds < 0.05 * found.seconds
+
+
+FOUR = replace(ONE, gpus=4, host_bytes=512 * GIB)
+WIDE = replace(TRAINING, chunk_tokens=8 * 32_768)  # for several GPUs, and quick to plan
+
+
+@pytest.mark.parametrize("machines", [ONE, FOUR, replace(ONE, disk_bytes=100 * GIB)])
+def test_the_longest_fits_and_the_next_length_does_not(machines: Machines) -> None:
+    training = TRAINING if machines.gpus == 1 else WIDE
+    found = longest(training, machines)
+    assert found is not None
+    n_tokens = found.step.plan.n_tokens
+    assert n_tokens % STEP_TOKENS == 0 and fit(training, machines, n_tokens) == found
+    with pytest.raises(MemoryError):
+        fit(training, machines, n_tokens + STEP_TOKENS)
+
+
+def test_nothing_promised_is_more_than_there_is() -> None:
+    for machines in (ONE, replace(ONE, gpus=8, host_bytes=256 * GIB, sharded=True), replace(ONE, gpu=GPUS["a100-40"])):
+        for full in (False, True):
+            weights = replace(LORA, trained=LORA.total, largest_trained=LORA.outside) if full else LORA
+            found = longest(replace(WIDE, weights=weights), machines)
+            if found is None:
+                assert full and not machines.sharded
+                continue
+            assert sum(size for _, size in found.device) <= machines.gpu.memory_gib * GIB
+            assert found.host <= machines.host_bytes
+
+
+def test_more_of_anything_is_never_less_long() -> None:
+    found = longest(WIDE, ONE)
+    assert found is not None
+    helps = what_would_help(WIDE, ONE)
+    assert len(helps) == 3 and all(tokens >= found.step.plan.n_tokens for tokens in helps.values())
+    assert helps["twice the GPUs and hosts"] > 1.9 * found.step.plan.n_tokens
+
+
+def test_sharding_leaves_more_room() -> None:
+    eight = replace(ONE, gpus=8, host_bytes=1024 * GIB)
+    lengths = [longest(WIDE, replace(eight, sharded=sharded)) for sharded in (False, True)]
+    assert lengths[0] is not None and lengths[1] is not None
+    assert lengths[1].step.plan.n_tokens > lengths[0].step.plan.n_tokens
+
+
+def test_what_never_fits_says_so() -> None:
+    small = replace(ONE, gpu=replace(GPUS["h100"], memory_gib=16.0))
+    assert longest(TRAINING, small) is None
+    with pytest.raises(MemoryError, match="16,384 tokens need .* GiB of each H100"):
+        fit(TRAINING, small, STEP_TOKENS)

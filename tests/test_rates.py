@@ -1,0 +1,76 @@
+"""Seconds from rates: held against steps that were measured, and by how they grow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hf_fpdt.keep import Kept
+from hf_fpdt.layout import ChunkPlan
+from hf_fpdt.memory import ModelSizes, StepSizes
+from hf_fpdt.rates import GPUS, step_seconds, strict_flops
+from tests.support import assert_rejects
+
+LLAMA_8B = ModelSizes(32, 4096, 14_336, 32, 8, 128, 128, 218_112_000)
+NEOX = ModelSizes(4, 4096, 16_384, 32, 32, 128, 32, 201_375_744)
+H100 = GPUS["h100"]
+
+
+def step(model: ModelSizes, n_tokens: int, vocabulary: int, sp_size: int = 1) -> StepSizes:
+    return StepSizes(model, ChunkPlan(n_tokens, 32_768, sp_size), loss_tokens=1024, vocabulary=vocabulary)
+
+
+def kept(layers: int, inputs: int, outputs: int) -> Kept:
+    return Kept(tuple(i < inputs for i in range(layers)), tuple(i < outputs for i in range(layers)))
+
+
+# Steps of one H100 with LoRA, see docs/offload.md: model, tokens, vocabulary, kept, seconds.
+MEASURED = [
+    (replace(LLAMA_8B, layers=4), 2**17, 128_256, kept(4, 4, 4), 5.805),
+    (NEOX, 2**17, 50_432, kept(4, 4, 4), 5.021),
+    (LLAMA_8B, 2**17, 128_256, kept(32, 32, 32), 41.581),
+    (LLAMA_8B, 2**18, 128_256, kept(32, 32, 32), 136.831),
+    (LLAMA_8B, 2**19, 128_256, kept(32, 5, 31), 485.174),
+]
+
+
+@pytest.mark.parametrize(("model", "n_tokens", "vocabulary", "keeps", "measured"), MEASURED)
+def test_seconds_are_within_three_percent_of_measured_steps(
+    model: ModelSizes, n_tokens: int, vocabulary: int, keeps: Kept, measured: float
+) -> None:
+    sizes = step(model, n_tokens, vocabulary)
+
+    def check(seconds: float) -> None:
+        assert seconds == pytest.approx(measured, rel=0.03)
+
+    check(step_seconds(sizes, keeps, H100, full=False))
+    assert_rejects(
+        check,
+        {
+            "every weight trained": step_seconds(sizes, keeps, H100, full=True),
+            "attention run again": step_seconds(sizes, kept(model.layers, model.layers, 0), H100, full=False),
+            "attention not halved": 2 * step_seconds(sizes, keeps, H100, full=False),
+        },
+    )
+
+
+def test_strict_flops_are_those_of_the_formula() -> None:
+    weights = 32 * 218_112_000 + 128_256 * 4096
+    for full, factor in ((False, 4), (True, 6)):
+        expected = 2**17 * (factor * weights + 6 * 32 * 2**17 * 4096)
+        assert strict_flops(step(LLAMA_8B, 2**17, 128_256), full=full) == expected
+
+
+def test_ranks_that_share_a_sequence_share_its_time() -> None:
+    keeps = kept(32, 32, 32)
+    one, four = (step_seconds(step(LLAMA_8B, 2**20, 128_256, ranks), keeps, H100, full=True) for ranks in (1, 4))
+    assert four == pytest.approx(one / 4)
+
+
+def test_what_is_not_kept_costs_time() -> None:
+    sizes = step(LLAMA_8B, 2**18, 128_256)
+    everything, rebuilt, rerun = (
+        step_seconds(sizes, keeps, H100, full=False) for keeps in (kept(32, 32, 32), kept(32, 5, 32), kept(32, 32, 0))
+    )
+    assert everything < rebuilt < 1.07 * everything < rerun < 1.25 * everything
