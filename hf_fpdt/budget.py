@@ -89,8 +89,9 @@ def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have:
         MemoryError: there is none; the message has the arithmetic and the ways out.
     """
     kv, sizes = step.kv_bytes(budgets.device), step.layer_bytes()
-    staging = STAGING_BUFFERS * sizes.longest if budgets.disk else 0
-    rest = Budgets(budgets.device - kv.device_bytes, max(0, budgets.host - staging), budgets.disk)
+    rest = Budgets(
+        budgets.device - kv.device_bytes, max(0, budgets.host - _staging_bytes(budgets, sizes)), budgets.disk
+    )
     have = have if isinstance(have, Have) else Have(have)
     if not layers:
         return PassPlan(kv, without_kv(rest, kv, have), None)
@@ -109,17 +110,23 @@ def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have:
     raise MemoryError(_too_much(policy, step, layers, budgets, kv))
 
 
+def _staging_bytes(budgets: Budgets, sizes: LayerBytes) -> int:
+    """Host memory through which bytes go to files and come back."""
+    return STAGING_BUFFERS * sizes.longest if budgets.disk else 0
+
+
 def _too_much(policy: str, step: StepSizes, layers: int, budgets: Budgets, kv: KVBytes) -> str:
     sizes = step.layer_bytes()
-    needed = _least_that_fits(policy, layers, sizes, kv)
+    needed, staging = _least_that_fits(policy, layers, sizes, kv), _staging_bytes(budgets, sizes)
+    on_host = f"; of it {_gib(kv.host_bytes + staging)} on the host, whatever files hold" if staging else ""
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(budgets).items() if size or name != "disk")
     return (
         f"FPDT cannot keep what the backward pass of {step.plan.n_tokens:,} tokens needs. Needed: "
         f"{_gib(needed)} for checkpoints={policy!r} ({layers} layers; one layer's input {_gib(sizes.input_total)}, "
         f"its attention output {_gib(sizes.attention_total)}) and {_gib(kv.device_bytes + kv.host_bytes)} for K, V "
-        f"and their gradients. There: {parts}, together {_gib(budgets.total)}. Nothing was allocated. Ways out: "
-        f"{_smaller_policy(policy, layers, sizes)}larger budgets (device_budget_gib, host_budget_gib) or a folder for "
-        f"files (disk_dir); fewer tokens, or more ranks a sequence (sp_size)."
+        f"and their gradients{on_host}. There: {parts}, together {_gib(budgets.total)}. Nothing was allocated. Ways "
+        f"out: {_smaller_policy(policy, layers, sizes)}larger budgets (device_budget_gib, host_budget_gib) or a "
+        f"folder for files (disk_dir); fewer tokens, or more ranks a sequence (sp_size)."
     )
 
 

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .attention import attend_whole
 from .comms import in_sharded_batch
-from .layer import current_call
+from .run import current_call
 
 logger = logging.getLogger(__name__)
 

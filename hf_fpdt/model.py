@@ -25,7 +25,7 @@ from .comms import SequenceParallelGroup, build_group, check_heads
 from .config import FPDTPlugin
 from .head import patch_head
 from .interface import NAME
-from .layer import LayerRun, run_layer
+from .layer import run_layer
 from .memory import ModelSizes
 from .patch import (
     AUTO_CHUNK_TOKENS_CPU,
@@ -36,6 +36,7 @@ from .patch import (
     is_patched,
     unpatch,
 )
+from .run import LayerRun
 from .support import why_unsupported
 
 logger = logging.getLogger(__name__)

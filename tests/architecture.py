@@ -25,8 +25,8 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates"), 4),
         **dict.fromkeys(("kv_store", "budget"), 5),
         **dict.fromkeys(("attention", "checkpoint_store", "fit"), 6),
-        **dict.fromkeys(("patch", "layer", "shapes"), 7),
-        "loss": 8,
+        **dict.fromkeys(("patch", "run", "shapes"), 7),
+        **dict.fromkeys(("layer", "loss"), 8),
         **dict.fromkeys(("interface", "head"), 9),
         "model": 10,
         **dict.fromkeys(("data", "recording", "plan_report"), 11),
@@ -50,7 +50,18 @@ MUTABLE_LITERALS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast
 MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"})
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
 HOT_PATH = frozenset(
-    ["attention", "layer", "offload", "kernels", "loss", "streamed_kv", "kv_store", "entries", "checkpoint_store"]
+    [
+        "attention",
+        "layer",
+        "run",
+        "offload",
+        "kernels",
+        "loss",
+        "streamed_kv",
+        "kv_store",
+        "entries",
+        "checkpoint_store",
+    ]
 )
 HF_ROOMS = frozenset(
     ["model", "head", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders", "plan_report", "cli"]

@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.budget import Available, available, budgets_of, described, plan_pass
+from hf_fpdt.entries import STAGING_BUFFERS
 from hf_fpdt.keep import Kept, LayerBytes, least_bytes, peak_bytes
 from hf_fpdt.layout import ChunkPlan
 from hf_fpdt.memory import ModelSizes, StepSizes
@@ -187,3 +188,12 @@ def test_a_step_over_all_tiers_is_exact_and_takes_what_was_foretold(tmp_path: An
         told = next(plan.foretold for plan in store.plans.values() if plan.foretold is not None)
         assert told.disk_bytes > 0 and told.host_bytes > 0
         assert store.used_bytes() == {"device": 0, "host": 0, "disk": 0, "pinned": told.host_bytes}
+
+
+def test_a_refusal_says_what_the_host_must_hold_although_there_are_files() -> None:
+    budgets = Budgets(device=0, host=GIB, disk=1000 * GIB)
+    kv, sizes = LONG.kv_bytes(0), LONG.layer_bytes()
+    on_host = kv.host_bytes + STAGING_BUFFERS * sizes.longest
+    assert on_host > GIB
+    found = re.search(r"of it ([\d.]+) GiB on the host, whatever files hold", refusal("input", LONG, 32, budgets))
+    assert found and float(found[1]) * GIB == pytest.approx(on_host, abs=0.0051 * GIB)

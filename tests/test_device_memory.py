@@ -57,7 +57,7 @@ def test_the_peak_grows_with_the_sequence_as_the_table_says(
     shape: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A kernel's own dK, dV are as long as its keys; a call's keys are bounded, here below the shorter length.
-    monkeypatch.setattr("hf_fpdt.layer.BACKWARD_CALL_TOKENS", 2 * CHUNK)
+    monkeypatch.setattr("hf_fpdt.run.BACKWARD_CALL_TOKENS", 2 * CHUNK)
     (short, short_growth), (long, long_growth) = (
         peak_and_growth(shape, n_tokens, PLACES[place]) for n_tokens in (6 * CHUNK, 14 * CHUNK)
     )

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_fpdt.attention
 import hf_fpdt.layer
+import hf_fpdt.run
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.kernels import KERNELS
 from tests.support import assert_as_accurate, assert_rejects
@@ -168,12 +169,13 @@ def test_broken_variants_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
         def run() -> Results:
             with monkeypatch.context() as patch:
                 for name, value in changes.items():
-                    patch.setattr(hf_fpdt.layer, name, value)
+                    module = hf_fpdt.layer if hasattr(hf_fpdt.layer, name) else hf_fpdt.run
+                    patch.setattr(module, name, value)
                 return with_fpdt(model, ids, labels, chunk_tokens=16, kernel="math")
 
         return run
 
-    spans = hf_fpdt.layer.kernel_spans
+    spans = hf_fpdt.run.kernel_spans
 
     def one_dropped(*args: Any, **kwargs: Any) -> object:
         diagonal, *others = spans(*args, **kwargs)

@@ -13,9 +13,9 @@ import torch
 
 from hf_fpdt import FPDTPlugin, FPDTTrainer, apply_fpdt
 from hf_fpdt.entries import DeviceEntry
-from hf_fpdt.layer import LayerRun
 from hf_fpdt.model import applied_settings
 from hf_fpdt.offload import Transfers
+from hf_fpdt.run import LayerRun
 from hf_fpdt.shelves import Budgets, BufferPool, Shelves
 from hf_fpdt.streamed_kv import HostRoom, _Entry
 from tests.offloaded import (

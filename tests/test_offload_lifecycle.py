@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import hf_fpdt.layer
+import hf_fpdt.run
 from hf_fpdt.entries import STAGING_BUFFERS
 from hf_fpdt.kernels import select_kernel
 from hf_fpdt.model import FPDTHandle
@@ -201,7 +201,7 @@ def raising_once(patch: pytest.MonkeyPatch, call: int, what: str) -> Any:
         return kernel
 
     with patch.context() as inner:
-        inner.setattr(hf_fpdt.layer, "select_kernel", selected)
+        inner.setattr(hf_fpdt.run, "select_kernel", selected)
         yield
 
 

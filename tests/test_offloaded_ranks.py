@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 import hf_fpdt.layer
+import hf_fpdt.run
 from hf_fpdt import FPDTPlugin, apply_fpdt
-from hf_fpdt.layer import LayerRun
 from hf_fpdt.memory import StepSizes
 from hf_fpdt.model import FPDTHandle, applied_settings
+from hf_fpdt.run import LayerRun
 from tests import offloaded
 from tests.support import assert_rejects, spawn
 from tests.test_sequence_parallel import CHUNK, gradients, own_batch, sample, stacked
@@ -175,8 +176,8 @@ def test_lengths_that_change_on_all_ranks() -> None:
 def _broken(rank: int, world: int, bug: str) -> None:
     model, _ = applied("llama", 2, "host", "segment")
     if bug == "another attention output":
-        exchange = hf_fpdt.layer.AttentionCall.row_forward
-        hf_fpdt.layer._RebuildCall.row_forward = lambda self: tuple(x.flip(0) * 1.5 for x in exchange(self))
+        exchange = hf_fpdt.run.AttentionCall.row_forward
+        hf_fpdt.run.RebuildCall.row_forward = lambda self: tuple(x.flip(0) * 1.5 for x in exchange(self))
     model(**own_batch(2, rank, TOKENS)).loss.backward()
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad)

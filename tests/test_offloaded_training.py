@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 import hf_fpdt.layer
 from hf_fpdt.ambient import RandomState
 from hf_fpdt.budget import plan_pass
-from hf_fpdt.layer import LayerRun
 from hf_fpdt.offload import Transfers
+from hf_fpdt.run import LayerRun
 from hf_fpdt.shelves import Budgets
 from hf_fpdt.streamed_kv import Pair, _Entry
 from tests.offloaded import (
