@@ -296,6 +296,11 @@ class LayerCheckpoint:
         self._entries: dict[tuple[str, int], Entry] = {}
         self._unsettled: list[Entry] = []
 
+    @property
+    def plan(self) -> PassPlan:
+        """The plan of its pass."""
+        return self._pass.plan
+
     def put(self, name: str, chunk: Chunk, value: Tensor, *, rebuilt: bool = False) -> None:
         """Keep `value` under (name, chunk)."""
         nbytes = value.numel() * value.element_size()

@@ -83,7 +83,7 @@ class FPDTPlugin:
             processes of the machine.
         disk_dir: Folder for what neither holds; a local SSD. Nothing is left there, however the process ends.
         loss_chunk_tokens: Tokens whose logits exist at a time. "auto": as many as make 512 MiB of fp32 logits.
-        progress: Show a line inside long steps.
+        progress: Show a line inside long steps (layer, chunk, speed, time left) where there is a terminal.
 
     Raises:
         ValueError: a field has a value that is not allowed.

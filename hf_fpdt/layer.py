@@ -58,6 +58,7 @@ class _ChunkedLayer(torch.autograd.Function):
                 output[:, chunk.rank_slice] = y
                 if run.checkpoint is not None:
                     run.checkpoint.settle()
+                run.advance("forward", chunk)
         assert output is not None
         ctx.run, ctx.hidden_dtype = run, hidden.dtype
         ctx.save_for_backward(*parameters)  # autograd then refuses weights that were changed before backward
@@ -78,7 +79,9 @@ class _ChunkedLayer(torch.autograd.Function):
                 with run.autocast.again():
                     for chunk in reversed(run.plan.chunks):
                         dx = None if d_hidden is None else d_hidden[:, chunk.rank_slice]
+                        attends = not run.kept.holds("out", chunk)
                         _backward_chunk(run, chunk, store, d_output[:, chunk.rank_slice], dx, sums)
+                        run.advance("backward", chunk, attends=attends)
         grads = sums.totals()
         return None, d_hidden, *(grads.get(id(p)) for p in parameters)
 
@@ -112,10 +115,11 @@ def _forward_again(lower: LayerRun, upper: LayerRun, device: torch.device) -> No
     with torch.no_grad(), lower.autocast.again(), lower.kv_store(device, backward=False) as store:
         for chunk in chunks:
             lower.random_states[chunk.index].restore()
-            x = lower.kept.peek("input", chunk)
+            x, attends = lower.kept.peek("input", chunk), not lower.kept.holds("out", chunk)
             upper.kept.put("input", chunk, lower.on_chunk(chunk, x, RebuildCall(lower, chunk, store)), rebuilt=True)
             lower.kept.settle()
             upper.kept.settle()
+            lower.advance("rebuild", chunk, attends=attends)
 
 
 def _expect_backward(run: LayerRun) -> None:

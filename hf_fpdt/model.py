@@ -36,6 +36,8 @@ from .patch import (
     is_patched,
     unpatch,
 )
+from .progress import StepProgress
+from .rates import GPUS
 from .run import LayerRun
 from .support import why_unsupported
 
@@ -66,7 +68,7 @@ def apply_fpdt(
     Raises:
         TypeError: `model` is no transformers model.
         RuntimeError: FPDT is applied already.
-        NotImplementedError: the model, or a setting, is not supported; every reason is named.
+        NotImplementedError: the model is not supported; every reason is named.
     """
     plugin = FPDTPlugin() if plugin is None else plugin
     target = _transformers_model(model)
@@ -75,7 +77,7 @@ def apply_fpdt(
         raise RuntimeError(
             f"FPDT is applied to this {type(target).__name__} already; call remove() on its handle first."
         )
-    reasons = [*why_unsupported(target, layers), *_unsupported_settings(plugin), *_loss_reasons(target)]
+    reasons = [*why_unsupported(target, layers), *_loss_reasons(target)]
     if reasons:
         raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
     group = build_group(plugin.sp_size) if group is None else group
@@ -89,7 +91,14 @@ def _settings(
     config = model.config.get_text_config()
     sizes = ModelSizes.of(config, layers=len(layers), layer_parameters=max(map(_count, layers)))
     store = CheckpointStore(plugin, group, functools.partial(training_bytes, model, layers))
-    return Settings(plugin, store, group, sizes, model.config)
+    progress = StepProgress(_peak()) if plugin.progress else None
+    return Settings(plugin, store, group, sizes, model.config, progress)
+
+
+def _peak() -> float | None:
+    """What MFU is measured against, where the GPU is of a known kind."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((gpu.peak for kind, gpu in GPUS.items() if kind.partition("-")[0].upper() in name), None)
 
 
 def _count(module: nn.Module) -> int:
@@ -152,10 +161,6 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return []
 
 
-def _unsupported_settings(plugin: FPDTPlugin) -> list[str]:
-    return ["FPDTPlugin(progress=True) is not built yet; leave it at False"] if plugin.progress else []
-
-
 def _loss_reasons(model: PreTrainedModel) -> list[str]:
     if model.get_output_embeddings() is None or model.loss_function is ForCausalLMLoss:
         return []
@@ -212,6 +217,8 @@ class FPDTHandle:
         for layer in self._layers:
             _leave_layer(layer)
         self._settings.store.close()
+        if self._settings.progress is not None:
+            self._settings.progress.close()
         self._decoder.set_attn_implementation(self._attention_before)
         self._layers = []
 
@@ -246,7 +253,7 @@ class _ChunkedLayerMixin(nn.Module):
         if _needs_whole_sequence(self, arguments):
             return raw(self, hidden, **arguments)
         _check_arguments(arguments, hidden, self._fpdt_name)
-        settings = self._fpdt_settings
+        settings, parameters = self._fpdt_settings, list(self.parameters())
         run = LayerRun(
             name=self._fpdt_name,
             index=self._fpdt_index,
@@ -258,8 +265,10 @@ class _ChunkedLayerMixin(nn.Module):
             group=settings.group,
             weights=functools.partial(_whole_weights, self),
             sharded=hasattr(self, "unshard"),
+            progress=settings.progress,
+            full=2 * sum(p.numel() for p in parameters if p.requires_grad) > _count(self),
         )
-        return run_layer(run, hidden, list(self.parameters()))
+        return run_layer(run, hidden, parameters)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
 from .layout import ChunkPlan
 from .memory import ModelSizes, StepSizes
+from .progress import StepProgress
 
 AUTO_CHUNK_TOKENS_GPU = 32_768
 AUTO_CHUNK_TOKENS_CPU = 4_096
@@ -31,6 +32,7 @@ class Settings:
     group: SequenceParallelGroup
     sizes: ModelSizes
     config: Any
+    progress: StepProgress | None = None
 
     def step(self, hidden_BSD: Tensor) -> StepSizes:
         """Sizes of the step in which a layer gets `hidden_BSD`."""

@@ -25,6 +25,8 @@ from .kernels import Kernel, select_kernel
 from .kv_store import KVStore
 from .layout import Chunk, ChunkPlan, Span
 from .memory import StepSizes
+from .progress import StepProgress
+from .work import WorkPhase, chunk_work, pass_work
 
 # Keys of one backward call at most: a kernel's own dK, dV and fp32 sums are as long as its keys, and must not grow
 # with the sequence.
@@ -71,6 +73,8 @@ class LayerRun:
         group: the ranks that share the sequence.
         weights: makes the layer's weights whole while it is entered.
         sharded: whether FSDP2 shards them between uses.
+        progress: the line that is told of every chunk, if any.
+        full: whether most of the layer's weights train, not adapters alone.
         checkpoint: what its backward pass will need; None where there is none.
         below: the run whose output this one's input is, if it is.
     """
@@ -85,6 +89,8 @@ class LayerRun:
     group: SequenceParallelGroup
     weights: Callable[[], AbstractContextManager[None]]
     sharded: bool
+    progress: StepProgress | None = None
+    full: bool = False
     checkpoint: LayerCheckpoint | None = field(init=False, default=None)
     below: LayerRun | None = field(init=False, default=None)
     random_states: list[RandomState] = field(init=False, default_factory=list)
@@ -109,6 +115,8 @@ class LayerRun:
             self.checkpoint, below = self.store.join(self, hidden_BSD.device)
             self.below = below if below is not None and below.made(hidden_BSD) else None
             self.checkpoint.keeps_input |= self.below is None
+            if below is None and self.progress is not None:
+                self.progress.begin(pass_work(self.step, self.checkpoint.plan.kept, full=self.full).done)
 
     def end(self, output_BSD: Tensor) -> None:
         """Remember which tensor the output was, without keeping it."""
@@ -118,6 +126,14 @@ class LayerRun:
     def made(self, hidden_BSD: Tensor) -> bool:
         """Whether `hidden_BSD` is this layer's output, untouched; then running the layer again gives it again."""
         return self._output == (StorageWeakRef(hidden_BSD.untyped_storage()), _reading(hidden_BSD))
+
+    def advance(self, phase: WorkPhase, chunk: Chunk, *, attends: bool = True) -> None:
+        """One chunk of a pass with a backward pass was handed to the device; see `work.chunk_work`."""
+        if self.progress is not None and self.checkpoint is not None:
+            work = chunk_work(self.step, chunk, phase, attends=attends, full=self.full)
+            what = f"{phase} layer {self.index + 1}/{self.step.model.layers}"
+            what += f" chunk {chunk.index + 1}/{len(self.plan.chunks)}"
+            self.progress.advance(work.done, work.strict, what)
 
     def kv_store(self, device: torch.device, *, backward: bool) -> KVStore:
         """An empty store for K and V of one pass."""

@@ -22,7 +22,7 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("layout", "keep", "disk", "trace"), 1),
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
         **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory"), 3),
-        **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates"), 4),
+        **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates", "work"), 4),
         **dict.fromkeys(("kv_store", "budget"), 5),
         **dict.fromkeys(("attention", "checkpoint_store", "fit"), 6),
         **dict.fromkeys(("patch", "run", "shapes"), 7),
@@ -50,18 +50,8 @@ MUTABLE_LITERALS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast
 MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"})
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
 HOT_PATH = frozenset(
-    [
-        "attention",
-        "layer",
-        "run",
-        "offload",
-        "kernels",
-        "loss",
-        "streamed_kv",
-        "kv_store",
-        "entries",
-        "checkpoint_store",
-    ]
+    ["attention", "layer", "run", "offload", "kernels", "loss", "streamed_kv", "kv_store", "entries"]
+    + ["checkpoint_store"]
 )
 HF_ROOMS = frozenset(
     ["model", "head", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders", "plan_report", "cli"]

@@ -1,0 +1,57 @@
+"""One line inside a long step: which layer and chunk, how fast, how long still. Quiet where there is no terminal.
+
+The host says what it has handed to the GPU, which is a few chunks ahead of what the GPU has done: seconds of a step of
+minutes.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tqdm import tqdm
+
+SECONDS = 0.5  # between two looks of the line
+FORMAT = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+
+
+class StepProgress:
+    """The line of one model on one process.
+
+    Args:
+        peak: operations a second that MFU is measured against; None: MFU is not shown.
+    """
+
+    def __init__(self, peak: float | None = None) -> None:
+        self._peak = peak
+        self._bar: tqdm | None = None
+        self._strict = 0.0
+
+    def begin(self, operations: float) -> None:
+        """A step of so many operations begins; a line that is still there is of a step that was given up."""
+        self.close()
+        # disable=None: quiet where stderr is no terminal. Of several processes the first one speaks.
+        quiet = True if os.environ.get("RANK", "0") != "0" else None
+        self._bar = tqdm(total=operations, bar_format=FORMAT, leave=False, mininterval=SECONDS, disable=quiet)
+        self._strict = 0.0
+
+    def advance(self, operations: float, strict: float, what: str) -> None:
+        """So many operations were handed to the GPU, `strict` of them needed by the model; `what` is next."""
+        if self._bar is None or self._bar.disable:
+            return
+        self._strict += strict
+        self._bar.set_description_str(what, refresh=False)
+        self._bar.set_postfix_str(self._speed(self._bar.format_dict["elapsed"]), refresh=False)
+        self._bar.update(operations)
+        if self._bar.n >= 0.999999 * self._bar.total:
+            self.close()
+
+    def _speed(self, seconds: float) -> str:
+        rate = self._strict / max(seconds, 1e-9)
+        mfu = "" if self._peak is None else f", strict MFU {rate / self._peak:.3f}"
+        return f"{rate / 1e12:.1f} TFLOP/s{mfu}"
+
+    def close(self) -> None:
+        """Take the line away."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
