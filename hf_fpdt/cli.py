@@ -55,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_model(group: argparse._MutuallyExclusiveGroup) -> None:
+    """MODEL or --shape, as `_config` reads them."""
+    group.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder whose configuration is taken")
+    group.add_argument("--shape", choices=list(SHAPES), help=f"a known model's sizes (default: {DEFAULT_SHAPE})")
+
+
 @contextmanager
 def _mistakes(*kinds: type[Exception]) -> Iterator[None]:
     """What is raised in here of these kinds says what the user can mend."""
@@ -92,9 +98,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=plan)
-    model = parser.add_argument_group("what to train").add_mutually_exclusive_group()
-    model.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder whose configuration is taken")
-    model.add_argument("--shape", choices=list(SHAPES), help=f"a known model's sizes (default: {DEFAULT_SHAPE})")
+    _add_model(parser.add_argument_group("what to train").add_mutually_exclusive_group())
     training = parser.add_argument_group("how")
     training.add_argument("--seq-len", type=_tokens, metavar="TOKENS", help="default: the longest that fits")
     training.add_argument("--chunk-tokens", type=_tokens, default="32K", metavar="TOKENS", help="default: %(default)s")
@@ -171,8 +175,7 @@ def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.set_defaults(run=trace)
     model = parser.add_argument_group("what to run").add_mutually_exclusive_group()
-    model.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder whose configuration is taken")
-    model.add_argument("--shape", choices=list(SHAPES), help=f"a known model's sizes (default: {DEFAULT_SHAPE})")
+    _add_model(model)
     model.add_argument("--from", dest="source", type=Path, metavar="FILE", help="draw this trace; nothing is run")
     _add_step_options(parser.add_argument_group("the step"))
     output = parser.add_argument_group("what to write")

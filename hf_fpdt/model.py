@@ -101,6 +101,10 @@ def _peak() -> float | None:
     return next((gpu.peak for kind, gpu in GPUS.items() if kind.partition("-")[0].upper() in name), None)
 
 
+def _mostly_trained(parameters: list[nn.Parameter]) -> bool:
+    return 2 * sum(p.numel() for p in parameters if p.requires_grad) > sum(p.numel() for p in parameters)
+
+
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -266,7 +270,7 @@ class _ChunkedLayerMixin(nn.Module):
             weights=functools.partial(_whole_weights, self),
             sharded=hasattr(self, "unshard"),
             progress=settings.progress,
-            full=2 * sum(p.numel() for p in parameters if p.requires_grad) > _count(self),
+            full=settings.progress is not None and _mostly_trained(parameters),
         )
         return run_layer(run, hidden, parameters)
 

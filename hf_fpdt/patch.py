@@ -58,11 +58,16 @@ class Settings:
         return ChunkPlan(rank_tokens * self.group.size, chunk_tokens, self.group.size)
 
     def loss_chunk_tokens(self, config: Any) -> int:
-        """Tokens whose logits exist at a time; "auto": a power of two whose fp32 logits fill at most 512 MiB."""
+        """Tokens whose logits exist at a time."""
         if self.plugin.loss_chunk_tokens != "auto":
             return self.plugin.loss_chunk_tokens
-        tokens = LOGITS_BYTES // (4 * config.get_text_config().vocab_size)
-        return max(256, 2 ** (tokens.bit_length() - 1))
+        return auto_loss_tokens(config.get_text_config().vocab_size)
+
+
+def auto_loss_tokens(vocabulary: int) -> int:
+    """A power of two whose fp32 logits fill at most 512 MiB, and at least 256."""
+    tokens = LOGITS_BYTES // (4 * vocabulary)
+    return max(256, 2 ** (tokens.bit_length() - 1))
 
 
 def resolve_chunk_tokens(plugin: FPDTPlugin, *, on_gpu: bool) -> int:

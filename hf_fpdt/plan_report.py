@@ -11,10 +11,9 @@ from transformers import PreTrainedConfig
 from .fit import Fit, Machines, Training, Weights
 from .memory import ModelSizes
 from .model import decoder_layers
-from .patch import AUTO_CHUNK_TOKENS_GPU, LOGITS_BYTES
+from .offload import GIB
+from .patch import AUTO_CHUNK_TOKENS_GPU, auto_loss_tokens
 from .shapes import build_random
-
-GIB = 2**30
 
 
 def training_of(config: PreTrainedConfig, *, lora: bool) -> Training:
@@ -37,7 +36,7 @@ def training_of(config: PreTrainedConfig, *, lora: bool) -> Training:
         ),
         vocabulary=text.vocab_size,
         chunk_tokens=AUTO_CHUNK_TOKENS_GPU,
-        loss_tokens=max(256, 2 ** ((LOGITS_BYTES // (4 * text.vocab_size)).bit_length() - 1)),
+        loss_tokens=auto_loss_tokens(text.vocab_size),
     )
 
 

@@ -74,7 +74,7 @@ class LayerRun:
         weights: makes the layer's weights whole while it is entered.
         sharded: whether FSDP2 shards them between uses.
         progress: the line that is told of every chunk, if any.
-        full: whether most of the layer's weights train, not adapters alone.
+        full: for progress, whether most of the layer's weights train, not adapters alone.
         checkpoint: what its backward pass will need; None where there is none.
         below: the run whose output this one's input is, if it is.
     """

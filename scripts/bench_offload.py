@@ -33,10 +33,11 @@ from torch import nn
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.config import parse_tokens
 from hf_fpdt.keep import peak_bytes
+from hf_fpdt.offload import GIB
+from hf_fpdt.rates import GPUS
 from hf_fpdt.shapes import SHAPES, build_random, with_layers
 
-PEAK_FLOPS = 989e12
-GIB = 2**30
+PEAK_FLOPS = GPUS["h100"].peak
 
 
 def parse() -> argparse.Namespace:
