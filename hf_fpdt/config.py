@@ -83,6 +83,8 @@ class FPDTPlugin:
             processes of the machine.
         disk_dir: Folder for what neither holds; a local SSD. Nothing is left there, however the process ends.
         loss_chunk_tokens: Tokens whose logits exist at a time. "auto": as many as make 512 MiB of fp32 logits.
+        fused: Run faster twins of a layer's own pieces: LoRA without passes of its own, no product whose value nobody
+            reads, and Liger's norm, SwiGLU and RoPE on a GPU where `liger-kernel` is installed.
         progress: Show a line inside long steps (layer, chunk, speed, time left) where there is a terminal.
 
     Raises:
@@ -97,6 +99,7 @@ class FPDTPlugin:
     host_budget_gib: float | Literal["auto"] = _from_env("HOST_BUDGET_GIB", _number_or_auto, "auto")
     disk_dir: str | None = _from_env("DISK_DIR", str, None)
     loss_chunk_tokens: int | Literal["auto"] = _from_env("LOSS_CHUNK_TOKENS", _tokens_or_auto, "auto")
+    fused: bool = _from_env("FUSED", _flag, True)
     progress: bool = _from_env("PROGRESS", _flag, False)
 
     def __post_init__(self) -> None:

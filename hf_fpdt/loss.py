@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from .ambient import Autocast
+from .cross_entropy import cross_entropy
 from .gradients import GradientSums
-from .offload import accumulation_dtype
 
 
 def shifted(labels_BS: Tensor, ignore_index: int = -100) -> Tensor:
@@ -75,11 +75,14 @@ class _ChunkedLoss(torch.autograd.Function):
         with Autocast.now(hidden.device).again(), torch.enable_grad() if grad_needed else nullcontext():
             for tokens in (slice(start, start + size) for start in range(0, hidden.shape[1], size)):
                 x = hidden[:, tokens].detach().requires_grad_(d_hidden is not None)
-                loss = _loss_sum(head.logits_of(x), labels[:, tokens], head.ignore_index)
-                if grad_needed:
-                    dx = sums.differentiate([loss], [torch.ones_like(loss)], [] if d_hidden is None else [x])
+                logits = head.logits_of(x)
+                loss, d_logits = cross_entropy(
+                    logits.flatten(0, 1), labels[:, tokens].flatten(), head.ignore_index, wants_gradient=grad_needed
+                )
+                if d_logits is not None:
+                    dx = sums.differentiate([logits], [d_logits.view_as(logits)], [] if d_hidden is None else [x])
                     _write(d_hidden, tokens, dx)
-                total = loss.detach() if total is None else total + loss.detach()
+                total = loss if total is None else total + loss
         ctx.grads, ctx.parameter_ids = (d_hidden, sums), [id(p) for p in parameters]
         assert total is not None
         return total
@@ -106,12 +109,6 @@ def _write(whole_BSD: Tensor | None, tokens: slice, part: list[Tensor | None]) -
     """Put the one gradient in `part` (None: zeros) at its place in `whole_BSD` (None: nobody wants it)."""
     if whole_BSD is not None:
         whole_BSD[:, tokens] = 0 if part[0] is None else part[0]
-
-
-def _loss_sum(logits_BSV: Tensor, labels_BS: Tensor, ignore_index: int) -> Tensor:
-    logits = logits_BSV.flatten(0, 1)
-    wide = logits.to(accumulation_dtype(logits.dtype))
-    return cross_entropy(wide, labels_BS.flatten(), reduction="sum", ignore_index=ignore_index)
 
 
 def norm_by_chunks(

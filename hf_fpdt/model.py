@@ -23,9 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .checkpoint_store import CheckpointStore
 from .comms import SequenceParallelGroup, build_group, check_heads
 from .config import FPDTPlugin
+from .fused import fuse_layer
 from .head import patch_head
 from .interface import NAME
 from .layer import run_layer
+from .liger import load_liger, why_not_liger
 from .memory import ModelSizes
 from .patch import (
     AUTO_CHUNK_TOKENS_CPU,
@@ -92,7 +94,8 @@ def _settings(
     sizes = ModelSizes.of(config, layers=len(layers), layer_parameters=max(map(_count, layers)))
     store = CheckpointStore(plugin, group, functools.partial(training_bytes, model, layers))
     progress = StepProgress(_peak()) if plugin.progress else None
-    return Settings(plugin, store, group, sizes, model.config, progress)
+    liger = load_liger() if plugin.fused else None
+    return Settings(plugin, store, group, sizes, model.config, liger, progress)
 
 
 def _peak() -> float | None:
@@ -199,8 +202,14 @@ class FPDTHandle:
         return (
             f"{type(self.model).__name__}, {len(self._layers)} layers in chunks of {chunk}; kernel {p.kernel!r}; "
             f"checkpoints {p.checkpoints!r}; loss in chunks of "
-            f"{self._settings.loss_chunk_tokens(self.model.config):,} tokens"
+            f"{self._settings.loss_chunk_tokens(self.model.config):,} tokens; {self._fused()}"
         )
+
+    def _fused(self) -> str:
+        if not self.plugin.fused:
+            return "layers as the model has them"
+        why_not = why_not_liger()
+        return f"LoRA fused, {'Liger kernels' if why_not is None else f'no Liger kernels: {why_not}'}"
 
     def remove(self) -> None:
         """Restore the model exactly; a second call does nothing.
@@ -258,6 +267,8 @@ class _ChunkedLayerMixin(nn.Module):
             return raw(self, hidden, **arguments)
         _check_arguments(arguments, hidden, self._fpdt_name)
         settings, parameters = self._fpdt_settings, list(self.parameters())
+        if settings.plugin.fused:
+            fuse_layer(self, raw, settings)
         run = LayerRun(
             name=self._fpdt_name,
             index=self._fpdt_index,

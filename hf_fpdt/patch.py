@@ -15,6 +15,7 @@ from .checkpoint_store import CheckpointStore
 from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
 from .layout import ChunkPlan
+from .liger import Liger
 from .memory import ModelSizes, StepSizes
 from .progress import StepProgress
 
@@ -32,6 +33,7 @@ class Settings:
     group: SequenceParallelGroup
     sizes: ModelSizes
     config: Any
+    liger: Liger | None = None
     progress: StepProgress | None = None
 
     def step(self, hidden_BSD: Tensor) -> StepSizes:

@@ -176,8 +176,10 @@ class AttentionCall:
     Attributes:
         qkv: q, k, v of the rank's tokens as the layer made them, with their graph in a replay.
         q: the chunk's queries for this rank's heads.
+        rest_is_unread: whether what the layer computes from here on is wanted for its graph alone, not for its values.
     """
 
+    rest_is_unread = False
     qkv: tuple[Tensor, Tensor, Tensor] | None = None
     q: Tensor
     scale: float
@@ -265,4 +267,5 @@ class ReplayCall(AttentionCall):
             (kept.take("out", chunk), kept.take("lse", chunk)) if kept.holds("out", chunk) else self.row_forward()
         )
         self.leaf = self.run.group.heads_to_seq(self.row[0])[0].detach().requires_grad_()
+        self.rest_is_unread = True
         return self.leaf

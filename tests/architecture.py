@@ -21,13 +21,13 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("config", "progress", "ambient", "support", "trace_intervals"), 0),
         **dict.fromkeys(("layout", "keep", "disk", "trace"), 1),
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
-        **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory"), 3),
-        **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates", "work"), 4),
-        **dict.fromkeys(("kv_store", "budget"), 5),
+        **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory", "liger"), 3),
+        **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates", "work", "cross_entropy_kernel"), 4),
+        **dict.fromkeys(("kv_store", "budget", "cross_entropy"), 5),
         **dict.fromkeys(("attention", "checkpoint_store", "fit"), 6),
         **dict.fromkeys(("patch", "run", "shapes"), 7),
-        **dict.fromkeys(("layer", "loss"), 8),
-        **dict.fromkeys(("interface", "head"), 9),
+        **dict.fromkeys(("layer", "loss", "linear"), 8),
+        **dict.fromkeys(("interface", "head", "fused"), 9),
         "model": 10,
         **dict.fromkeys(("data", "recording", "plan_report"), 11),
         "loaders": 12,
@@ -51,10 +51,23 @@ MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "O
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
 HOT_PATH = frozenset(
     ["attention", "layer", "run", "offload", "kernels", "loss", "streamed_kv", "kv_store", "entries"]
-    + ["checkpoint_store"]
+    + ["checkpoint_store", "linear", "fused", "liger", "cross_entropy", "cross_entropy_kernel"]
 )
 HF_ROOMS = frozenset(
-    ["model", "head", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders", "plan_report", "cli"]
+    [
+        "model",
+        "head",
+        "fused",
+        "interface",
+        "shapes",
+        "loss",
+        "trainer",
+        "accelerate",
+        "data",
+        "loaders",
+        "plan_report",
+        "cli",
+    ]
 )
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 

@@ -1,0 +1,132 @@
+"""Faster twins of a layer's own pieces, taken only where the layer's code is the code that they are twins of.
+
+What a module is called says little about what it computes; that its forward compiles to the same bytecode as Llama's
+says all. So every copy of Llama's norm, MLP or rotary embedding (Mistral, Qwen, SmolLM, …) is found, and nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.gpt_neox import modeling_gpt_neox as neox
+from transformers.models.llama import modeling_llama as llama
+
+from .linear import patch_linear
+from .patch import Settings, is_patched, patch
+
+ROTARY = "apply_rotary_pos_emb"
+
+
+def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings) -> None:
+    """Patch what can be replaced in a decoder layer whose own forward is `forward`; what is patched stays as it is.
+
+    It is called at every use of a layer: PEFT may have put adapters into it since the last.
+    """
+    unread = {id(module) for module in _unread(layer, forward)}
+    for module in list(layer.modules()):
+        if not is_patched(module):
+            patch_linear(module, settings, unread=id(module) in unread)
+            twin = None if settings.liger is None else _twin_of(module)
+            if twin is not None:
+                patch(module, twin, settings)
+
+
+def _unread(layer: Any, forward: Callable[..., Any]) -> Iterator[nn.Module]:
+    """The linears whose values go nowhere but into the layer's output."""
+    mlp = getattr(layer, "mlp", None)
+    if _same_code(forward, llama.LlamaDecoderLayer.forward) and _runs(mlp, llama.LlamaMLP.forward):
+        yield layer.mlp.down_proj
+    if _same_code(forward, neox.GPTNeoXLayer.forward) and _runs(mlp, neox.GPTNeoXMLP.forward):
+        yield layer.mlp.dense_4h_to_h
+        if layer.use_parallel_residual and _runs(layer.attention, neox.GPTNeoXAttention.forward):
+            yield layer.attention.dense
+
+
+def _twin_of(module: Any) -> Callable[..., Any] | None:
+    """The forward that computes what the module's own does, over Liger's kernels."""
+    kind: Any = type(module)
+    if _runs(module, llama.LlamaRMSNorm.forward):
+        return _rms_norm_forward
+    if _runs(module, llama.LlamaMLP.forward):
+        return _swiglu_forward if type(module.act_fn) is type(ACT2FN["silu"]) else None
+    rotary = None if _replaced(module) else _rotary_of(kind)
+    return None if rotary is None else _with_rotary(kind.forward, rotary)
+
+
+def _rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    if not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
+        return self._fpdt.forward(hidden_states)
+    return self._fpdt.settings.liger.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _swiglu_forward(self: Any, x: Tensor) -> Tensor:
+    if not x.is_cuda:
+        return self._fpdt.forward(x)
+    return self.down_proj(self._fpdt.settings.liger.silu_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+def _with_rotary(forward: FunctionType, rotary: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention's forward over a rotary embedding of ours; the module that defines it is left alone."""
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        liger = self._fpdt.settings.liger
+
+        def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
+            plain = bool(others) or not q.is_cuda or q.dtype != cos.dtype
+            return rotary(q, k, cos, sin, **others) if plain else liger.rotary(q, k, cos, sin)
+
+        names = {**forward.__globals__, ROTARY: fused}
+        twin = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+        twin.__kwdefaults__ = forward.__kwdefaults__
+        return twin(self, *args, **kwargs)
+
+    return patched
+
+
+@lru_cache
+def _rotary_of(kind: Any) -> Callable[..., Any] | None:
+    """The rotary embedding that a class's forward calls by name, if it is Llama's or GPT-NeoX's."""
+    forward = kind.forward
+    if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+        return None
+    rotary = forward.__globals__.get(ROTARY)
+    for module in (llama, neox):
+        known = getattr(module, ROTARY)
+        if (
+            rotary is not None
+            and _same_code(rotary, known)
+            and _same_code(rotary.__globals__.get("rotate_half"), module.rotate_half)
+        ):
+            return rotary
+    return None
+
+
+def _runs(module: Any, forward: Callable[..., Any]) -> bool:
+    """Whether calling `module` runs the code of `forward`, and nothing around it."""
+    return module is not None and not _replaced(module) and _same_code(type(module).forward, forward)
+
+
+def _replaced(module: Any) -> bool:
+    """Whether the instance has a forward of its own, other than ours."""
+    own = module._fpdt.instance_forward if is_patched(module) else vars(module).get("forward")
+    return own is not None
+
+
+@lru_cache
+def _same_code(one: Callable[..., Any] | None, other: Callable[..., Any]) -> bool:
+    return _code(one) is not None and _code(one) == _code(other)
+
+
+def _code(function: Any) -> tuple[Any, ...] | None:
+    """What a function does, by its bytecode and what that refers to; docstrings and names of files aside."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
+    if not isinstance(code, CodeType):
+        return None
+    constants = tuple(constant for constant in code.co_consts if constant != function.__doc__)
+    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants
