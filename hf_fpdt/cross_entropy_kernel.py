@@ -1,6 +1,6 @@
 """The Triton kernel of `cross_entropy`; imported only where Triton is."""
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 import triton
@@ -33,16 +33,16 @@ def cross_entropy_rows(
 
 
 @triton.jit
-def _cross_entropy_row(
-    logits_ptr: Any,
-    labels_ptr: Any,
-    losses_ptr: Any,
-    gradient_ptr: Any,
-    row_stride: int,
-    ignore_index: int,
+def _cross_entropy_row(  # type: ignore[no-untyped-def]  # Triton reads annotations, and knows none for pointers
+    logits_ptr,
+    labels_ptr,
+    losses_ptr,
+    gradient_ptr,
+    row_stride,
+    ignore_index,
     VOCABULARY: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
     label = tl.load(labels_ptr + row)
