@@ -77,8 +77,8 @@ Says from a model's configuration alone, without weights and without a GPU, whet
 can be trained on the given GPUs and host memory, what lies where, and about how long a step takes; without --seq-len,
 the longest sequence that can, and what would make it longer. All GPUs share one sequence (sp_size).
 
-Bytes are those that FPDT itself plans with at run time. Seconds come from rates measured on an H100 (steps of a
-Llama-8B with LoRA from 128K to 512K tokens were within 2 % of them); for other GPUs they are derived from data sheets.
+Bytes are those that FPDT itself plans with at run time. Seconds come from rates measured on an H100 (seven steps of
+Llama and GPT-NeoX shapes are within 2 % of them); for other GPUs they are derived from data sheets.
 """
 PLAN_EXAMPLES = """\
 examples:

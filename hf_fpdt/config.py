@@ -82,7 +82,7 @@ class FPDTPlugin:
         host_budget_gib: Pinned host memory that they may fill; "auto": what is available, less 6 GiB, shared by the
             processes of the machine.
         disk_dir: Folder for what neither holds; a local SSD. Nothing is left there, however the process ends.
-        loss_chunk_tokens: Tokens whose logits exist at a time. "auto": as many as make 512 MiB of fp32 logits.
+        loss_chunk_tokens: Tokens whose logits exist at a time. "auto": as many as make 1 GiB of fp32 logits.
         fused: Run faster twins of a layer's own pieces: LoRA without passes of its own, no product whose value nobody
             reads, and Liger's norm, SwiGLU and RoPE on a GPU where `liger-kernel` is installed.
         progress: Show a line inside long steps (layer, chunk, speed, time left) where there is a terminal.

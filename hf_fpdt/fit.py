@@ -73,6 +73,7 @@ class Training:
         chunk_tokens: tokens of a chunk, over all GPUs.
         loss_tokens: tokens whose logits exist at a time.
         checkpoints: `FPDTPlugin.checkpoints`.
+        fused: whether Liger's kernels are installed, and `FPDTPlugin.fused`.
     """
 
     model: ModelSizes
@@ -81,11 +82,12 @@ class Training:
     chunk_tokens: int
     loss_tokens: int
     checkpoints: str = "auto"
+    fused: bool = True
 
     def step(self, n_tokens: int, sp_size: int) -> StepSizes:
         """Sizes of a step of one sequence."""
         plan = ChunkPlan(n_tokens + -n_tokens % sp_size, self.chunk_tokens, sp_size)
-        return StepSizes(self.model, plan, loss_tokens=self.loss_tokens, vocabulary=self.vocabulary)
+        return StepSizes(self.model, plan, loss_tokens=self.loss_tokens, vocabulary=self.vocabulary, fused=self.fused)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,16 @@ Phase = Literal["forward", "loss", "backward"]
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
 
 # Activations that one replayed chunk keeps at its peak, in elements a token: multiples of the hidden and of the
-# intermediate size, for MLPs with a gate and for plain ones. Measured in bfloat16 with LoRA on every linear.
+# intermediate size, for MLPs with a gate and for plain ones; then the same over Liger's kernels. Measured in bfloat16
+# with LoRA on every linear.
 GATED_COPIES, PLAIN_COPIES = (14.5, 5.0), (11.0, 4.0)
+FUSED_GATED_COPIES, FUSED_PLAIN_COPIES = (5.0, 4.0), (6.5, 4.0)
 # On the device of what a chunk reads from elsewhere: its own input and attention output, and three reads ahead.
 CHECKPOINTS_UNDER_WAY = 5
 # Of streamed K, V, dK, dV: the diagonal, the chunk at hand, the one that comes.
 STREAMED_SETS = 3
-# Logits of a chunk: as they are, in fp32, and the gradients of both.
-LOGITS_COPIES = 3
+# Bytes a logit: as they are, in fp32, and the gradients of both; in the kernel as they are and their gradient alone.
+LOGIT_BYTES, FUSED_LOGIT_BYTES = 12, 4
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class StepSizes:
         attention_bytes: bytes of an element of q, k, v; fewer under autocast.
         loss_tokens: tokens whose logits exist at a time.
         vocabulary: logits a token.
+        fused: whether a GPU runs Liger's kernels in the layers.
     """
 
     model: ModelSizes
@@ -119,6 +122,7 @@ class StepSizes:
     attention_bytes: int = 2
     loss_tokens: int = 0
     vocabulary: int = 0
+    fused: bool = False
 
     @property
     def _ranks(self) -> int:
@@ -183,14 +187,16 @@ class StepSizes:
         m, chunk = self.model, self.plan.chunks[0]
         tokens = self.batch * (chunk.rank_stop - chunk.rank_start)
         unit = tokens * m.hidden * self.element_bytes
-        hidden, intermediate = GATED_COPIES if m.gated else PLAIN_COPIES
+        gated, plain = (FUSED_GATED_COPIES, FUSED_PLAIN_COPIES) if self.fused else (GATED_COPIES, PLAIN_COPIES)
+        hidden, intermediate = gated if m.gated else plain
         replay = int(hidden * unit + intermediate * tokens * m.intermediate * self.element_bytes)
         streamed = 2 * (kv.parts[0] + kv.grads[0]) if kv.backward_resident < len(kv.parts) else 0
         yield Row("a chunk's activations", ("forward",), replay // 2, False)
         yield Row("a replayed chunk's activations", ("backward",), replay, False)
         yield Row("checkpoints under way", ("backward",), CHECKPOINTS_UNDER_WAY * unit, False)
         yield Row("streamed K, V, dK, dV under way", ("backward",), STREAMED_SETS * streamed, False)
-        yield Row("a loss chunk's logits", ("loss",), LOGITS_COPIES * 4 * self.loss_tokens * self.vocabulary, False)
+        logit = FUSED_LOGIT_BYTES if self.fused else LOGIT_BYTES
+        yield Row("a loss chunk's logits", ("loss",), logit * self.loss_tokens * self.vocabulary, False)
 
     def working_bytes(self, kv: KVBytes, *, checkpoints_elsewhere: bool = True, resident: bool = False) -> int:
         """The most that the table's rows take together in any phase.

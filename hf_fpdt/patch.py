@@ -21,7 +21,7 @@ from .progress import StepProgress
 
 AUTO_CHUNK_TOKENS_GPU = 32_768
 AUTO_CHUNK_TOKENS_CPU = 4_096
-LOGITS_BYTES = 512 * 2**20
+LOGITS_BYTES = 2**30
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Settings:
             attention_bytes=torch.get_autocast_dtype(kind).itemsize if narrow else dtype.itemsize,
             loss_tokens=self.loss_chunk_tokens(self.config),
             vocabulary=self.config.get_text_config().vocab_size,
+            fused=self.liger is not None and hidden_BSD.is_cuda,
         )
 
     def plan(self, hidden_BSD: Tensor) -> ChunkPlan:
@@ -67,7 +68,7 @@ class Settings:
 
 
 def auto_loss_tokens(vocabulary: int) -> int:
-    """A power of two whose fp32 logits fill at most 512 MiB, and at least 256."""
+    """A power of two whose fp32 logits fill at most 1 GiB, and at least 256."""
     tokens = LOGITS_BYTES // (4 * vocabulary)
     return max(256, 2 ** (tokens.bit_length() - 1))
 

@@ -12,15 +12,19 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from .keep import Kept
-from .memory import StepSizes
+from .memory import ModelSizes, StepSizes
 
 # Matrix products of a layer in a step, in forward passes of it: forward, replay, gradient of the inputs, K and V once
-# more; training every weight adds the gradients of the weights.
+# more; training every weight adds the gradients of the weights. A replay leaves out the products that nobody reads.
 ADAPTER_PASSES, FULL_PASSES = 3.14, 4.14
 # Passes of one layer's forward over device memory outside of matrix products, in hidden and intermediate sizes a
-# token, with LoRA on every linear; the whole step makes as many times more.
-GATED_TRAFFIC, PLAIN_TRAFFIC, STEP_TRAFFIC = (60, 35), (60, 13), 3.48
-LOGIT_PASSES = 6
+# token, over Liger's kernels: with LoRA on every linear, and without adapters. The step makes so many times more.
+GATED_TRAFFIC, PLAIN_TRAFFIC, FULL_TRAFFIC, STEP_TRAFFIC = (24, 11), (34, 7), (14, 8), 3.48
+# A rebuilt input also makes its way to the store and back.
+REBUILD_TRAFFIC = 2
+# Of device memory, a logit: its value twice and its gradient; and where the head trains, for every weight of it and
+# every chunk of the loss, a gradient added to a sum in fp32.
+LOGIT_BYTES, HEAD_SUM_BYTES = 7, 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ _H100 = GPU(
     memory_gib=78.8,
     peak=989e12,
     matmul=670e12,
-    attention=MappingProxyType({128: (673e12, 596e12), 64: (539e12, 546e12)}),
+    attention=MappingProxyType({128: (650e12, 594e12), 64: (539e12, 546e12)}),
     memory=3.0e12,
     link=52e9,
     source="rates measured on one H100 with flash-attn-4; exchanges between GPUs not counted",
@@ -93,14 +97,21 @@ def step_seconds(step: StepSizes, kept: Kept, gpu: GPU, *, full: bool) -> float:
     forward_rate, backward_rate = gpu.attention[128 if m.head_dim > 64 else 64]
     attention = 2 * step.plan.n_tokens * tokens * m.q_heads * m.head_dim
     linear = 2 * tokens * m.layer_parameters / gpu.matmul
-    hidden, intermediate = GATED_TRAFFIC if m.gated else PLAIN_TRAFFIC
+    hidden, intermediate = FULL_TRAFFIC if full else GATED_TRAFFIC if m.gated else PLAIN_TRAFFIC
     rest = tokens * (hidden * m.hidden + intermediate * m.intermediate) * step.element_bytes / gpu.memory
-    passes = FULL_PASSES if full else ADAPTER_PASSES
+    passes = (FULL_PASSES if full else ADAPTER_PASSES) - _unread_share(m)
     layer = attention / forward_rate + 2.5 * attention / backward_rate + passes * linear + STEP_TRAFFIC * rest
-    again = kept.attention_reruns * attention / forward_rate + kept.rebuilt * (linear + rest)
+    again = kept.attention_reruns * attention / forward_rate + kept.rebuilt * (linear + REBUILD_TRAFFIC * rest)
     return m.layers * layer + again + _head_seconds(step, tokens, gpu, full=full)
+
+
+def _unread_share(m: ModelSizes) -> float:
+    """Of a layer's weights, those of the products that a replay leaves out (see `linear`), for Llama and GPT-NeoX."""
+    unread = m.hidden * m.intermediate + (0 if m.gated else m.hidden**2)
+    return unread / max(unread, m.layer_parameters)
 
 
 def _head_seconds(step: StepSizes, tokens: float, gpu: GPU, *, full: bool) -> float:
     products = (3 if full else 2) * 2 * tokens * step.vocabulary * step.model.hidden / gpu.matmul
-    return products + LOGIT_PASSES * 4 * tokens * step.vocabulary / gpu.memory
+    sums = HEAD_SUM_BYTES * step.model.hidden / max(1, step.loss_tokens) if full else 0
+    return products + (LOGIT_BYTES + sums) * tokens * step.vocabulary / gpu.memory
