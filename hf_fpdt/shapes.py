@@ -11,7 +11,14 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 MAX_POSITIONS = 2 * 1024**2
 LORA_RANK = 16
@@ -50,6 +57,39 @@ def llama_1b() -> LlamaConfig:
     )
 
 
+def llama_70b() -> LlamaConfig:
+    """Llama-3.1-70B: 80 layers, 70,553,706,496 parameters."""
+    return LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+    )
+
+
+def qwen3_32b() -> Qwen3Config:
+    """Qwen3-32B: 64 layers whose heads together are wider than its hidden states, 32,762,123,264 parameters."""
+    return Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=5120,
+        intermediate_size=25_600,
+        num_hidden_layers=64,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+    )
+
+
 def neox_6_9b() -> GPTNeoXConfig:
     """Pythia-6.9B, a GPT-NeoX: 32 layers, a key head for every query head, 6,857,302,016 parameters."""
     return GPTNeoXConfig(
@@ -66,7 +106,13 @@ def neox_6_9b() -> GPTNeoXConfig:
 
 
 SHAPES: MappingProxyType[str, Callable[[], PreTrainedConfig]] = MappingProxyType(
-    {"llama-8b": llama_8b, "llama-1b": llama_1b, "neox-6.9b": neox_6_9b}
+    {
+        "llama-8b": llama_8b,
+        "llama-1b": llama_1b,
+        "llama-70b": llama_70b,
+        "qwen3-32b": qwen3_32b,
+        "neox-6.9b": neox_6_9b,
+    }
 )
 
 

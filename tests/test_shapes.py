@@ -10,14 +10,20 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
 
 from hf_fpdt.shapes import SHAPES, build_random, with_layers
 
-PARAMETERS = {"llama-8b": 8_030_261_248, "llama-1b": 1_235_814_400, "neox-6.9b": 6_857_302_016}
+PARAMETERS = {
+    "llama-8b": 8_030_261_248,
+    "llama-1b": 1_235_814_400,
+    "llama-70b": 70_553_706_496,
+    "qwen3-32b": 32_762_123_264,
+    "neox-6.9b": 6_857_302_016,
+}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 80}
 
 
 def shrunken(name: str) -> PreTrainedConfig:
     """Two thin layers of the shape's architecture."""
     config: Any = with_layers(SHAPES[name](), 2)
-    grouped = {"num_key_value_heads": 2, "head_dim": 8} if name.startswith("llama") else {}
+    grouped = {"num_key_value_heads": 2, "head_dim": 8} if "neox" not in name else {}
     for key, value in {**SMALL, **grouped}.items():
         setattr(config, key, value)
     return config
