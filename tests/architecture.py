@@ -32,8 +32,10 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("data", "recording", "plan_report"), 11),
         "loaders": 12,
         **dict.fromkeys(("accelerate", "trainer"), 13),
-        "cli": 14,
-        "__init__": 15,
+        "cli_options": 14,
+        **dict.fromkeys(("cli_plan", "cli_trace"), 15),
+        "cli": 16,
+        "__init__": 17,
     }
 )
 
@@ -54,8 +56,10 @@ HOT_PATH = frozenset(
     + ["checkpoint_store"]
 )
 HF_ROOMS = frozenset(
-    ["model", "head", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders", "plan_report", "cli"]
+    ["model", "head", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders", "plan_report"]
+    + ["cli_options"]
 )
+COMMANDS = frozenset({"cli", "cli_plan", "cli_trace"})
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
 
@@ -148,7 +152,7 @@ WORDS = (
     ),
     Word(r"^import transformers\b", HF_ROOMS),
     Word(r"\bsynchronize\(|\.item\(|\bbarrier\(", forbidden=HOT_PATH),
-    Word(r"^(builtins\.)?print\(", frozenset({"cli"})),
+    Word(r"^(builtins\.)?print\(", COMMANDS),
 )
 
 
