@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .cli_check import add_check
 from .cli_options import UserMistake
 from .cli_plan import add_plan
 from .cli_trace import add_trace
@@ -28,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Tools around FPDT training: exact training of Hugging Face models on very long sequences.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_check(commands)
     add_plan(commands)
     add_trace(commands)
     return parser

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from .cli_options import UserMistake, add_model, amount, config_of, count, mistakes, tokens
 from .config import CHECKPOINT_POLICIES
 from .fit import STEP_TOKENS, Machines, fit, longest, what_would_help
 from .plan_report import as_json, as_text, training_of
-from .rates import GPUS
+from .rates import GPU, GPUS
+from .rates_file import read_rates
 
 PLAN_HELP = """\
 Says from a model's configuration alone, without weights and without a GPU, whether a sequence of --seq-len tokens
@@ -19,6 +21,7 @@ the longest sequence that can, and what would make it longer. All GPUs share one
 
 Bytes are those that FPDT itself plans with at run time. Seconds come from rates measured on an H100 (steps of a
 Llama-8B with LoRA from 128K to 512K tokens were within 2 % of them); for other GPUs they are derived from data sheets.
+With --rates they are those of your own GPU, as `hf-fpdt check --measure --rates FILE` found them.
 """
 PLAN_EXAMPLES = """\
 examples:
@@ -46,7 +49,9 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     training.add_argument("--full", action="store_true", help="train every weight (default: LoRA, rank 16)")
     training.add_argument("--checkpoints", choices=CHECKPOINT_POLICIES, default="auto", help="default: %(default)s")
     machines = parser.add_argument_group("on what")
-    machines.add_argument("--gpu", choices=list(GPUS), default="h100", help="kind of GPU (default: %(default)s)")
+    kind = machines.add_mutually_exclusive_group()
+    kind.add_argument("--gpu", choices=list(GPUS), default="h100", help="kind of GPU (default: %(default)s)")
+    kind.add_argument("--rates", type=Path, metavar="FILE", help="your own GPU, from hf-fpdt check --measure --rates")
     machines.add_argument("--gpus", type=count, default=1, help="all of one sequence (default: %(default)s)")
     machines.add_argument("--host-mem", type=amount, required=True, metavar="GIB", help="of all machines together")
     machines.add_argument("--disk", type=amount, default=0.0, metavar="GIB", help="for files (default: none)")
@@ -54,12 +59,19 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _gpu(options: argparse.Namespace) -> GPU:
+    if options.rates is None:
+        return GPUS[options.gpu]
+    with mistakes(ValueError, OSError):
+        return read_rates(options.rates)
+
+
 def plan(options: argparse.Namespace) -> None:
     """`hf-fpdt plan`: what a step takes, or the longest sequence that fits."""
     training = training_of(config_of(options, layers=None), lora=not options.full)
     training = replace(training, chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints)
     machines = Machines(
-        gpu=GPUS[options.gpu],
+        gpu=_gpu(options),
         gpus=options.gpus,
         host_bytes=int(options.host_mem * 2**30),
         disk_bytes=int(options.disk * 2**30),

@@ -37,7 +37,7 @@ from .patch import (
     unpatch,
 )
 from .progress import StepProgress
-from .rates import GPUS
+from .rates import known_peak
 from .run import LayerRun
 from .support import why_unsupported
 
@@ -77,8 +77,7 @@ def apply_fpdt(
         raise RuntimeError(
             f"FPDT is applied to this {type(target).__name__} already; call remove() on its handle first."
         )
-    reasons = [*why_unsupported(target, layers), *_loss_reasons(target)]
-    if reasons:
+    if reasons := why_refused(target):
         raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
     group = build_group(plugin.sp_size) if group is None else group
     check_heads(target.config.get_text_config().num_attention_heads, group.size)
@@ -97,8 +96,7 @@ def _settings(
 
 def _peak() -> float | None:
     """What MFU is measured against, where the GPU is of a known kind."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((gpu.peak for kind, gpu in GPUS.items() if kind.partition("-")[0].upper() in name), None)
+    return known_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def _mostly_trained(parameters: list[nn.Parameter]) -> bool:
@@ -163,6 +161,11 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         ):
             return list(child)
     return []
+
+
+def why_refused(model: PreTrainedModel) -> list[str]:
+    """Reasons why `apply_fpdt` will not have this model, each with the way out; [] if it will."""
+    return [*why_unsupported(model, decoder_layers(model)), *_loss_reasons(model)]
 
 
 def _loss_reasons(model: PreTrainedModel) -> list[str]:

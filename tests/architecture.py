@@ -18,22 +18,22 @@ PACKAGE = "hf_fpdt"
 # A module imports from strictly lower ranks, so modules of one rank do not know each other.
 RANKS = MappingProxyType(
     {
-        **dict.fromkeys(("config", "progress", "ambient", "support", "trace_intervals"), 0),
+        **dict.fromkeys(("config", "progress", "ambient", "support", "trace_intervals", "shrink"), 0),
         **dict.fromkeys(("layout", "keep", "disk", "trace"), 1),
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
         **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory"), 3),
         **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates", "work"), 4),
-        **dict.fromkeys(("kv_store", "budget"), 5),
-        **dict.fromkeys(("attention", "checkpoint_store", "fit"), 6),
+        **dict.fromkeys(("kv_store", "budget", "rates_file"), 5),
+        **dict.fromkeys(("attention", "checkpoint_store", "fit", "measure"), 6),
         **dict.fromkeys(("patch", "run", "shapes"), 7),
         **dict.fromkeys(("layer", "loss"), 8),
         **dict.fromkeys(("interface", "head"), 9),
         "model": 10,
-        **dict.fromkeys(("data", "recording", "plan_report"), 11),
+        **dict.fromkeys(("data", "recording", "plan_report", "check"), 11),
         "loaders": 12,
         **dict.fromkeys(("accelerate", "trainer"), 13),
         "cli_options": 14,
-        **dict.fromkeys(("cli_plan", "cli_trace"), 15),
+        **dict.fromkeys(("cli_check", "cli_plan", "cli_trace"), 15),
         "cli": 16,
         "__init__": 17,
     }
@@ -59,7 +59,7 @@ HF_ROOMS = frozenset(
     ["model", "head", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders", "plan_report"]
     + ["cli_options"]
 )
-COMMANDS = frozenset({"cli", "cli_plan", "cli_trace"})
+COMMANDS = frozenset({"cli", "cli_check", "cli_plan", "cli_trace"})
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
 
