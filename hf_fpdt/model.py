@@ -90,16 +90,17 @@ def _settings(
     config = model.config.get_text_config()
     sizes = ModelSizes.of(config, layers=len(layers), layer_parameters=max(map(_count, layers)))
     store = CheckpointStore(plugin, group, functools.partial(training_bytes, model, layers))
-    progress = StepProgress(_peak()) if plugin.progress else None
+    progress = StepProgress(device_peak()) if plugin.progress else None
     return Settings(plugin, store, group, sizes, model.config, progress)
 
 
-def _peak() -> float | None:
-    """What MFU is measured against, where the GPU is of a known kind."""
+def device_peak() -> float | None:
+    """Operations a second that MFU is measured against, where the GPU is of a known kind."""
     return known_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-def _mostly_trained(parameters: list[nn.Parameter]) -> bool:
+def mostly_trained(parameters: list[nn.Parameter]) -> bool:
+    """Whether weights train, not adapters alone."""
     return 2 * sum(p.numel() for p in parameters if p.requires_grad) > sum(p.numel() for p in parameters)
 
 
@@ -273,7 +274,7 @@ class _ChunkedLayerMixin(nn.Module):
             weights=functools.partial(_whole_weights, self),
             sharded=hasattr(self, "unshard"),
             progress=settings.progress,
-            full=settings.progress is not None and _mostly_trained(parameters),
+            full=settings.progress is not None and mostly_trained(parameters),
         )
         return run_layer(run, hidden, parameters)
 

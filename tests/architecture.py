@@ -29,7 +29,7 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("layer", "loss"), 8),
         **dict.fromkeys(("interface", "head"), 9),
         "model": 10,
-        **dict.fromkeys(("data", "recording", "plan_report", "check"), 11),
+        **dict.fromkeys(("data", "recording", "plan_report", "check", "speed"), 11),
         "loaders": 12,
         **dict.fromkeys(("accelerate", "trainer"), 13),
         "cli_options": 14,
