@@ -23,7 +23,7 @@ from .check import (
     kernels_here,
     training_dtype,
 )
-from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, config_of, mistakes
+from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_writable, config_of, mistakes
 from .measure import link_rates, measured
 from .model import why_refused
 from .rates import GPU
@@ -92,8 +92,7 @@ def _check_rates_option(options: argparse.Namespace, device: Device) -> None:
         raise UserMistake(f"--rates {path} keeps what --measure finds; add --measure.")
     if device.type != "cuda":
         raise UserMistake(f"--rates {path}: there is no CUDA GPU here whose rates could be measured.")
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserMistake(f"--rates {path} cannot be written: it is a folder, or {path.parent} is none.")
+    check_writable(path)
 
 
 def _machine(device: Device) -> str:

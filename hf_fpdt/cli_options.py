@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -12,6 +13,7 @@ from .config import parse_tokens
 from .shapes import SHAPES, with_layers
 
 DEFAULT_SHAPE = "llama-8b"
+PICTURE_ENDINGS = (".png", ".svg", ".pdf")
 
 
 class UserMistake(Exception):
@@ -80,3 +82,16 @@ def amount(text: str) -> float:
     if not value >= 0 or value == float("inf"):
         raise argparse.ArgumentTypeError(f"A number of GiB from 0 was expected, got {text!r}.")
     return value
+
+
+def check_picture(option: str, path: Path) -> None:
+    """Before the minutes of a run, not after."""
+    if path.suffix not in PICTURE_ENDINGS:
+        raise UserMistake(f"{option} {path}: a name that ends in {', '.join(PICTURE_ENDINGS)} is expected.")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """As far as folders tell."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserMistake(f"{path} cannot be written: it is a folder, or {path.parent} is none.")

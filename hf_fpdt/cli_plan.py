@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .cli_options import UserMistake, add_model, amount, config_of, count, mistakes, tokens
+from .cli_options import (
+    DEFAULT_SHAPE,
+    UserMistake,
+    add_model,
+    amount,
+    check_picture,
+    config_of,
+    count,
+    mistakes,
+    tokens,
+)
 from .config import CHECKPOINT_POLICIES
-from .fit import STEP_TOKENS, Machines, fit, longest, what_would_help
+from .fit import STEP_TOKENS, Fit, Machines, Training, fit, longest, what_would_help
+from .offload import GIB
+from .plan_curves import Reach, memory_curve, reach_by_host
+from .plan_picture import draw_plan
 from .plan_report import as_json, as_text, training_of
 from .rates import GPU, GPUS
 from .rates_file import read_rates
+from .trace_picture import PictureError, check_matplotlib
 
 PLAN_HELP = """\
 Says from a model's configuration alone, without weights and without a GPU, whether a sequence of --seq-len tokens
@@ -29,6 +44,7 @@ examples:
   hf-fpdt plan --shape llama-8b --host-mem 128 --seq-len 512K        what 512K tokens take there
   hf-fpdt plan meta-llama/Llama-3.1-70B --gpus 32 --host-mem 4096 --fsdp --seq-len 1M
   hf-fpdt plan ./my-model --gpu a100-80 --gpus 4 --host-mem 1024 --full --fsdp --json
+  hf-fpdt plan --host-mem 128 --seq-len 512K --plot plan.png         the same as a picture
 """
 
 
@@ -56,7 +72,9 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     machines.add_argument("--host-mem", type=amount, required=True, metavar="GIB", help="of all machines together")
     machines.add_argument("--disk", type=amount, default=0.0, metavar="GIB", help="for files (default: none)")
     machines.add_argument("--fsdp", action="store_true", help="shard weights over the GPUs (FSDP2)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    output = parser.add_argument_group("what to write")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over a step, and how far hosts reach")
 
 
 def _gpu(options: argparse.Namespace) -> GPU:
@@ -68,6 +86,10 @@ def _gpu(options: argparse.Namespace) -> GPU:
 
 def plan(options: argparse.Namespace) -> None:
     """`hf-fpdt plan`: what a step takes, or the longest sequence that fits."""
+    if options.plot is not None:
+        with mistakes(PictureError):
+            check_matplotlib()
+        check_picture("--plot", options.plot)
     training = training_of(config_of(options, layers=None), lora=not options.full)
     training = replace(training, chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints)
     machines = Machines(
@@ -88,3 +110,22 @@ def plan(options: argparse.Namespace) -> None:
         raise UserMistake(f"not even {STEP_TOKENS:,} tokens fit; see --seq-len {STEP_TOKENS} for the arithmetic.")
     helps = {} if options.seq_len is not None else what_would_help(training, machines)
     print(json.dumps(as_json(found, helps)) if options.json else as_text(found, machines, helps))
+    if options.plot is not None:
+        _draw(options, training, machines, found)
+
+
+def _draw(options: argparse.Namespace, training: Training, machines: Machines, found: Fit) -> None:
+    print("drawing: looking for the longest sequence with other amounts of host memory …", file=sys.stderr)
+    tokens_planned, host_gib = found.step.plan.n_tokens, machines.host_bytes / GIB
+    name = options.model or options.shape or DEFAULT_SHAPE
+    title = f"{name}, {tokens_planned:,} tokens on {machines.gpus} x {machines.gpu.name}"
+    with mistakes(OSError):
+        draw_plan(
+            options.plot,
+            title,
+            memory_curve(found, full=options.full),
+            {"device": machines.gpu.memory_gib, "host": host_gib},
+            list(reach_by_host(training, machines)),
+            Reach(host_gib, tokens_planned),
+        )
+    print(f"picture: {options.plot}", file=sys.stderr)

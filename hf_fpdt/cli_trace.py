@@ -10,14 +10,24 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, config_of, count, gib, mistakes, tokens
+from .cli_options import (
+    DEFAULT_SHAPE,
+    UserMistake,
+    add_model,
+    check_picture,
+    check_writable,
+    config_of,
+    count,
+    gib,
+    mistakes,
+    tokens,
+)
 from .config import CHECKPOINT_POLICIES, KERNEL_NAMES, FPDTPlugin
 from .recording import Recording, record_step
 from .trace import TraceError, middle_layer
 from .trace_file import read_trace
 from .trace_picture import PictureError, check_matplotlib, draw
 
-PICTURE_ENDINGS = (".png", ".svg", ".pdf")
 TRACE_HELP = """\
 Runs one training step (forward and backward) on this machine's GPU under torch.profiler, and draws what the GPU did
 during the decoder layer in the middle: its computation, the copies from the host and those to the host. Copies that
@@ -101,11 +111,9 @@ def trace(options: argparse.Namespace) -> None:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Before the minutes of a run, not after."""
-    if options.out.suffix not in PICTURE_ENDINGS:
-        raise UserMistake(f"--out {options.out}: a name that ends in {', '.join(PICTURE_ENDINGS)} is expected.")
-    for path in (options.out, options.json):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise UserMistake(f"{path} cannot be written: it is a folder, or {path.parent} is none.")
+    check_picture("--out", options.out)
+    if options.json is not None:
+        check_writable(options.json)
 
 
 def _recording(options: argparse.Namespace) -> Recording:
