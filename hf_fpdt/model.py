@@ -39,7 +39,7 @@ from .patch import (
     unpatch,
 )
 from .progress import StepProgress
-from .rates import GPUS
+from .rates import known_peak
 from .run import LayerRun
 from .support import why_unsupported
 
@@ -79,8 +79,7 @@ def apply_fpdt(
         raise RuntimeError(
             f"FPDT is applied to this {type(target).__name__} already; call remove() on its handle first."
         )
-    reasons = [*why_unsupported(target, layers), *_loss_reasons(target)]
-    if reasons:
+    if reasons := why_refused(target):
         raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
     group = build_group(plugin.sp_size) if group is None else group
     check_heads(target.config.get_text_config().num_attention_heads, group.size)
@@ -93,18 +92,18 @@ def _settings(
     config = model.config.get_text_config()
     sizes = ModelSizes.of(config, layers=len(layers), layer_parameters=max(map(_count, layers)))
     store = CheckpointStore(plugin, group, functools.partial(training_bytes, model, layers))
-    progress = StepProgress(_peak()) if plugin.progress else None
+    progress = StepProgress(device_peak()) if plugin.progress else None
     liger = load_liger() if plugin.fused else None
     return Settings(plugin, store, group, sizes, model.config, liger, progress)
 
 
-def _peak() -> float | None:
-    """What MFU is measured against, where the GPU is of a known kind."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((gpu.peak for kind, gpu in GPUS.items() if kind.partition("-")[0].upper() in name), None)
+def device_peak() -> float | None:
+    """Operations a second that MFU is measured against, where the GPU is of a known kind."""
+    return known_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-def _mostly_trained(parameters: list[nn.Parameter]) -> bool:
+def mostly_trained(parameters: list[nn.Parameter]) -> bool:
+    """Whether weights train, not adapters alone."""
     return 2 * sum(p.numel() for p in parameters if p.requires_grad) > sum(p.numel() for p in parameters)
 
 
@@ -166,6 +165,11 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         ):
             return list(child)
     return []
+
+
+def why_refused(model: PreTrainedModel) -> list[str]:
+    """Reasons why `apply_fpdt` will not have this model, each with the way out; [] if it will."""
+    return [*why_unsupported(model, decoder_layers(model)), *_loss_reasons(model)]
 
 
 def _loss_reasons(model: PreTrainedModel) -> list[str]:
@@ -281,7 +285,7 @@ class _ChunkedLayerMixin(nn.Module):
             weights=functools.partial(_whole_weights, self),
             sharded=hasattr(self, "unshard"),
             progress=settings.progress,
-            full=settings.progress is not None and _mostly_trained(parameters),
+            full=settings.progress is not None and mostly_trained(parameters),
         )
         return run_layer(run, hidden, parameters)
 

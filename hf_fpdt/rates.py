@@ -82,6 +82,15 @@ GPUS: Mapping[str, GPU] = MappingProxyType(
 )
 
 
+def known_peak(device_name: str) -> float | None:
+    """Operations a second that MFU of a GPU is measured against; None where its kind is not in the table.
+
+    Args:
+        device_name: as its driver says it, "NVIDIA H100 80GB HBM3".
+    """
+    return next((gpu.peak for kind, gpu in GPUS.items() if kind.partition("-")[0].upper() in device_name), None)
+
+
 def strict_flops(step: StepSizes, *, full: bool) -> float:
     """Operations that a step of the whole sequence needs, none of them twice; causal attention at half."""
     m, n_tokens = step.model, step.batch * step.plan.n_tokens

@@ -32,3 +32,27 @@ def causal_lm_loss(
     kept = targets != ignore_index
     picked = log_p.gather(-1, targets.masked_fill(~kept, 0).unsqueeze(-1)).squeeze(-1)
     return -(picked * kept).sum() / (kept.sum() if num_items is None else num_items)
+
+
+def peaked_qkv(
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, S, N, H], k and v [B, T, G, H] whose softmax (scale H^-0.5) mostly has one key above one half.
+
+    Flat attention averages errors away. A peak far from the query's own chunk shows a wrong merge at once.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(length: int, heads: int, scale: float) -> Tensor:
+        shape = (batch, length, heads, head_dim)
+        return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    # Scores then have a standard deviation near 12, and the gap to the second largest is a few units.
+    return normal(q_len, q_heads, 12.0), normal(kv_len, kv_heads, 1.0), normal(kv_len, kv_heads, 1.0)

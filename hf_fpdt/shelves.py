@@ -21,6 +21,7 @@ PAGE = 4096
 LONGER = 1.5
 T = TypeVar("T")
 Tier = Literal["device", "host", "disk"]
+Look = Callable[[Literal["forward", "rebuild", "backward"], int, int], None]
 SOON: tuple[Tier, ...] = ("device", "host", "disk")
 
 
@@ -268,8 +269,8 @@ def forecast(
     """
     have = have if isinstance(have, Have) else Have(have)
     left = without_kv(budgets, kv, have)
-    pool, kv_pool = _played(have.checkpoints, left.host), _played(have.kv, budgets.host)
-    step = _Step(kept, sizes, kv, Shelves(left, pool, kv_pool))
+    pool, kv_pool = pool_of_numbers(have.checkpoints, left.host), pool_of_numbers(have.kv, budgets.host)
+    step = PlayedStep(kept, sizes, kv, Shelves(left, pool, kv_pool))
     if not all(step.play()) or pool.nbytes + kv_pool.nbytes > budgets.host:
         return None
     peak, host = step.shelves.peak, pool.nbytes + kv_pool.nbytes
@@ -277,7 +278,7 @@ def forecast(
     return Forecast(kept, peak["device"], host, peak["disk"], dict(new), dict(new_kv))
 
 
-def _played(have: Mapping[int, int], limit: int) -> BufferPool[int]:
+def pool_of_numbers(have: Mapping[int, int], limit: int) -> BufferPool[int]:
     """A pool of plain numbers."""
     pool: BufferPool[int] = BufferPool(lambda size: size, limit)
     for size, count in have.items():
@@ -286,16 +287,24 @@ def _played(have: Mapping[int, int], limit: int) -> BufferPool[int]:
     return pool
 
 
-class _Step:
-    """The puts and takes of one step, in the order in which the executor makes them; each yields whether it fits."""
+class PlayedStep:
+    """The puts and takes of one step, in the order in which the executor makes them; each yields whether it fits.
 
-    def __init__(self, kept: Kept, sizes: LayerBytes, kv: KVBytes, shelves: Shelves[int]) -> None:
+    Args:
+        look: called after each chunk with the phase ("forward", "rebuild", "backward"), the layer and the chunk.
+    """
+
+    def __init__(
+        self, kept: Kept, sizes: LayerBytes, kv: KVBytes, shelves: Shelves[int], look: Look | None = None
+    ) -> None:
         self.kept, self.sizes, self.kv, self.shelves = kept, sizes, kv, shelves
+        self.look = look or (lambda phase, layer, chunk: None)
         self.order = ForwardOrder(forward_bytes(kept, sizes), shelves.budgets)
         self.places: dict[tuple[int, str, int], Place[int]] = {}
         self.chunks = range(len(sizes.inputs))
 
     def play(self) -> Iterator[bool]:
+        """Every layer forward, then every layer backward."""
         for layer in range(self.kept.layers):
             yield from self._forward(layer)
         for layer in reversed(range(self.kept.layers)):
@@ -325,6 +334,7 @@ class _Step:
             if self.kept.attentions[layer]:
                 yield from self._put(layer, "out", chunk)
                 yield from self._put(layer, "lse", chunk)
+            self.look("forward", layer, chunk)
         self._close(kv)
 
     def _put_kv(self, held: list[Place[int]], chunk: int, resident: int) -> Iterator[bool]:
@@ -353,6 +363,7 @@ class _Step:
                     yield from self._put(below, "out", chunk, rebuilt=True)
                     yield from self._put(below, "lse", chunk, rebuilt=True)
                 yield from self._put(below + 1, "input", chunk, rebuilt=True)
+                self.look("rebuild", below, chunk)
             self._close(kv)
 
     def _backward(self, layer: int) -> Iterator[bool]:
@@ -365,4 +376,5 @@ class _Step:
                 # Gradients of the row's last keys are the next row's, and never leave the device.
                 for earlier in range(self.kv.backward_resident, chunk - 1):
                     yield from self._hold(kv, self.kv.grads[earlier])
+            self.look("backward", layer, chunk)
         self._close(kv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
 from .loaders import join_group, sharding_collator
 from .model import applied_settings, apply_fpdt, has_fpdt
+from .speed import TrainingSpeed
 
 
 class FPDTTrainerMixin:
@@ -35,6 +37,7 @@ class FPDTTrainerMixin:
 
     fpdt_group: SequenceParallelGroup
     _fpdt_evaluation: _Evaluation | None = None
+    _fpdt_speed: TrainingSpeed | None = None
 
     def __init__(self, *args: Any, fpdt_plugin: FPDTPlugin | None = None, **kwargs: Any) -> None:
         self.fpdt_plugin = FPDTPlugin() if fpdt_plugin is None else fpdt_plugin
@@ -67,6 +70,33 @@ class FPDTTrainerMixin:
         model: nn.Module = super().call_model_init(trial)  # type: ignore[misc]
         self.fpdt_handle = apply_fpdt(model, self.fpdt_plugin, self.fpdt_group)
         return model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; training logs also have the speed and memory of `TrainingSpeed.log`."""
+        self._fpdt_speed = TrainingSpeed(self.accelerator)  # type: ignore[attr-defined]
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._fpdt_speed = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; its tokens are counted."""
+        if self._fpdt_speed is not None:
+            self._fpdt_speed.count(model, inputs, self.state.global_step)  # type: ignore[attr-defined]
+        step: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        return step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None, **kwargs: Any) -> None:
+        """As Trainer's; with the speed since the last log where it is one of training steps."""
+        # Those alone have both; every process logs them, so that processes can be asked.
+        if self._fpdt_speed is not None and start_time is not None and "loss" in logs:
+            logs.update(self._fpdt_speed.log(self.state.global_step))  # type: ignore[attr-defined]
+        super().log(logs, start_time, **kwargs)  # type: ignore[misc]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; in the middle of training it does not count as training time."""
+        with nullcontext() if self._fpdt_speed is None else self._fpdt_speed.paused():
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Samples an optimizer step: ranks of a group share theirs."""

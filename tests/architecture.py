@@ -18,22 +18,24 @@ PACKAGE = "hf_fpdt"
 # A module imports from strictly lower ranks, so modules of one rank do not know each other.
 RANKS = MappingProxyType(
     {
-        **dict.fromkeys(("config", "progress", "ambient", "support", "trace_intervals"), 0),
+        **dict.fromkeys(("config", "progress", "ambient", "support", "trace_intervals", "shrink"), 0),
         **dict.fromkeys(("layout", "keep", "disk", "trace"), 1),
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
         **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory", "liger"), 3),
         **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates", "work", "cross_entropy_kernel"), 4),
-        **dict.fromkeys(("kv_store", "budget", "cross_entropy"), 5),
-        **dict.fromkeys(("attention", "checkpoint_store", "fit"), 6),
-        **dict.fromkeys(("patch", "run", "shapes"), 7),
-        **dict.fromkeys(("layer", "loss", "linear"), 8),
+        **dict.fromkeys(("kv_store", "budget", "cross_entropy", "rates_file"), 5),
+        **dict.fromkeys(("attention", "checkpoint_store", "fit", "measure"), 6),
+        **dict.fromkeys(("patch", "run", "shapes", "plan_curves"), 7),
+        **dict.fromkeys(("layer", "loss", "linear", "plan_picture"), 8),
         **dict.fromkeys(("interface", "head", "fused"), 9),
         "model": 10,
-        **dict.fromkeys(("data", "recording", "plan_report"), 11),
+        **dict.fromkeys(("data", "recording", "plan_report", "check", "speed"), 11),
         "loaders": 12,
         **dict.fromkeys(("accelerate", "trainer"), 13),
-        "cli": 14,
-        "__init__": 15,
+        "cli_options": 14,
+        **dict.fromkeys(("cli_check", "cli_plan", "cli_trace"), 15),
+        "cli": 16,
+        "__init__": 17,
     }
 )
 
@@ -54,21 +56,10 @@ HOT_PATH = frozenset(
     + ["checkpoint_store", "linear", "fused", "liger", "cross_entropy", "cross_entropy_kernel"]
 )
 HF_ROOMS = frozenset(
-    [
-        "model",
-        "head",
-        "fused",
-        "interface",
-        "shapes",
-        "loss",
-        "trainer",
-        "accelerate",
-        "data",
-        "loaders",
-        "plan_report",
-        "cli",
-    ]
+    ["model", "head", "fused", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders"]
+    + ["plan_report", "cli_options"]
 )
+COMMANDS = frozenset({"cli", "cli_check", "cli_plan", "cli_trace"})
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
 
@@ -161,7 +152,7 @@ WORDS = (
     ),
     Word(r"^import transformers\b", HF_ROOMS),
     Word(r"\bsynchronize\(|\.item\(|\bbarrier\(", forbidden=HOT_PATH),
-    Word(r"^(builtins\.)?print\(", frozenset({"cli"})),
+    Word(r"^(builtins\.)?print\(", COMMANDS),
 )
 
 

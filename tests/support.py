@@ -20,6 +20,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
+from hf_fpdt.reference import peaked_qkv as peaked_qkv
+
 PRELOADED = ("hf_fpdt", "peft", "transformers.models.llama", "transformers.models.gpt_neox", "torch.distributed.fsdp")
 GROUP_TIMEOUT = timedelta(seconds=120)
 
@@ -73,30 +75,6 @@ def assert_rejects(check: Callable[[Any], object], broken_variants: Mapping[str,
         except Exception as error:
             raise AssertionError(f"broken variant {name!r} crashed instead of being rejected") from error
         raise AssertionError(f"the check lets the broken variant {name!r} pass")
-
-
-def peaked_qkv(
-    batch: int,
-    q_len: int,
-    kv_len: int,
-    q_heads: int,
-    kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, S, N, H], k and v [B, T, G, H] whose softmax (scale H^-0.5) mostly has one key above one half.
-
-    Flat attention averages errors away. A peak far from the query's own chunk shows a wrong merge at once.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(length: int, heads: int, scale: float) -> Tensor:
-        shape = (batch, length, heads, head_dim)
-        return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
-
-    # Scores then have a standard deviation near 12, and the gap to the second largest is a few units.
-    return normal(q_len, q_heads, 12.0), normal(kv_len, kv_heads, 1.0), normal(kv_len, kv_heads, 1.0)
 
 
 @contextmanager

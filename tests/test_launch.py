@@ -187,6 +187,16 @@ def test_batches_and_epochs_are_counted_by_groups(two: Path, four: Path) -> None
     assert [read(four, name).numbers["batch_size"] for name in FOUR_PROCESSES] == [2, 4, 2]
 
 
+def test_logged_speeds_are_of_the_tokens_of_all_processes(two: Path, four: Path) -> None:
+    """Trainer counts 6 operations a token and parameter, of all processes, whatever shares a sequence."""
+    for folder, names in ((two, TWO_PROCESSES), (four, FOUR_PROCESSES)):
+        for name in names:
+            told = read(folder, name).numbers
+            assert len(told["speed_tokens"]) == told["steps"], name
+            if "lora" not in name:  # of which Trainer counts the adapters' parameters too
+                assert sum(told["speed_tokens"]) == told["tokens"] / (6 * told["parameters"]), name
+
+
 def test_predictions_have_a_row_for_each_sample_or_none(two: Path, four: Path) -> None:
     assert read(two, "ddp").numbers["label_rows"] == 5
     assert read(two, "sp").numbers["label_rows"] is None and read(four, "sp and dp").numbers["label_rows"] is None

@@ -25,8 +25,8 @@ from hf_fpdt import FPDTPlugin, apply_fpdt, progress
 from tests.truth import tiny
 progress.SECONDS = 0
 model = tiny("llama", num_hidden_layers=4)
-apply_fpdt(model, FPDTPlugin(chunk_tokens=256, progress=True, checkpoints="segment"))
-ids = torch.randint(0, 97, (1, 4096))
+apply_fpdt(model, FPDTPlugin(chunk_tokens=64, progress=True, checkpoints="segment"))
+ids = torch.randint(0, 97, (1, 1024))
 model(input_ids=ids, labels=ids).loss.backward()
 """
 TIMING = """

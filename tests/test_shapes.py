@@ -61,7 +61,7 @@ def test_random_model_keeps_rope_in_fp32(name: str) -> None:
     buffers = {key: buffer for key, buffer in model.named_buffers() if key.endswith("rotary_emb.inv_freq")}
     (inv_freq,) = buffers.values()
     rotated = 8 // 4 if name.startswith("neox") else 8
-    theta = 500_000.0 if name.startswith("llama") else 10_000.0
+    theta = {"llama": 500_000.0, "qwen3": 1_000_000.0}.get(name.partition("-")[0], 10_000.0)
     assert inv_freq.dtype == torch.float32
     assert torch.allclose(inv_freq, theta ** -(torch.arange(0, rotated, 2) / rotated))
 

@@ -171,7 +171,7 @@ def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.Monke
             "buffers that exist forgotten": lambda *a: forecast(*a[:4], NONE),
         },
     )
-    monkeypatch.setattr(shelves._Step, "_close", lambda step, held: None)
+    monkeypatch.setattr(shelves.PlayedStep, "_close", lambda step, held: None)
     assert_rejects(assert_foretold, {"K, V never given back": forecast})
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig
 
-from hf_fpdt import FPDTPlugin, cli, recording, trace_picture
+from hf_fpdt import FPDTPlugin, cli, cli_trace, recording, trace_picture
 from hf_fpdt.trace import COPY_NAMES, Timeline, TraceError, kernel_class, middle_layer
 from hf_fpdt.trace_file import metadata, read_trace
 from hf_fpdt.trace_intervals import clipped, complement, merged, outside, total
@@ -306,7 +306,7 @@ def test_a_model_folder_gives_the_shape(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("FPDT_SP_SIZE", "4")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}')
     options = cli._parser().parse_args(["trace", str(tmp_path), "--seq-len", "64K", "--layers", "2", "--full"])
-    wanted = cli._recording(options)
+    wanted = cli_trace._recording(options)
     assert wanted.config.hidden_size == 64 and wanted.config.num_hidden_layers == 2
     assert wanted.n_tokens == 65_536 and not wanted.lora
     plugin = wanted.plugin
@@ -320,7 +320,7 @@ def test_out_of_memory_is_a_sentence(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cli, "record_step", run_out)
+    monkeypatch.setattr(cli_trace, "record_step", run_out)
     status, _, err = run_cli(capsys, "trace", "--out", tmp_path / "x.png")
     assert status == 2 and "CUDA out of memory" in err and "smaller --seq-len" in err
 

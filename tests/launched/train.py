@@ -156,6 +156,8 @@ def execute(run: Run, output: Path, name: str) -> FPDTTrainer:
     trainer.train(resume_from_checkpoint=run.resume and str(output / run.resume))
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     result: dict[str, Any] = {key: [entry[key] for entry in history] for key in ("loss", "grad_norm", "epoch")}
+    result["speed_tokens"] = [round(log["tokens_per_second"] * log["step_seconds"]) for log in history]
+    result["parameters"] = trainer.model.num_parameters(exclude_embeddings=True)
     for batch_size in (1, 2):
         trainer.args.per_device_eval_batch_size = batch_size
         result[f"eval_loss by {batch_size}"] = trainer.evaluate()["eval_loss"]

@@ -1,0 +1,131 @@
+"""`hf-fpdt plan`: what a step takes on given machines, or the longest sequence that fits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from .cli_options import (
+    DEFAULT_SHAPE,
+    UserMistake,
+    add_model,
+    amount,
+    check_picture,
+    config_of,
+    count,
+    mistakes,
+    tokens,
+)
+from .config import CHECKPOINT_POLICIES
+from .fit import STEP_TOKENS, Fit, Machines, Training, fit, longest, what_would_help
+from .offload import GIB
+from .plan_curves import Reach, memory_curve, reach_by_host
+from .plan_picture import draw_plan
+from .plan_report import as_json, as_text, training_of
+from .rates import GPU, GPUS
+from .rates_file import read_rates
+from .trace_picture import PictureError, check_matplotlib
+
+PLAN_HELP = """\
+Says from a model's configuration alone, without weights and without a GPU, whether a sequence of --seq-len tokens
+can be trained on the given GPUs and host memory, what lies where, and about how long a step takes; without --seq-len,
+the longest sequence that can, and what would make it longer. All GPUs share one sequence (sp_size).
+
+Bytes are those that FPDT itself plans with at run time. Seconds come from rates measured on an H100 (seven
+steps of Llama and GPT-NeoX shapes are within 2 % of them); for other GPUs they are derived from data sheets.
+With --rates they are those of your own GPU, as `hf-fpdt check --measure --rates FILE` found them.
+"""
+PLAN_EXAMPLES = """\
+examples:
+  hf-fpdt plan --shape llama-8b --host-mem 128                       the longest sequence on one H100
+  hf-fpdt plan --shape llama-8b --host-mem 128 --seq-len 512K        what 512K tokens take there
+  hf-fpdt plan meta-llama/Llama-3.1-70B --gpus 32 --host-mem 4096 --fsdp --seq-len 1M
+  hf-fpdt plan ./my-model --gpu a100-80 --gpus 4 --host-mem 1024 --full --fsdp --json
+  hf-fpdt plan --host-mem 128 --seq-len 512K --plot plan.png         the same as a picture
+"""
+
+
+def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The options of `hf-fpdt plan`."""
+    parser = commands.add_parser(
+        "plan",
+        help="what a length takes on given GPUs, or the longest that fits; needs no GPU",
+        description=PLAN_HELP,
+        epilog=PLAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=plan)
+    add_model(parser.add_argument_group("what to train").add_mutually_exclusive_group())
+    training = parser.add_argument_group("how")
+    training.add_argument("--seq-len", type=tokens, metavar="TOKENS", help="default: the longest that fits")
+    training.add_argument("--chunk-tokens", type=tokens, default="32K", metavar="TOKENS", help="default: %(default)s")
+    training.add_argument("--full", action="store_true", help="train every weight (default: LoRA, rank 16)")
+    training.add_argument("--checkpoints", choices=CHECKPOINT_POLICIES, default="auto", help="default: %(default)s")
+    machines = parser.add_argument_group("on what")
+    kind = machines.add_mutually_exclusive_group()
+    kind.add_argument("--gpu", choices=list(GPUS), default="h100", help="kind of GPU (default: %(default)s)")
+    kind.add_argument("--rates", type=Path, metavar="FILE", help="your own GPU, from hf-fpdt check --measure --rates")
+    machines.add_argument("--gpus", type=count, default=1, help="all of one sequence (default: %(default)s)")
+    machines.add_argument("--host-mem", type=amount, required=True, metavar="GIB", help="of all machines together")
+    machines.add_argument("--disk", type=amount, default=0.0, metavar="GIB", help="for files (default: none)")
+    machines.add_argument("--fsdp", action="store_true", help="shard weights over the GPUs (FSDP2)")
+    output = parser.add_argument_group("what to write")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over a step, and how far hosts reach")
+
+
+def _gpu(options: argparse.Namespace) -> GPU:
+    if options.rates is None:
+        return GPUS[options.gpu]
+    with mistakes(ValueError, OSError):
+        return read_rates(options.rates)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """`hf-fpdt plan`: what a step takes, or the longest sequence that fits."""
+    if options.plot is not None:
+        with mistakes(PictureError):
+            check_matplotlib()
+        check_picture("--plot", options.plot)
+    training = training_of(config_of(options, layers=None), lora=not options.full)
+    training = replace(training, chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints)
+    machines = Machines(
+        gpu=_gpu(options),
+        gpus=options.gpus,
+        host_bytes=int(options.host_mem * 2**30),
+        disk_bytes=int(options.disk * 2**30),
+        sharded=options.fsdp,
+    )
+    if training.model.q_heads % options.gpus or options.chunk_tokens % options.gpus:
+        raise UserMistake(
+            f"--gpus {options.gpus}: the GPUs of a sequence share its {training.model.q_heads} query heads and every "
+            f"chunk of {options.chunk_tokens:,} tokens, so it must divide both."
+        )
+    with mistakes(MemoryError):
+        found = longest(training, machines) if options.seq_len is None else fit(training, machines, options.seq_len)
+    if found is None:
+        raise UserMistake(f"not even {STEP_TOKENS:,} tokens fit; see --seq-len {STEP_TOKENS} for the arithmetic.")
+    helps = {} if options.seq_len is not None else what_would_help(training, machines)
+    print(json.dumps(as_json(found, helps)) if options.json else as_text(found, machines, helps))
+    if options.plot is not None:
+        _draw(options, training, machines, found)
+
+
+def _draw(options: argparse.Namespace, training: Training, machines: Machines, found: Fit) -> None:
+    print("drawing: looking for the longest sequence with other amounts of host memory …", file=sys.stderr)
+    tokens_planned, host_gib = found.step.plan.n_tokens, machines.host_bytes / GIB
+    name = options.model or options.shape or DEFAULT_SHAPE
+    title = f"{name}, {tokens_planned:,} tokens on {machines.gpus} x {machines.gpu.name}"
+    with mistakes(OSError):
+        draw_plan(
+            options.plot,
+            title,
+            memory_curve(found, full=options.full),
+            {"device": machines.gpu.memory_gib, "host": host_gib},
+            list(reach_by_host(training, machines)),
+            Reach(host_gib, tokens_planned),
+        )
+    print(f"picture: {options.plot}", file=sys.stderr)
