@@ -37,7 +37,7 @@ from .patch import (
     unpatch,
 )
 from .progress import StepProgress
-from .rates import GPUS
+from .rates import peak_of
 from .run import LayerRun
 from .support import why_unsupported
 
@@ -97,8 +97,7 @@ def _settings(
 
 def _peak() -> float | None:
     """What MFU is measured against, where the GPU is of a known kind."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((gpu.peak for kind, gpu in GPUS.items() if kind.partition("-")[0].upper() in name), None)
+    return peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def _mostly_trained(parameters: list[nn.Parameter]) -> bool:
