@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-from .config import CHECKPOINT_POLICIES, KERNEL_NAMES, FPDTPlugin, parse_tokens
+from .arguments import amount, count, gib, tokens
+from .config import CHECKPOINT_POLICIES, KERNEL_NAMES, FPDTPlugin
 from .fit import STEP_TOKENS, Machines, fit, longest, what_would_help
 from .plan_report import as_json, as_text, training_of
 from .rates import GPUS
@@ -100,27 +101,17 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.set_defaults(run=plan)
     _add_model(parser.add_argument_group("what to train").add_mutually_exclusive_group())
     training = parser.add_argument_group("how")
-    training.add_argument("--seq-len", type=_tokens, metavar="TOKENS", help="default: the longest that fits")
-    training.add_argument("--chunk-tokens", type=_tokens, default="32K", metavar="TOKENS", help="default: %(default)s")
+    training.add_argument("--seq-len", type=tokens, metavar="TOKENS", help="default: the longest that fits")
+    training.add_argument("--chunk-tokens", type=tokens, default="32K", metavar="TOKENS", help="default: %(default)s")
     training.add_argument("--full", action="store_true", help="train every weight (default: LoRA, rank 16)")
     training.add_argument("--checkpoints", choices=CHECKPOINT_POLICIES, default="auto", help="default: %(default)s")
     machines = parser.add_argument_group("on what")
     machines.add_argument("--gpu", choices=list(GPUS), default="h100", help="kind of GPU (default: %(default)s)")
-    machines.add_argument("--gpus", type=_count, default=1, help="all of one sequence (default: %(default)s)")
-    machines.add_argument("--host-mem", type=_amount, required=True, metavar="GIB", help="of all machines together")
-    machines.add_argument("--disk", type=_amount, default=0.0, metavar="GIB", help="for files (default: none)")
+    machines.add_argument("--gpus", type=count, default=1, help="all of one sequence (default: %(default)s)")
+    machines.add_argument("--host-mem", type=amount, required=True, metavar="GIB", help="of all machines together")
+    machines.add_argument("--disk", type=amount, default=0.0, metavar="GIB", help="for files (default: none)")
     machines.add_argument("--fsdp", action="store_true", help="shard weights over the GPUs (FSDP2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value >= 0 or value == float("inf"):
-        raise argparse.ArgumentTypeError(f"A number of GiB from 0 was expected, got {text!r}.")
-    return value
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -184,17 +175,17 @@ def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_step_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--layers", type=_count, default=3, help="layers of the model to keep (default: %(default)s)")
+    group.add_argument("--layers", type=count, default=3, help="layers of the model to keep (default: %(default)s)")
     group.add_argument(
-        "--seq-len", type=_tokens, default="128K", metavar="TOKENS", help="8192, 128K, 1M, … (default: %(default)s)"
+        "--seq-len", type=tokens, default="128K", metavar="TOKENS", help="8192, 128K, 1M, … (default: %(default)s)"
     )
     group.add_argument(
-        "--chunk-tokens", type=_tokens, default="32K", metavar="TOKENS", help="tokens a chunk (default: %(default)s)"
+        "--chunk-tokens", type=tokens, default="32K", metavar="TOKENS", help="tokens a chunk (default: %(default)s)"
     )
     group.add_argument("--full", action="store_true", help="train every weight (default: LoRA, rank 16, all linears)")
     group.add_argument(
         "--device-budget-gib",
-        type=_gib,
+        type=gib,
         default=0.0,
         metavar="GIB",
         help='GPU memory for stored K, V and checkpoints, or "auto" (default: 0, all of it on the host)',
@@ -208,29 +199,6 @@ def _add_step_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--kernel", choices=KERNEL_NAMES, default="auto", help="attention kernel (default: %(default)s)"
     )
-
-
-def _tokens(text: str) -> int:
-    try:
-        tokens = parse_tokens(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if tokens < 1:
-        raise argparse.ArgumentTypeError(f"A number of tokens from 1 was expected (8192, 32K, 1M), got {text!r}.")
-    return tokens
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"A whole number from 1 was expected, got {text!r}.")
-    return int(text)
-
-
-def _gib(text: str) -> float | str:
-    try:
-        return "auto" if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'"auto" or a number of GiB was expected, got {text!r}.') from None
 
 
 def trace(options: argparse.Namespace) -> None:
