@@ -30,10 +30,14 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("interface", "head"), 9),
         "model": 10,
         **dict.fromkeys(("data", "recording", "plan_report"), 11),
-        "loaders": 12,
-        **dict.fromkeys(("accelerate", "trainer"), 13),
-        "cli": 14,
-        "__init__": 15,
+        **dict.fromkeys(("loaders", "bench.__init__", "bench.job", "bench.figures", "bench.longest"), 12),
+        **dict.fromkeys(("bench.stack", "bench.chunked_loss", "bench.report"), 12),
+        **dict.fromkeys(("accelerate", "trainer", "bench.models", "bench.children"), 13),
+        **dict.fromkeys(("bench.peers", "bench.parity", "bench.ceiling", "bench.driver"), 14),
+        **dict.fromkeys(("bench.catalogue", "bench.measure"), 15),
+        **dict.fromkeys(("bench.child", "bench.options"), 16),
+        "cli": 17,
+        "__init__": 18,
     }
 )
 
@@ -55,6 +59,7 @@ HOT_PATH = frozenset(
 )
 HF_ROOMS = frozenset(
     ["model", "head", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders", "plan_report", "cli"]
+    + ["bench.models"]
 )
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
