@@ -325,7 +325,8 @@ def bench(options: argparse.Namespace) -> None:
         run=lambda job: run_child(job, options.limit),
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    files, rows = Files(options.csv, options.json), []
+    with _mistakes(FileExistsError):
+        files, rows = Files(options.csv, options.json), []
     for row in measured.rows():
         files.add(row)
         rows.append(row)

@@ -60,9 +60,10 @@ def attention_rates(sizes: ModelSizes, keys: int, device: torch.device, dtype: t
 def matmul_rate(sizes: ModelSizes, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
     """The products of the MLP, up and down."""
     x = torch.randn(tokens, sizes.hidden, device=device, dtype=dtype)
-    up = torch.randn(sizes.hidden, sizes.intermediate, device=device, dtype=dtype)
-    down = torch.randn(sizes.intermediate, sizes.hidden, device=device, dtype=dtype)
-    return _rate(lambda: (x @ up) @ down, 4.0 * tokens * sizes.hidden * sizes.intermediate, device)
+    width = max(sizes.hidden, sizes.intermediate)
+    up = torch.randn(sizes.hidden, width, device=device, dtype=dtype)
+    down = torch.randn(width, sizes.hidden, device=device, dtype=dtype)
+    return _rate(lambda: (x @ up) @ down, 4.0 * tokens * sizes.hidden * width, device)
 
 
 def _rate(call: Callable[[], object], operations: float, device: torch.device) -> float:

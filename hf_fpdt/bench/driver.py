@@ -90,7 +90,7 @@ class Bench:
         failed = {n: row for n, row in tried.items() if n > longest}
         if not longest:
             return failed[min(failed)]
-        above = f"{min(failed):,} tokens: {failed[min(failed)]['result']}" if failed else "nothing longer was tried"
+        above = f"{min(failed):,} tokens: {failed[min(failed)]['result']}" if failed else "any more: not tried"
         return {**tried[longest], "next": above}
 
     def _row(self, stack: str, n_tokens: int, outcome: Outcome, result: str) -> dict[str, Any]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 UNIT = 1024
-# Above this, lengths are multiples of about three percent of themselves.
-FINE_TOKENS = 32_768
 MOST_TOKENS = 2**27
 
 
 def unit_of(n_tokens: int) -> int:
     """Lengths near this one are told apart by so many tokens: 1K up to 64K, 2K up to 128K, 4K up to 256K, …"""
-    return max(UNIT, 1 << (n_tokens.bit_length() - 1) - 5)
+    return max(UNIT, 2 ** (n_tokens.bit_length() - 1) // 32)
 
 
 def find_longest(fits: Callable[[int], bool], start: int) -> int:

@@ -69,5 +69,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="end what takes longer; that is a line too (default: %(default)s)",
     )
     output = parser.add_argument_group("what to write")
-    output.add_argument("--csv", type=Path, metavar="FILE", help="every figure and condition, one line a row")
-    output.add_argument("--json", type=Path, metavar="FILE", help="the same, a JSON object a line, added to the file")
+    output.add_argument("--csv", type=Path, metavar="FILE", help="every figure and condition, added as lines")
+    output.add_argument("--json", type=Path, metavar="FILE", help="the same as JSON, an object a line")

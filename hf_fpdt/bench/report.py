@@ -25,7 +25,7 @@ TABLE = (
 )
 # Of a CSV file, in this order; results first, conditions last.
 COLUMNS = (
-    ("stack", "tokens", "result")
+    ("stack", "tokens", "result", "next")
     + tuple(key for key, _, _ in TABLE)
     + ("steps_s", "pinning_s", "loss", "ceiling_s", "kernel", "attention_forward", "attention_backward", "matmul")
     + ("peak", "model", "layers", "trained", "dtype", "chunk_tokens", "gpu", "host_memory_gib")
@@ -41,7 +41,8 @@ def as_table(rows: Sequence[Row]) -> str:
     lasts = max(len(TABLE) + 2 for _ in cells)
     widths = [max(len(line[i]) for line in cells if len(line) == lasts) for i in range(lasts)]
     widths[:2] = [max(len(line[i]) for line in cells) for i in range(2)]
-    return "\n".join(_line(line, widths) for line in cells)
+    notes = [f"{row['stack']} at {row['next']}" for row in rows if row.get("next")]
+    return "\n".join([*(_line(line, widths) for line in cells), *notes])
 
 
 def _cells(row: Row) -> list[str]:
@@ -69,14 +70,20 @@ class Files:
     """Writes each row the moment it is there, so that nothing is lost with a machine.
 
     Args:
-        csv_path: a new file with a header; what was there is gone.
-        json_path: one object a line, added to what is there.
+        csv_path: a line a row, added to what is there.
+        json_path: an object a line, added to what is there.
+
+    Raises:
+        FileExistsError: the CSV file has other columns.
     """
 
     def __init__(self, csv_path: Path | None, json_path: Path | None) -> None:
         self._csv, self._json = csv_path, json_path
-        if csv_path is not None:
-            csv_path.write_text(_csv_line(COLUMNS), encoding="utf-8")
+        header = _csv_line(COLUMNS)
+        if csv_path is not None and not csv_path.exists():
+            csv_path.write_text(header, encoding="utf-8")
+        elif csv_path is not None and not csv_path.read_text(encoding="utf-8").startswith(header):
+            raise FileExistsError(f"{csv_path} is there and has other columns; give another --csv, or move it away.")
 
     def add(self, row: Row) -> None:
         """Write one row."""
