@@ -13,6 +13,8 @@ from .longest import find_longest
 from .report import OK, Row
 
 Run = Callable[[Job], Outcome]
+# They cut nothing by --chunk-tokens.
+PEERS = frozenset({"hf", "liger", "hf-offload", "alst"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ class Bench:
             "layers": self.trained.sizes.layers,
             "trained": "every weight, AdamW" if job.full else "LoRA r=16, AdamW",
             "dtype": job.dtype,
-            "chunk_tokens": job.chunk_tokens if stack == "fpdt" else None,
+            "chunk_tokens": job.chunk_tokens if stack not in PEERS else None,
             **{key: value for key, value in outcome.found.items() if key not in ("passed", "verdict")},
         }
 
