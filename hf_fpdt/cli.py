@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .cli_bench import add_bench
 from .cli_check import add_check
 from .cli_options import UserMistake
 from .cli_plan import add_plan
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     add_check(commands)
     add_plan(commands)
     add_trace(commands)
+    add_bench(commands)
     return parser
 
 

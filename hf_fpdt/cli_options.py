@@ -9,7 +9,6 @@ from pathlib import Path
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-from .config import parse_tokens
 from .shapes import SHAPES, with_layers
 
 DEFAULT_SHAPE = "llama-8b"
@@ -45,43 +44,6 @@ def config_of(options: argparse.Namespace, *, layers: int | None) -> PreTrainedC
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserMistake(f"{options.model} is a {config.model_type} model; a causal language model is expected.")
     return config if layers is None else with_layers(config, layers)
-
-
-def tokens(text: str) -> int:
-    """Of an option: 8192, 32K, 1M."""
-    try:
-        value = parse_tokens(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"A number of tokens from 1 was expected (8192, 32K, 1M), got {text!r}.")
-    return value
-
-
-def count(text: str) -> int:
-    """Of an option: a whole number from 1."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"A whole number from 1 was expected, got {text!r}.")
-    return int(text)
-
-
-def gib(text: str) -> float | str:
-    """Of an option: a number of GiB, or "auto"."""
-    try:
-        return "auto" if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'"auto" or a number of GiB was expected, got {text!r}.') from None
-
-
-def amount(text: str) -> float:
-    """Of an option: GiB that there are."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value >= 0 or value == float("inf"):
-        raise argparse.ArgumentTypeError(f"A number of GiB from 0 was expected, got {text!r}.")
-    return value
 
 
 def check_picture(option: str, path: Path) -> None:

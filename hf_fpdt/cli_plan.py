@@ -8,17 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .cli_options import (
-    DEFAULT_SHAPE,
-    UserMistake,
-    add_model,
-    amount,
-    check_picture,
-    config_of,
-    count,
-    mistakes,
-    tokens,
-)
+from .arguments import amount, count, tokens
+from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_picture, config_of, mistakes
 from .config import CHECKPOINT_POLICIES
 from .fit import STEP_TOKENS, Fit, Machines, Training, fit, longest, what_would_help
 from .offload import GIB

@@ -10,18 +10,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from .cli_options import (
-    DEFAULT_SHAPE,
-    UserMistake,
-    add_model,
-    check_picture,
-    check_writable,
-    config_of,
-    count,
-    gib,
-    mistakes,
-    tokens,
-)
+from .arguments import count, gib, tokens
+from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_picture, check_writable, config_of, mistakes
 from .config import CHECKPOINT_POLICIES, KERNEL_NAMES, FPDTPlugin
 from .recording import Recording, record_step
 from .trace import TraceError, middle_layer

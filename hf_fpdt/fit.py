@@ -143,7 +143,10 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
         device=(*items, ("checkpoints", plan.foretold.device_bytes)),
         host=plan.foretold.host_bytes * machines.gpus,
         seconds=seconds,
-        strict_mfu=strict_flops(step, full=full) / seconds / machines.gpus / gpu.peak,
+        strict_mfu=strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=full)
+        / seconds
+        / machines.gpus
+        / gpu.peak,
         copy_seconds=2 * elsewhere / gpu.link,
     )
 

@@ -15,7 +15,7 @@ import torch
 
 from .kernels import Kernel, select_kernel
 from .offload import GIB, PinnedMemory, Transfers, device_bytes_available
-from .rates import GPU, known_peak
+from .rates import GPU, peak_of
 from .rates_file import HEAD_DIMS
 
 Q_HEADS, KV_HEADS = 32, 8
@@ -49,7 +49,7 @@ def measured(device: torch.device, dtype: torch.dtype, *, sizes: Sizes | None = 
     sizes = Sizes() if sizes is None else sizes
     memory = device_bytes_available(device) if device.type == "cuda" else GIB
     matmul = _matmul_rate(device, dtype, sizes)
-    peak = known_peak(name)
+    peak = peak_of(name)
     return GPU(
         name=name,
         memory_gib=memory / GIB,

@@ -41,7 +41,7 @@ class ModelSizes:
         intermediate: width of the MLP; of the experts that one token visits together.
         q_heads, kv_heads, head_dim: attention's N, G, H.
         rotary_dim: elements of cos and sin a token.
-        layer_parameters: weights of one layer.
+        layer_parameters: all parameters of one layer.
     """
 
     layers: int
@@ -58,6 +58,15 @@ class ModelSizes:
         """Whether the MLP has three matrices (a gate), told from the number of weights."""
         attention = 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim
         return self.layer_parameters - attention > 2.5 * self.hidden * self.intermediate
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the matrices of one layer that a token meets: what a strict count of operations multiplies.
+
+        The base model's: no adapters, norms or biases; of experts, those that one token visits.
+        """
+        attention = 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim
+        return attention + (3 if self.gated else 2) * self.hidden * self.intermediate
 
     @classmethod
     def of(cls, config: Any, *, layers: int, layer_parameters: int) -> ModelSizes:

@@ -39,7 +39,7 @@ from .patch import (
     unpatch,
 )
 from .progress import StepProgress
-from .rates import known_peak
+from .rates import peak_of
 from .run import LayerRun
 from .support import why_unsupported
 
@@ -99,7 +99,7 @@ def _settings(
 
 def device_peak() -> float | None:
     """Operations a second that MFU is measured against, where the GPU is of a known kind."""
-    return known_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 def mostly_trained(parameters: list[nn.Parameter]) -> bool:

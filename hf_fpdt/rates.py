@@ -82,20 +82,23 @@ GPUS: Mapping[str, GPU] = MappingProxyType(
 )
 
 
-def known_peak(device_name: str) -> float | None:
+def peak_of(gpu_name: str) -> float | None:
     """Operations a second that MFU of a GPU is measured against; None where its kind is not in the table.
 
     Args:
-        device_name: as its driver says it, "NVIDIA H100 80GB HBM3".
+        gpu_name: as its driver says it, "NVIDIA H100 80GB HBM3".
     """
-    return next((gpu.peak for kind, gpu in GPUS.items() if kind.partition("-")[0].upper() in device_name), None)
+    return next((gpu.peak for kind, gpu in GPUS.items() if kind.partition("-")[0].upper() in gpu_name), None)
 
 
-def strict_flops(step: StepSizes, *, full: bool) -> float:
-    """Operations that a step of the whole sequence needs, none of them twice; causal attention at half."""
-    m, n_tokens = step.model, step.batch * step.plan.n_tokens
-    weights = m.layers * m.layer_parameters + step.vocabulary * m.hidden
-    attention = 6 * m.layers * step.plan.n_tokens * m.q_heads * m.head_dim
+def strict_flops(model: ModelSizes, vocabulary: int, n_tokens: int, *, full: bool) -> float:
+    """Operations that a step on one sequence needs, none of them twice; causal attention at half.
+
+    tokens · (4·N + 6·L·S·heads·head_dim) where adapters train, 6·N where every weight does. N are the linear weights
+    of the base model and of its head: no adapters, no embeddings.
+    """
+    weights = model.layers * model.linear_weights + vocabulary * model.hidden
+    attention = 6 * model.layers * n_tokens * model.q_heads * model.head_dim
     return n_tokens * ((6 if full else 4) * weights + attention)
 
 

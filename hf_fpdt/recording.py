@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from .kernels import select_kernel
 from .model import apply_fpdt
 from .shapes import LORA_RANK, build_random
 from .trace_file import metadata
+from .versions import commit, versions_of
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 PACKAGES = ("hf_fpdt", "torch", "transformers", "peft", "flash-attn-4")
@@ -61,8 +60,8 @@ class Recording:
             f"{self.config.get_text_config().num_hidden_layers} layers, random weights, {training}, bfloat16",
             f"1 x {self.n_tokens:,} tokens, chunk_tokens {plugin.chunk_tokens}, checkpoints {plugin.checkpoints}",
             f"device_budget_gib {plugin.device_budget_gib}, kernel {self.kernel_name()}",
-            ", ".join(f"{name} {_version(name)}" for name in PACKAGES if _version(name)),
-            f"python {platform.python_version()}, commit {_commit()}, {date.today()}",
+            versions_of(PACKAGES),
+            f"python {platform.python_version()}, commit {commit()}, {date.today()}",
         ]
         title = f"One decoder layer of {self.name}, {self.n_tokens:,} tokens"
         return {"title": title, "conditions": "; ".join(conditions)}
@@ -91,23 +90,3 @@ def _step(model: nn.Module, ids: Tensor) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     model.zero_grad()
     torch.cuda.synchronize()
-
-
-def _version(package: str) -> str:
-    """Nothing where it is not installed; this package may run from its checkout."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _commit() -> str:
-    """Of the checkout this package runs from; an installed package has none of its own."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return "unknown"
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

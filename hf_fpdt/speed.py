@@ -60,7 +60,8 @@ class TrainingSpeed:
         plan = settings.plan_of(rank_tokens, on_gpu=on_gpu)
         vocabulary = settings.config.get_text_config().vocab_size
         step = StepSizes(settings.sizes, plan, batch=rows, vocabulary=vocabulary, loss_tokens=1)
-        return strict_flops(step, full=self._full) / settings.group.size
+        one = strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=self._full)
+        return step.batch * one / settings.group.size
 
     @contextmanager
     def paused(self) -> Iterator[None]:

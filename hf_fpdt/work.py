@@ -39,7 +39,7 @@ def chunk_work(step: StepSizes, chunk: Chunk, phase: WorkPhase, *, attends: bool
         full: whether every weight trains, not adapters alone.
     """
     m, ranks = step.model, step.plan.sp_size
-    linear = 2.0 * step.batch * (chunk.rank_stop - chunk.rank_start) * m.layer_parameters
+    linear = 2.0 * step.batch * (chunk.rank_stop - chunk.rank_start) * m.linear_weights
     attention = 2.0 * step.batch * (chunk.stop**2 - chunk.start**2) * m.q_heads * m.head_dim / ranks
     if phase != "backward":
         done = linear + attention * attends

@@ -34,7 +34,7 @@ from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.config import parse_tokens
 from hf_fpdt.keep import peak_bytes
 from hf_fpdt.offload import GIB
-from hf_fpdt.rates import GPUS
+from hf_fpdt.rates import GPUS, strict_flops
 from hf_fpdt.shapes import SHAPES, build_random, with_layers
 
 PEAK_FLOPS = GPUS["h100"].peak
@@ -84,16 +84,6 @@ def step(model: nn.Module, ids: torch.Tensor, optimizer: torch.optim.Optimizer) 
     return seconds, loss.item()
 
 
-def strict_flops(config: Any, n_tokens: int, full: bool) -> float:
-    """Floating-point operations of a step that a model needs, none of them twice."""
-    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
-    gated = 3 if config.model_type == "llama" else 2
-    attention = 2 * config.hidden_size**2 * (1 + kv_heads / heads)
-    weights = config.num_hidden_layers * (attention + gated * config.hidden_size * config.intermediate_size)
-    weights += config.vocab_size * config.hidden_size
-    return n_tokens * ((6 if full else 4) * weights + 6 * config.num_hidden_layers * n_tokens * config.hidden_size)
-
-
 class Case:
     """One model with FPDT under one case's settings, and what its steps took.
 
@@ -134,13 +124,14 @@ class Case:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         working += sum(p.numel() * p.element_size() for p in trained)  # their gradients
         median = statistics.median(self.seconds[1:] or self.seconds)
+        flops = strict_flops(sizes.model, sizes.vocabulary, n_tokens, full=full)
         return {
             "case": self.case,
             "tokens": n_tokens,
             "seconds": round(median, 3),
             "all_seconds": [round(s, 3) for s in self.seconds],
             "tokens_per_s": round(n_tokens / median),
-            "strict_mfu": round(strict_flops(self.config, n_tokens, full) / median / PEAK_FLOPS, 4),
+            "strict_mfu": round(flops / median / PEAK_FLOPS, 4),
             "loss": round(self.losses[-1], 4),
             "allocated_before_gib": round(self.weight_bytes / GIB, 3),
             "peak_device_gib": round(self.peak_bytes / GIB, 3),

@@ -18,8 +18,8 @@ PACKAGE = "hf_fpdt"
 # A module imports from strictly lower ranks, so modules of one rank do not know each other.
 RANKS = MappingProxyType(
     {
-        **dict.fromkeys(("config", "progress", "ambient", "support", "trace_intervals", "shrink"), 0),
-        **dict.fromkeys(("layout", "keep", "disk", "trace"), 1),
+        **dict.fromkeys(("config", "progress", "ambient", "support", "trace_intervals", "shrink", "versions"), 0),
+        **dict.fromkeys(("layout", "keep", "disk", "trace", "arguments"), 1),
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
         **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory", "liger"), 3),
         **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates", "work", "cross_entropy_kernel"), 4),
@@ -30,12 +30,15 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("interface", "head", "fused"), 9),
         "model": 10,
         **dict.fromkeys(("data", "recording", "plan_report", "check", "speed"), 11),
-        "loaders": 12,
-        **dict.fromkeys(("accelerate", "trainer"), 13),
-        "cli_options": 14,
-        **dict.fromkeys(("cli_check", "cli_plan", "cli_trace"), 15),
-        "cli": 16,
-        "__init__": 17,
+        **dict.fromkeys(("loaders", "bench.__init__", "bench.job", "bench.figures", "bench.longest"), 12),
+        **dict.fromkeys(("bench.stack", "bench.chunked_loss", "bench.report"), 12),
+        **dict.fromkeys(("accelerate", "trainer", "bench.models", "bench.children"), 13),
+        **dict.fromkeys(("bench.peers", "bench.parity", "bench.ceiling", "bench.driver"), 14),
+        **dict.fromkeys(("bench.catalogue", "bench.measure"), 15),
+        **dict.fromkeys(("bench.child", "bench.options", "cli_options"), 16),
+        **dict.fromkeys(("cli_bench", "cli_check", "cli_plan", "cli_trace"), 17),
+        "cli": 18,
+        "__init__": 19,
     }
 )
 
@@ -57,15 +60,15 @@ HOT_PATH = frozenset(
 )
 HF_ROOMS = frozenset(
     ["model", "head", "fused", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders"]
-    + ["plan_report", "cli_options"]
+    + ["plan_report", "cli_options", "bench.models"]
 )
-COMMANDS = frozenset({"cli", "cli_check", "cli_plan", "cli_trace"})
+COMMANDS = frozenset({"cli", "cli_bench", "cli_check", "cli_plan", "cli_trace"})
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
 
 @dataclass(frozen=True)
 class Module:
-    """One source file: its name inside the package (`layer`, `__init__`), its text and its tree."""
+    """One source file: its name inside the package (`layer`, `bench.job`, `__init__`), its text and its tree."""
 
     name: str
     source: str
@@ -85,10 +88,10 @@ Rule = Callable[[Module], Problems]
 
 
 def read_package(root: Path) -> list[Module]:
-    """All modules of the package; one in a subfolder goes by the folder's name."""
+    """All modules of the package; one in a subfolder is `folder.file`, the subfolder itself `folder.__init__`."""
     folder = root / PACKAGE
     return [
-        Module.parse(path.relative_to(folder).parts[0].removesuffix(".py"), path.read_text(encoding="utf-8"))
+        Module.parse(".".join(path.relative_to(folder).with_suffix("").parts), path.read_text(encoding="utf-8"))
         for path in sorted(folder.rglob("*.py"))
     ]
 
@@ -101,28 +104,34 @@ def import_order(module: Module) -> Problems:
     if module.name not in RANKS:
         yield f"{module.name}: give it a rank in tests/architecture.py"
         return
-    for line, name in _own_imports(module.tree):
+    for line, name in _own_imports(module):
         if name not in RANKS:
             yield f"{module.name}:{line}: imports {name}, which is no module with a rank"
         elif RANKS[name] >= RANKS[module.name]:
             yield f"{module.name}:{line}: must not import {name} (rank {RANKS[name]})"
 
 
-def _own_imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(tree):
+def _own_imports(module: Module) -> Iterator[tuple[int, str]]:
+    """(line, name) of every module of the package that the module imports."""
+    for node in ast.walk(module.tree):
         if isinstance(node, ast.ImportFrom):
             parts = (node.module or "").split(".") if node.module else []
             if node.level:
-                parts = [PACKAGE, *parts]
-            if parts == [PACKAGE]:
-                yield from ((node.lineno, alias.name) for alias in node.names)
-            elif parts and parts[0] == PACKAGE:
-                yield node.lineno, parts[1]
+                folders = [PACKAGE, *module.name.split(".")[:-1]]
+                parts = [*folders[: len(folders) + 1 - node.level], *parts]
+            if parts and parts[0] == PACKAGE:
+                yield from ((node.lineno, _imported([*parts[1:], alias.name])) for alias in node.names)
         elif isinstance(node, ast.Import):
             for alias in node.names:
-                head, _, rest = alias.name.partition(".")
+                head, *rest = alias.name.split(".")
                 if head == PACKAGE:
-                    yield node.lineno, rest.split(".")[0] or "__init__"
+                    yield node.lineno, _imported(rest) if rest else "__init__"
+
+
+def _imported(parts: list[str]) -> str:
+    """The module that `parts` name, or a name in: the longest that has a rank, else the first part."""
+    names = (".".join(parts[:length]) for length in (2, 1))
+    return next((name for name in names if name in RANKS), parts[0])
 
 
 # Forbidden words -----------------------------------------------------------------------------------

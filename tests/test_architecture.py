@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import architecture
 from tests.architecture import (
     MAX_MEDIAN_FUNCTION_LINES,
     RANKS,
@@ -75,10 +76,19 @@ def test_import_order_flags(name: str, source: str) -> None:
 
 
 def test_import_order_allows_what_points_left() -> None:
-    everything = "\n".join(f"from .{name} import x" for name in RANKS if name != "__init__")
+    everything = "\n".join(f"from .{name} import x" for name in RANKS if not name.endswith("__init__"))
     assert not problems(import_order, "planner", "from hf_fpdt.config import x\nfrom . import layout")
     assert not problems(import_order, "cli", "import hf_fpdt.model\nimport hf_fpdt_extra\nimport torch")
     assert not problems(import_order, "__init__", everything)
+
+
+def test_import_order_reaches_into_subfolders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architecture, "RANKS", {**RANKS, "sub.low": 12, "sub.high": 13})
+    assert not problems(import_order, "sub.high", "from .low import x\nfrom . import low\nfrom ..model import y")
+    assert not problems(import_order, "cli", "from .sub.high import x\nfrom .sub import high")
+    for source in ("from .high import x", "from . import high", "from hf_fpdt.sub import high", "from ..cli import x"):
+        assert problems(import_order, "sub.low", source), source
+    assert problems(import_order, "model", "from .sub.low import x")
 
 
 def test_import_order_asks_for_the_rank_of_a_new_module() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hf_fpdt.keep import Kept
 from hf_fpdt.layout import ChunkPlan
 from hf_fpdt.memory import ModelSizes, StepSizes
-from hf_fpdt.rates import GPUS, step_seconds, strict_flops
+from hf_fpdt.rates import GPUS, peak_of, step_seconds, strict_flops
 from tests.support import assert_rejects
 
 LLAMA_8B = ModelSizes(32, 4096, 14_336, 32, 8, 128, 128, 218_112_000)
@@ -60,10 +60,24 @@ def test_seconds_are_within_two_percent_of_measured_steps(
 
 
 def test_strict_flops_are_those_of_the_formula() -> None:
-    weights = 32 * 218_112_000 + 128_256 * 4096
+    matrices = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14_336)  # 218,103,808: the layer's parameters less two norms
+    weights = 32 * matrices + 128_256 * 4096
     for full, factor in ((False, 4), (True, 6)):
         expected = 2**17 * (factor * weights + 6 * 32 * 2**17 * 4096)
-        assert strict_flops(step(LLAMA_8B, 2**17, 128_256), full=full) == expected
+        assert strict_flops(LLAMA_8B, 128_256, 2**17, full=full) == expected
+
+
+def test_strict_flops_do_not_count_adapters_or_norms() -> None:
+    adapted = replace(LLAMA_8B, layer_parameters=LLAMA_8B.layer_parameters + 1_310_720)
+    counts = {strict_flops(sizes, 128_256, 2**17, full=False) for sizes in (LLAMA_8B, adapted)}
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("NVIDIA H100 80GB HBM3", True), ("NVIDIA A100-SXM4-80GB", True), ("X", False)]
+)
+def test_the_peak_is_that_of_a_known_gpu(name: str, known: bool) -> None:
+    assert peak_of(name) == (GPUS["h100" if "H100" in name else "a100-80"].peak if known else None)
 
 
 def test_ranks_that_share_a_sequence_share_its_time() -> None:

@@ -22,7 +22,7 @@ def kept(inputs: str, outputs: str) -> Kept:
 @pytest.mark.parametrize("n_tokens", [2**17, 100_000])
 def test_strict_work_is_that_of_the_formula_whatever_is_kept(n_tokens: int, full: bool) -> None:
     sizes = step(replace(LLAMA_8B, layers=4), n_tokens, 0)
-    expected = strict_flops(sizes, full=full)
+    expected = strict_flops(sizes.model, 0, n_tokens, full=full)
 
     def check(work: Work) -> None:
         assert work.strict == pytest.approx(expected, rel=1e-9)
@@ -35,7 +35,7 @@ def test_strict_work_is_that_of_the_formula_whatever_is_kept(n_tokens: int, full
 def test_what_is_not_kept_is_done_again_once() -> None:
     sizes = step(replace(LLAMA_8B, layers=4), 2**17, 0)
     everything = pass_work(sizes, kept("xxxx", "xxxx"), full=False).done
-    linear = 2.0 * 2**17 * LLAMA_8B.layer_parameters
+    linear = 2.0 * 2**17 * LLAMA_8B.linear_weights
     attention = 2.0 * 2**34 * 4096
     for keeps, linears, attentions in (
         (kept("xxxx", "oooo"), 0, 4),

@@ -1,0 +1,67 @@
+"""FPDT as a stack, and every stack by name."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from types import MappingProxyType
+from typing import Literal
+
+from torch import nn
+
+from ..config import FPDTPlugin
+from ..model import FPDTHandle, apply_fpdt
+from ..patch import AUTO_CHUNK_TOKENS_GPU
+from .peers import Alst, HuggingFace, Liger, OffloadedHuggingFace
+from .stack import Pieces, Stack, Unavailable
+
+
+class Fpdt(Stack):
+    """This package; settings beside the chunk are those of FPDT_* environment variables."""
+
+    name = "fpdt"
+    about = "this package"
+
+    _handle: FPDTHandle
+
+    def prepare(self, model: nn.Module, pieces: Pieces) -> None:
+        """`apply_fpdt`, one process whatever FPDT_SP_SIZE says."""
+        logging.getLogger("hf_fpdt").setLevel(logging.INFO)
+        chunk: int | Literal["auto"] = pieces.chunk_tokens or "auto"
+        if pieces.most_tokens < AUTO_CHUNK_TOKENS_GPU:
+            chunk = pieces.most_tokens
+        try:
+            self._handle = apply_fpdt(model, FPDTPlugin(sp_size=1, chunk_tokens=chunk))
+        except NotImplementedError as error:
+            raise Unavailable(str(error)) from error
+
+    def warm_up_tokens(self, pieces: Pieces) -> int:
+        return 2 * (pieces.chunk_tokens or AUTO_CHUNK_TOKENS_GPU) + 1
+
+    def pinned(self) -> tuple[int, float]:
+        others, seconds = super().pinned()
+        store = self._handle.store
+        return others + store.used_bytes().get("pinned", 0), seconds + store.pinning_seconds
+
+
+STACKS: MappingProxyType[str, type[Stack]] = MappingProxyType(
+    {kind.name: kind for kind in (Fpdt, HuggingFace, Liger, OffloadedHuggingFace, Alst)}
+)
+
+
+def stack_named(name: str) -> Stack:
+    """A new stack of the catalogue, or one of your own as `module:Class`.
+
+    Raises:
+        Unavailable: there is none of that name.
+    """
+    if name in STACKS:
+        return STACKS[name]()
+    module, _, kind = name.partition(":")
+    try:
+        made: Stack = getattr(importlib.import_module(module), kind)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Unavailable(
+            f"--stacks {name}: one of {', '.join(STACKS)} or your own as module:Class was expected ({error})."
+        ) from error
+    return made

@@ -1,0 +1,131 @@
+"""The order of things: a stack is checked, the machine's ceiling measured, then every (stack, length) has its row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..rates import peak_of
+from .figures import Rates, Trained, keys_of
+from .job import Job, Outcome
+from .longest import find_longest
+from .report import OK, Row
+
+Run = Callable[[Job], Outcome]
+# They cut nothing by --chunk-tokens.
+PEERS = frozenset({"hf", "liger", "hf-offload", "alst"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is to be measured.
+
+    Attributes:
+        job: what all jobs have in common; its `tokens` are the lengths, or where the search for the longest begins.
+        stacks: names.
+        trained: the model, for figures.
+        name: the model, for people.
+        longest: look for the longest length of each stack in place of measuring the given ones.
+        run: does a job in a process of its own.
+        say: tells people what goes on.
+    """
+
+    job: Job
+    stacks: tuple[str, ...]
+    trained: Trained
+    name: str
+    longest: bool
+    run: Run
+    say: Callable[[str], None]
+
+    def rows(self) -> Iterator[Row]:
+        """One for each (stack, length), or for each stack the longest; whatever happens to a child is a row."""
+        ceiling: dict[str, Any] | None = None
+        for stack in self.stacks:
+            self.say(f"{stack}: comparing loss and gradients with plain Hugging Face …")
+            parity = self.run(replace(self.job, kind="parity", stack=stack, tokens=()))
+            reason = parity.reason or ("" if parity.found["passed"] else parity.found["verdict"])
+            if reason:
+                lengths = (0,) if self.longest else self.job.tokens
+                yield from (self._row(stack, n_tokens, parity, reason) for n_tokens in lengths)
+                continue
+            self.say(f"{stack}: {parity.found['verdict']}")
+            if ceiling is None:
+                ceiling = self._ceiling()
+            found = {"parity": parity.found["parity"]}
+            if self.longest:
+                yield self._longest(stack, found, ceiling)
+            else:
+                yield from (self._measured(stack, n_tokens, found, ceiling) for n_tokens in self.job.tokens)
+
+    def _ceiling(self) -> dict[str, Any]:
+        """Rates, or nothing where they cannot be measured; a missing ceiling loses no row."""
+        self.say("measuring the rates of the attention kernel and of matrix products …")
+        # The longest length is not known yet; beyond 128K keys the rate stays.
+        tokens = (*self.job.tokens, 2**20) if self.longest and self.job.device == "cuda" else self.job.tokens
+        outcome = self.run(replace(self.job, kind="ceiling", stack="", tokens=tokens))
+        if outcome.reason:
+            self.say(f"no ceiling: {outcome.reason}")
+        return outcome.found
+
+    def _measured(self, stack: str, n_tokens: int, found: dict[str, Any], ceiling: dict[str, Any]) -> Row:
+        self.say(f"{stack}: {n_tokens:,} tokens …")
+        outcome = self.run(replace(self.job, kind="step", stack=stack, tokens=(n_tokens,)))
+        if outcome.reason:
+            self.say(f"{stack}: {n_tokens:,} tokens: {outcome.reason}")
+            return self._row(stack, n_tokens, outcome, outcome.reason)
+        peak, rates = peak_of(outcome.found["gpu"]), _rates(ceiling, n_tokens)
+        figures = self.trained.figures(n_tokens, outcome.found["step_s"], peak, rates)
+        self.say(f"{stack}: {n_tokens:,} tokens: {outcome.found['step_s']:.2f} s")
+        return {**self._row(stack, n_tokens, outcome, OK), **found, **figures, **_columns(rates), "peak": peak}
+
+    def _longest(self, stack: str, found: dict[str, Any], ceiling: dict[str, Any]) -> Row:
+        """The row of the longest length that completes a step; where none does, of the shortest that was tried."""
+        tried: dict[int, Row] = {}
+
+        def fits(n_tokens: int) -> bool:
+            tried[n_tokens] = self._measured(stack, n_tokens, found, ceiling)
+            return bool(tried[n_tokens]["result"] == OK)
+
+        longest = find_longest(fits, self.job.tokens[0])
+        failed = {n: row for n, row in tried.items() if n > longest}
+        if not longest:
+            return failed[min(failed)]
+        above = f"{min(failed):,} tokens: {failed[min(failed)]['result']}" if failed else "any more: not tried"
+        return {**tried[longest], "next": above}
+
+    def _row(self, stack: str, n_tokens: int, outcome: Outcome, result: str) -> dict[str, Any]:
+        job = self.job
+        return {
+            "stack": stack,
+            "tokens": n_tokens,
+            "result": result,
+            "model": self.name,
+            "layers": self.trained.sizes.layers,
+            "trained": "every weight, AdamW" if job.full else "LoRA r=16, AdamW",
+            "dtype": job.dtype,
+            "chunk_tokens": job.chunk_tokens if stack not in PEERS else None,
+            **{key: value for key, value in outcome.found.items() if key not in ("passed", "verdict")},
+        }
+
+
+def _rates(ceiling: dict[str, Any], n_tokens: int) -> Rates | None:
+    """Those measured at the nearest number of keys that is not below."""
+    measured = {int(keys): rates for keys, rates in ceiling.get("attention", {}).items()}
+    if not measured:
+        return None
+    keys = min((k for k in measured if k >= keys_of(n_tokens)), default=max(measured))
+    forward, backward = measured[keys]
+    return Rates(forward=forward, backward=backward, matmul=ceiling["matmul"], kernel=ceiling["kernel"])
+
+
+def _columns(rates: Rates | None) -> dict[str, Any]:
+    if rates is None:
+        return {}
+    return {
+        "kernel": rates.kernel,
+        "attention_forward": rates.forward,
+        "attention_backward": rates.backward,
+        "matmul": rates.matmul,
+    }

@@ -1,0 +1,76 @@
+"""What a way to train ("stack") is: it changes a model, and makes a loss and its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Unavailable(Exception):
+    """A stack cannot run here; the message says why, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """Into what a stack cuts a sequence.
+
+    Attributes:
+        chunk_tokens: of FPDT; None: its own choice.
+        most_tokens: at most so many in a piece of whatever it cuts. A short check cuts as a long run does.
+    """
+
+    chunk_tokens: int | None = None
+    most_tokens: int = 2**31
+
+    def tokens(self, usual: int) -> int:
+        """Tokens of a piece that usually has so many."""
+        return max(1, min(usual, self.most_tokens))
+
+
+class Stack:
+    """Hugging Face as it is; subclasses say what they change.
+
+    Attributes:
+        name: in tables and on the command line.
+        about: what a user of it switches on.
+    """
+
+    name: ClassVar[str] = ""
+    about: ClassVar[str] = ""
+
+    def prepare(self, model: nn.Module, pieces: Pieces) -> None:
+        """Change a new model in place.
+
+        Args:
+            model: a causal language model, or a PEFT model around one, in training mode.
+            pieces: into what it may cut sequences.
+
+        Raises:
+            Unavailable: a package is missing, or the model is not for it.
+        """
+
+    def loss_and_backward(self, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        """The mean loss; gradients lie in the parameters then."""
+        loss = model(input_ids=ids_BS, labels=labels_BS, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    def warm_up_tokens(self, pieces: Pieces) -> int:
+        """Length of a step after which every kernel is compiled."""
+        return 4096
+
+    def pinned(self) -> tuple[int, float]:
+        """Pinned host bytes at their highest, and the seconds spent on pinning."""
+        if not torch.cuda.is_available():
+            return 0, 0.0
+        stats = torch.cuda.host_memory_stats()
+        return int(stats.get("allocated_bytes.peak", 0)), stats.get("host_alloc_time.total", 0) / 1e6
+
+
+def base_of(model: nn.Module) -> Any:
+    """The transformers model, without PEFT's around it."""
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else model
