@@ -11,8 +11,19 @@ from pathlib import Path
 from .arguments import amount, count, tokens
 from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_picture, config_of, mistakes
 from .config import CHECKPOINT_POLICIES
-from .fit import STEP_TOKENS, Fit, Machines, Training, fit, longest, what_would_help
+from .fit import (
+    STEP_TOKENS,
+    Fit,
+    Machines,
+    Training,
+    fit,
+    host_needed,
+    longest,
+    machine_bytes,
+    what_would_help,
+)
 from .offload import GIB
+from .patch import auto_chunk_tokens
 from .plan_curves import Reach, memory_curve, reach_by_host
 from .plan_picture import draw_plan
 from .plan_report import as_json, as_text, training_of
@@ -23,7 +34,8 @@ from .trace_picture import PictureError, check_matplotlib
 PLAN_HELP = """\
 Says from a model's configuration alone, without weights and without a GPU, whether a sequence of --seq-len tokens
 can be trained on the given GPUs and host memory, what lies where, and about how long a step takes; without --seq-len,
-the longest sequence that can, and what would make it longer. All GPUs share one sequence (sp_size).
+the longest sequence that can, and what would make it longer; without --host-mem, the host memory that it needs. All
+GPUs share one sequence (sp_size).
 
 Bytes are those that FPDT itself plans with at run time. Seconds come from rates measured on an H100 (seven
 steps of Llama and GPT-NeoX shapes are within 2 % of them); for other GPUs they are derived from data sheets.
@@ -33,6 +45,7 @@ PLAN_EXAMPLES = """\
 examples:
   hf-fpdt plan --shape llama-8b --host-mem 128                       the longest sequence on one H100
   hf-fpdt plan --shape llama-8b --host-mem 128 --seq-len 512K        what 512K tokens take there
+  hf-fpdt plan --shape llama-8b --gpus 4 --seq-len 2M                what host memory 2M tokens need
   hf-fpdt plan meta-llama/Llama-3.1-70B --gpus 32 --host-mem 4096 --fsdp --seq-len 1M
   hf-fpdt plan ./my-model --gpu a100-80 --gpus 4 --host-mem 1024 --full --fsdp --json
   hf-fpdt plan --host-mem 128 --seq-len 512K --plot plan.png         the same as a picture
@@ -52,7 +65,7 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add_model(parser.add_argument_group("what to train").add_mutually_exclusive_group())
     training = parser.add_argument_group("how")
     training.add_argument("--seq-len", type=tokens, metavar="TOKENS", help="default: the longest that fits")
-    training.add_argument("--chunk-tokens", type=tokens, default="32K", metavar="TOKENS", help="default: %(default)s")
+    training.add_argument("--chunk-tokens", type=tokens, metavar="TOKENS", help="default: what FPDTPlugin would take")
     training.add_argument("--full", action="store_true", help="train every weight (default: LoRA, rank 16)")
     training.add_argument("--checkpoints", choices=CHECKPOINT_POLICIES, default="auto", help="default: %(default)s")
     machines = parser.add_argument_group("on what")
@@ -60,7 +73,9 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     kind.add_argument("--gpu", choices=list(GPUS), default="h100", help="kind of GPU (default: %(default)s)")
     kind.add_argument("--rates", type=Path, metavar="FILE", help="your own GPU, from hf-fpdt check --measure --rates")
     machines.add_argument("--gpus", type=count, default=1, help="all of one sequence (default: %(default)s)")
-    machines.add_argument("--host-mem", type=amount, required=True, metavar="GIB", help="of all machines together")
+    machines.add_argument(
+        "--host-mem", type=amount, metavar="GIB", help="of all machines together (left out: what --seq-len needs)"
+    )
     machines.add_argument("--disk", type=amount, default=0.0, metavar="GIB", help="for files (default: none)")
     machines.add_argument("--fsdp", action="store_true", help="shard weights over the GPUs (FSDP2)")
     output = parser.add_argument_group("what to write")
@@ -81,28 +96,49 @@ def plan(options: argparse.Namespace) -> None:
         with mistakes(PictureError):
             check_matplotlib()
         check_picture("--plot", options.plot)
-    training = training_of(config_of(options, layers=None), lora=not options.full)
-    training = replace(training, chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints)
-    machines = Machines(
-        gpu=_gpu(options),
-        gpus=options.gpus,
-        host_bytes=int(options.host_mem * 2**30),
-        disk_bytes=int(options.disk * 2**30),
-        sharded=options.fsdp,
-    )
-    if training.model.q_heads % options.gpus or options.chunk_tokens % options.gpus:
+    training, machines = _training(options), _machines(options)
+    if training.model.q_heads % options.gpus or training.chunk_tokens % options.gpus:
         raise UserMistake(
             f"--gpus {options.gpus}: the GPUs of a sequence share its {training.model.q_heads} query heads and every "
-            f"chunk of {options.chunk_tokens:,} tokens, so it must divide both."
+            f"chunk of {training.chunk_tokens:,} tokens, so it must divide both."
         )
+    least, helps = None, {}
     with mistakes(MemoryError):
-        found = longest(training, machines) if options.seq_len is None else fit(training, machines, options.seq_len)
-    if found is None:
-        raise UserMistake(f"not even {STEP_TOKENS:,} tokens fit; see --seq-len {STEP_TOKENS} for the arithmetic.")
-    helps = {} if options.seq_len is not None else what_would_help(training, machines)
-    print(json.dumps(as_json(found, helps)) if options.json else as_text(found, machines, helps))
+        if options.host_mem is None:
+            least, found = host_needed(training, machines, options.seq_len)
+            machines = replace(machines, host_bytes=machine_bytes(found.host))
+        elif options.seq_len is not None:
+            found = fit(training, machines, options.seq_len)
+        else:
+            found, helps = _longest(training, machines), what_would_help(training, machines)
+    print(json.dumps(as_json(found, helps, least)) if options.json else as_text(found, machines, helps, least))
     if options.plot is not None:
         _draw(options, training, machines, found)
+
+
+def _training(options: argparse.Namespace) -> Training:
+    training = training_of(config_of(options, layers=None), lora=not options.full)
+    chunk_tokens = options.chunk_tokens or auto_chunk_tokens(options.gpus, on_gpu=True)
+    return replace(training, chunk_tokens=chunk_tokens, checkpoints=options.checkpoints)
+
+
+def _machines(options: argparse.Namespace) -> Machines:
+    if options.host_mem is None and options.seq_len is None:
+        raise UserMistake("--host-mem is needed to find the longest sequence; or --seq-len, to find what it needs.")
+    return Machines(
+        gpu=_gpu(options),
+        gpus=options.gpus,
+        host_bytes=int((options.host_mem or 0) * GIB),
+        disk_bytes=int(options.disk * GIB),
+        sharded=options.fsdp,
+    )
+
+
+def _longest(training: Training, machines: Machines) -> Fit:
+    found = longest(training, machines)
+    if found is None:
+        raise UserMistake(f"not even {STEP_TOKENS:,} tokens fit; see --seq-len {STEP_TOKENS} for the arithmetic.")
+    return found
 
 
 def _draw(options: argparse.Namespace, training: Training, machines: Machines, found: Fit) -> None:

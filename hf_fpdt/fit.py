@@ -6,6 +6,7 @@ table of device memory (`memory`) and the rates of GPUs (`rates`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from .budget import DEVICE_MARGIN, DEVICE_RESERVE, NO_LIMIT, PassPlan, plan_pass
@@ -181,6 +182,35 @@ def longest(training: Training, machines: Machines) -> Fit | None:
         at_middle = fits(middle)
         found, low, high = (found, low, middle) if at_middle is None else (at_middle, middle, high)
     return found
+
+
+def host_needed(training: Training, machines: Machines, n_tokens: int) -> tuple[Fit, Fit]:
+    """(with the least host memory that takes `n_tokens`, with as much as keeps everything), to a GiB.
+
+    `Fit.host` is what is pinned; `machine_bytes` says what machines must have for it.
+
+    Raises:
+        MemoryError: no host memory is enough; the message has the arithmetic.
+    """
+
+    def with_gib(gib: int) -> Fit | None:
+        try:
+            return fit(training, replace(machines, host_bytes=gib * GIB), n_tokens)
+        except MemoryError:
+            return None
+
+    most = fit(training, replace(machines, host_bytes=2 * NO_LIMIT), n_tokens)
+    low, high, least = -1, math.ceil(machine_bytes(most.host) / GIB), most
+    while high - low > 1:
+        middle = (low + high) // 2
+        at_middle = with_gib(middle)
+        low, high, least = (middle, high, least) if at_middle is None else (low, middle, at_middle)
+    return least, most
+
+
+def machine_bytes(pinned: int) -> int:
+    """Host memory of the machines of which so much can be pinned."""
+    return math.ceil((pinned + HOST_RESERVE) / HOST_USABLE) if pinned else 0
 
 
 def what_would_help(training: Training, machines: Machines) -> dict[str, int]:

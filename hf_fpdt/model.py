@@ -30,10 +30,9 @@ from .layer import run_layer
 from .liger import load_liger, why_not_liger
 from .memory import ModelSizes
 from .patch import (
-    AUTO_CHUNK_TOKENS_CPU,
-    AUTO_CHUNK_TOKENS_GPU,
     Settings,
     arguments_by_name,
+    auto_chunk_tokens,
     check_patched,
     is_patched,
     unpatch,
@@ -201,7 +200,7 @@ class FPDTHandle:
 
     def __str__(self) -> str:
         p = self.plugin
-        gpu, cpu = (f"{n:,}" for n in (AUTO_CHUNK_TOKENS_GPU, AUTO_CHUNK_TOKENS_CPU))
+        gpu, cpu = (f"{auto_chunk_tokens(p.sp_size, on_gpu=on_gpu):,}" for on_gpu in (True, False))
         chunk = f"{gpu} tokens on a GPU, {cpu} on a CPU" if p.chunk_tokens == "auto" else f"{p.chunk_tokens:,} tokens"
         return (
             f"{type(self.model).__name__}, {len(self._layers)} layers in chunks of {chunk}; kernel {p.kernel!r}; "

@@ -20,6 +20,7 @@ from .memory import ModelSizes, StepSizes
 from .progress import StepProgress
 
 AUTO_CHUNK_TOKENS_GPU = 32_768
+AUTO_RANK_TOKENS_GPU = 8_192
 AUTO_CHUNK_TOKENS_CPU = 4_096
 LOGITS_BYTES = 2**30
 
@@ -77,8 +78,13 @@ def resolve_chunk_tokens(plugin: FPDTPlugin, *, on_gpu: bool) -> int:
     """Global tokens a chunk; "auto" is resolved by device, down to a multiple of `sp_size`."""
     if plugin.chunk_tokens != "auto":
         return plugin.chunk_tokens
-    chunk_tokens = AUTO_CHUNK_TOKENS_GPU if on_gpu else AUTO_CHUNK_TOKENS_CPU
-    return chunk_tokens - chunk_tokens % plugin.sp_size
+    return auto_chunk_tokens(plugin.sp_size, on_gpu=on_gpu)
+
+
+def auto_chunk_tokens(sp_size: int, *, on_gpu: bool) -> int:
+    """Global tokens a chunk for "auto": on GPUs enough that each has 8,192 of them for its matrix products."""
+    chunk_tokens = max(AUTO_CHUNK_TOKENS_GPU, AUTO_RANK_TOKENS_GPU * sp_size) if on_gpu else AUTO_CHUNK_TOKENS_CPU
+    return chunk_tokens - chunk_tokens % sp_size
 
 
 @dataclass

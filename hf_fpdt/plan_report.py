@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .fit import Fit, Machines, Training, Weights
+from .fit import Fit, Machines, Training, Weights, machine_bytes
 from .memory import ModelSizes
 from .model import decoder_layers
 from .offload import GIB
@@ -44,8 +44,8 @@ def _count(parameters: Any, *, trained: bool = False) -> int:
     return sum(p.numel() for p in parameters if p.requires_grad or not trained)
 
 
-def as_json(found: Fit, helps: Mapping[str, int]) -> dict[str, Any]:
-    """Numbers, in bytes and seconds."""
+def as_json(found: Fit, helps: Mapping[str, int], least: Fit | None = None) -> dict[str, Any]:
+    """Numbers, in bytes and seconds; `least` is the step with the least host memory."""
     kept, kv, told = found.plan.kept, found.plan.kv, found.plan.foretold
     assert told is not None
     return {
@@ -64,11 +64,12 @@ def as_json(found: Fit, helps: Mapping[str, int]) -> dict[str, Any]:
         "layers": kept.layers,
         "resident_chunks": kv.backward_resident,
         "longest_with": dict(helps),
+        **({} if least is None else {"least_host_bytes": least.host, "seconds_with_least": least.seconds}),
     }
 
 
-def as_text(found: Fit, machines: Machines, helps: Mapping[str, int]) -> str:
-    """A few lines."""
+def as_text(found: Fit, machines: Machines, helps: Mapping[str, int], least: Fit | None = None) -> str:
+    """A few lines; `least` is the step with the least host memory."""
     plan, kept, told = found.step.plan, found.plan.kept, found.plan.foretold
     assert told is not None
     hours = f"{found.seconds:,.1f} s" if found.seconds < 7200 else f"{found.seconds / 3600:.1f} h"
@@ -87,6 +88,9 @@ def as_text(found: Fit, machines: Machines, helps: Mapping[str, int]) -> str:
         *(f"    {name:40} {size / GIB:8.1f}" for name, size in found.device if size >= 0.05 * GIB),
         f"  hosts, pinned         {found.host / GIB:8.1f} of {machines.host_bytes / GIB:,.0f} GiB",
     ]
+    if least is not None:
+        host = f"{machine_bytes(least.host) / GIB:8.1f} GiB, then a step takes {least.seconds:,.1f} s and keeps"
+        lines.append(f"  least host memory     {host} {least.plan.kept}")
     if told.disk_bytes:
         lines.append(f"  files                 {told.disk_bytes * plan.sp_size / GIB:8.1f} GiB")
     if helps:

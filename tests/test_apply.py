@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.patch import auto_chunk_tokens
 from tests.models import (
     PLUGIN,
     SIZES,
@@ -415,3 +416,11 @@ class Mixer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
         return self.linear(hidden_states).cumsum(1), None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpu", "cpu"),
+    [(1, 32_768, 4096), (3, 32_766, 4095), (4, 32_768, 4096), (8, 65_536, 4096), (32, 2**18, 4096)],
+)
+def test_a_chunk_of_its_own_choice_gives_every_gpu_enough(ranks: int, gpu: int, cpu: int) -> None:
+    assert (auto_chunk_tokens(ranks, on_gpu=True), auto_chunk_tokens(ranks, on_gpu=False)) == (gpu, cpu)

@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from hf_fpdt.fit import GIB, STEP_TOKENS, Machines, Training, Weights, fit, longest, what_would_help
+from hf_fpdt.fit import (
+    GIB,
+    STEP_TOKENS,
+    Machines,
+    Training,
+    Weights,
+    fit,
+    host_needed,
+    longest,
+    machine_bytes,
+    what_would_help,
+)
 from hf_fpdt.rates import GPUS
 from tests.test_rates import LLAMA_8B
 
@@ -70,3 +81,18 @@ def test_what_never_fits_says_so() -> None:
     assert longest(TRAINING, small) is None
     with pytest.raises(MemoryError, match="16,384 tokens need .* GiB of each H100"):
         fit(TRAINING, small, STEP_TOKENS)
+
+
+@pytest.mark.parametrize("machines", [ONE, FOUR])
+def test_the_host_memory_needed_is_the_least_and_the_most_that_helps(machines: Machines) -> None:
+    training, n_tokens = (TRAINING, 2**19) if machines.gpus == 1 else (WIDE, 2**21)
+    least, most = host_needed(training, machines, n_tokens)
+    assert most.plan.kept.rebuilt == most.plan.kept.attention_reruns == 0 and least.seconds > most.seconds
+    for found, enough in ((least, True), (most, True)):
+        have = replace(machines, host_bytes=machine_bytes(found.host))
+        assert (fit(training, have, n_tokens).seconds <= found.seconds) == enough
+    less = replace(machines, host_bytes=machine_bytes(least.host) - 2 * GIB)
+    with pytest.raises(MemoryError):
+        fit(training, less, n_tokens)
+    slower = fit(training, replace(machines, host_bytes=machine_bytes(most.host) - 2 * GIB), n_tokens)
+    assert slower.seconds > most.seconds

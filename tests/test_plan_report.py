@@ -102,3 +102,17 @@ def test_mistakes_end_with_status_2_and_without_a_traceback(
         status = int(str(ended.code))
     error = capsys.readouterr().err
     assert status == 2 and said in error and "Traceback" not in error
+
+
+def test_without_host_memory_it_says_what_a_length_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--shape", "llama-8b", "--gpus", "4", "--seq-len", "2M"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    hidden = 2 * 1024**2 // 4 * 4096 * 2  # bytes of a rank's hidden states
+    lse = 2 * 1024**2 * 8 * 4
+    kept = 4 * 32 * (2 * hidden + lse)
+    assert found["host_bytes"] + 4 * found["device_bytes"]["checkpoints"] == pytest.approx(kept, rel=0.01)
+    assert found["least_host_bytes"] < found["host_bytes"] and found["seconds_with_least"] > found["seconds"]
+    assert main(arguments) == 0
+    assert "least host memory" in capsys.readouterr().out
+    assert main(["plan", "--shape", "llama-8b"]) == 2 and "--host-mem is needed" in capsys.readouterr().err
