@@ -16,11 +16,24 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from .linear import patch_linear
+from .linear import is_lora, patch_linear
 from .patch import Settings, is_patched, patch
 
 ROTARY = "apply_rotary_pos_emb"
+# Attention whose q and k come straight from a projection or a norm, so that nobody needs their values before rotation,
+# and the module of its rotary embedding.
+ATTENTIONS: tuple[tuple[Callable[..., Any], Any], ...] = (
+    (llama.LlamaAttention.forward, llama),
+    (mistral.MistralAttention.forward, mistral),
+    (qwen2.Qwen2Attention.forward, qwen2),
+    (qwen3.Qwen3Attention.forward, qwen3),
+    (neox.GPTNeoXAttention.forward, neox),
+)
+PROJECTIONS = ("q_proj", "k_proj", "query_key_value")
 
 
 def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings) -> None:
@@ -28,24 +41,25 @@ def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings
 
     It is called at every use of a layer: PEFT may have put adapters into it since the last.
     """
-    unread = {id(module) for module in _unread(layer, forward)}
+    unread = {id(module): (module, *readers) for module, *readers in _unread(layer, forward)}
     for module in list(layer.modules()):
         if not is_patched(module):
-            patch_linear(module, settings, unread=id(module) in unread)
+            patch_linear(module, settings, readers=unread.get(id(module), ()))
             twin = None if settings.liger is None else _twin_of(module)
             if twin is not None:
                 patch(module, twin, settings)
 
 
-def _unread(layer: Any, forward: Callable[..., Any]) -> Iterator[nn.Module]:
-    """The linears whose values go nowhere but into the layer's output."""
-    mlp = getattr(layer, "mlp", None)
+def _unread(layer: Any, forward: Callable[..., Any]) -> Iterator[tuple[nn.Module, ...]]:
+    """The linears whose values go nowhere but into the layer's output, each with the modules that pass them on."""
+    mlp: Any = getattr(layer, "mlp", None)
     if _same_code(forward, llama.LlamaDecoderLayer.forward) and _runs(mlp, llama.LlamaMLP.forward):
-        yield layer.mlp.down_proj
+        yield mlp.down_proj, mlp
     if _same_code(forward, neox.GPTNeoXLayer.forward) and _runs(mlp, neox.GPTNeoXMLP.forward):
-        yield layer.mlp.dense_4h_to_h
-        if layer.use_parallel_residual and _runs(layer.attention, neox.GPTNeoXAttention.forward):
-            yield layer.attention.dense
+        yield mlp.dense_4h_to_h, mlp, layer.post_mlp_dropout
+        attention = layer.attention
+        if layer.use_parallel_residual and _runs(attention, neox.GPTNeoXAttention.forward):
+            yield attention.dense, attention, layer.post_attention_dropout
 
 
 def _twin_of(module: Any) -> Callable[..., Any] | None:
@@ -66,9 +80,14 @@ def _rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _swiglu_forward(self: Any, x: Tensor) -> Tensor:
-    if not x.is_cuda:
+    if not (x.is_cuda and _is_sum(self.gate_proj) and _is_sum(self.up_proj)):
         return self._fpdt.forward(x)
     return self.down_proj(self._fpdt.settings.liger.silu_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+def _is_sum(module: nn.Module) -> bool:
+    """Whether nothing needs the values of the module's output for its gradient, so that they may be overwritten."""
+    return isinstance(module, nn.Linear) or is_lora(module)
 
 
 def _with_rotary(forward: FunctionType, rotary: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,6 +95,8 @@ def _with_rotary(forward: FunctionType, rotary: Callable[..., Any]) -> Callable[
 
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
         liger = self._fpdt.settings.liger
+        if not all(_is_sum(getattr(self, name)) for name in PROJECTIONS if hasattr(self, name)):
+            return forward(self, *args, **kwargs)
 
         def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
             plain = bool(others) or not q.is_cuda or q.dtype != cos.dtype
@@ -91,19 +112,14 @@ def _with_rotary(forward: FunctionType, rotary: Callable[..., Any]) -> Callable[
 
 @lru_cache
 def _rotary_of(kind: Any) -> Callable[..., Any] | None:
-    """The rotary embedding that a class's forward calls by name, if it is Llama's or GPT-NeoX's."""
+    """The rotary embedding of a class of attention, if both are known."""
     forward = kind.forward
-    if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
-        return None
-    rotary = forward.__globals__.get(ROTARY)
-    for module in (llama, neox):
-        known = getattr(module, ROTARY)
-        if (
-            rotary is not None
-            and _same_code(rotary, known)
-            and _same_code(rotary.__globals__.get("rotate_half"), module.rotate_half)
-        ):
-            return rotary
+    for attention, module in ATTENTIONS:
+        if isinstance(forward, FunctionType) and _same_code(forward, attention):
+            rotary, known = forward.__globals__.get(ROTARY), getattr(module, ROTARY)
+            if rotary is None or not _same_code(rotary, known):
+                return None
+            return rotary if _same_code(rotary.__globals__.get("rotate_half"), module.rotate_half) else None
     return None
 
 

@@ -9,6 +9,7 @@ down-projection, a quarter of the layer's weights) is read by nobody: backward n
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -16,57 +17,62 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+from torch.nn.modules.module import _global_forward_hooks
 
 from .patch import Settings, is_patched, patch
 from .run import current_call
 
+Readers = tuple[nn.Module, ...]
 
-def patch_linear(module: nn.Module, settings: Settings, *, unread: bool) -> None:
-    """Patch a PEFT LoRA linear; with `unread`, whose value nothing in its layer reads but sums, any linear."""
+
+def patch_linear(module: nn.Module, settings: Settings, *, readers: Readers = ()) -> None:
+    """Patch a PEFT LoRA linear; and any linear whose value only goes into sums, by way of `readers`, its own first."""
     if is_patched(module):
         return
-    if _is_lora(module):
-        patch(module, _unread_lora_forward if unread else _lora_forward, settings)
-    elif unread and type(module) is nn.Linear:
-        patch(module, _unread_forward, settings)
+    if is_plain_lora(module):
+        patch(module, functools.partial(_lora_forward, readers=readers), settings)
+    elif readers and type(module) is nn.Linear:
+        patch(module, functools.partial(_unread_forward, readers=readers), settings)
 
 
-def _is_lora(module: nn.Module) -> bool:
-    peft_layers = sys.modules.get("peft.tuners.lora.layer")  # where no model has adapters, peft need not be loaded
+def is_plain_lora(module: nn.Module) -> bool:
+    """Whether it is PEFT's LoRA around a linear; where no model has adapters, peft need not be loaded to tell."""
+    peft_layers = sys.modules.get("peft.tuners.lora.layer")
     return peft_layers is not None and type(module) is peft_layers.Linear
 
 
-def _is_unread() -> bool:
+def is_lora(module: nn.Module) -> bool:
+    """Whether it is one of PEFT's LoRA layers, around a quantised linear too."""
+    peft_layers = sys.modules.get("peft.tuners.lora.layer")
+    return peft_layers is not None and isinstance(module, peft_layers.LoraLayer)
+
+
+def _is_unread(readers: Readers) -> bool:
+    """Whether nothing looks at the value: the replay does not, and no hook does."""
     call = current_call()
-    return call is not None and call.rest_is_unread
+    if not readers or call is None or not call.rest_is_unread:
+        return False
+    return not _global_forward_hooks and not any(map(_hooked, readers))
 
 
-def _unread_forward(self: Any, x: Tensor) -> Tensor:
-    if not _is_unread() or _hooked(self):
+def _unread_forward(self: Any, x: Tensor, *, readers: Readers) -> Tensor:
+    if not _is_unread(readers):
         return self._fpdt.forward(x)
     x, weight, *bias = _in_autocast_dtype(x, self.weight, *_present(self.bias))
     return _UnreadLinear.apply(x, weight, *bias)
 
 
-def _unread_lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _lora(self, x, _is_unread() and not _hooked(self), *args, **kwargs)
-
-
-def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _lora(self, x, False, *args, **kwargs)
-
-
-def _lora(layer: Any, x: Tensor, unread: bool, *args: Any, **kwargs: Any) -> Tensor:
-    name = None if args or kwargs else _only_adapter(layer)
+def _lora_forward(self: Any, x: Tensor, *args: Any, readers: Readers, **kwargs: Any) -> Tensor:
+    name = None if args or kwargs else _only_adapter(self)
     if name is None:
-        return layer._fpdt.forward(x, *args, **kwargs)
-    base, down, up = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+        return self._fpdt.forward(x, *args, **kwargs)
+    base, down, up = self.base_layer, self.lora_A[name], self.lora_B[name]
     tensors = _in_autocast_dtype(x, base.weight, down.weight, up.weight, *_present(base.bias))
     if len({tensor.dtype for tensor in tensors}) > 1:
-        return layer._fpdt.forward(x)  # PEFT computes wider adapters in their own dtype
-    dropout, (x, *weights) = layer.lora_dropout[name], tensors
+        return self._fpdt.forward(x)  # PEFT computes wider adapters in their own dtype
+    dropout, (x, *weights) = self.lora_dropout[name], tensors
     active = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-    return _LoRALinear.apply(layer.scaling[name], unread, x, dropout(x) if active else None, *weights)
+    return _LoRALinear.apply(self.scaling[name], _is_unread(readers), x, dropout(x) if active else None, *weights)
 
 
 def _only_adapter(layer: Any) -> str | None:

@@ -53,8 +53,8 @@ def patched() -> Callable[..., Any]:
     """A function that gives a PEFT linear the forward FPDT gives those of a model."""
     settings = applied(tiny("llama"))._settings
 
-    def patch(layer: Any, *, unread: bool = False) -> Any:
-        hf_fpdt.linear.patch_linear(layer, settings, unread=unread)
+    def patch(layer: Any) -> Any:
+        hf_fpdt.linear.patch_linear(layer, settings)
         return layer
 
     return patch
@@ -209,13 +209,30 @@ def test_unread_products_are_really_left_out(monkeypatch: pytest.MonkeyPatch) ->
     assert rows == {False: 2 * 64, True: 64}
 
 
-def test_a_hook_on_the_last_product_gets_its_value(fused_calls: list[str]) -> None:
+@pytest.mark.parametrize("name", ["mlp.down_proj", "mlp"])
+def test_a_hook_on_the_last_product_or_its_mlp_gets_its_value(name: str, fused_calls: list[str]) -> None:
+    model, (ids, labels) = tiny("llama"), batch(64, 1)
+    handle = applied(model)
+    model(input_ids=ids, labels=labels).loss.backward()
+    fused_calls.clear()
+    seen: list[bool] = []
+    module = model.model.layers[0].get_submodule(name)
+    module.register_forward_hook(lambda m, a, y: seen.append(bool(y.isfinite().all())))
+    model(input_ids=ids, labels=labels).loss.backward()
+    assert seen and all(seen)
+    assert len(fused_calls) == 2  # the other layer's two chunks
+    handle.remove()
+
+
+def test_a_hook_on_every_module_gets_values(fused_calls: list[str]) -> None:
     model, (ids, labels) = tiny("llama"), batch(64, 1)
     seen: list[bool] = []
-    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, y: seen.append(bool(y.isfinite().all())))
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda m, a, y: seen.append(bool(y.isfinite().all())) if isinstance(y, Tensor) else None
+    )
     with_fpdt(model, ids, labels, chunk_tokens=32)
-    assert seen and all(seen)
-    assert len(fused_calls) == 2  # the other layer's
+    hook.remove()
+    assert seen and all(seen) and not fused_calls
 
 
 def test_adapters_put_in_after_apply_are_found(fused_calls: list[str]) -> None:
