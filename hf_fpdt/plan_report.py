@@ -79,7 +79,8 @@ def as_text(found: Fit, machines: Machines, helps: Mapping[str, int], least: Fit
         f"host memory, in {len(plan.chunks)} chunks of {plan.chunk_tokens:,}",
         f"  a step                {hours}, {speed:,.0f} tokens/s, strict MFU {found.strict_mfu:.3f}",
         f"  by                    {machines.gpu.source}",
-        f"  kept for backward     {kept}",
+        f"  inputs kept           {_layers(kept.inputs)}",
+        f"  attention outputs     {_layers(kept.attentions)}",
         f"  done again            attention of {kept.attention_reruns} layers, {kept.rebuilt} inputs rebuilt",
         f"  K, V                  {found.plan.kv.backward_resident} of {len(plan.chunks)} chunks on the GPU",
         f"  copies                {found.copy_seconds:,.1f} s a step, under {found.seconds:,.1f} s of computation",
@@ -94,9 +95,31 @@ def as_text(found: Fit, machines: Machines, helps: Mapping[str, int], least: Fit
     if told.disk_bytes:
         lines.append(f"  files                 {told.disk_bytes * plan.sp_size / GIB:8.1f} GiB")
     if helps:
-        lines += ["", "  longer with"]
+        lines += ["", f"  ends by               {_limit(helps)}", "  longer with"]
         lines += [f"    {name:40} {tokens:>12,} tokens" for name, tokens in helps.items()]
+        if not any("GPUs" in name for name in helps):
+            lines.append(
+                f"    twice the GPUs: not by sp_size, {found.step.model.q_heads} query heads do not divide by more"
+            )
     return "\n".join(lines)
+
+
+def _layers(flags: tuple[bool, ...]) -> str:
+    """How many of how many, and which: "9 of 32: 0, 2, 26-31"."""
+    runs: list[list[int]] = []
+    for layer in (i for i, flag in enumerate(flags) if flag):
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1] = [runs[-1][0], layer]
+        else:
+            runs.append([layer])
+    which = ", ".join("-".join(map(str, run)) for run in runs)
+    return f"{sum(flags)} of {len(flags)}" + (f": layers {which}" if 0 < sum(flags) < len(flags) else "")
+
+
+def _limit(helps: Mapping[str, int]) -> str:
+    """What a quarter more of helps most."""
+    quarters = {name: tokens for name, tokens in helps.items() if name.startswith("a quarter")}
+    return max(quarters, key=lambda name: quarters[name]).removeprefix("a quarter more ")
 
 
 def _total(items: tuple[tuple[str, int], ...]) -> float:

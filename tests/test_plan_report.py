@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from hf_fpdt.cli import main
 from hf_fpdt.fit import GIB, Machines, fit
-from hf_fpdt.plan_report import as_json, as_text, training_of
+from hf_fpdt.plan_report import _layers, _limit, as_json, as_text, training_of
 from hf_fpdt.rates import GPUS
 from hf_fpdt.shapes import build_random, llama_8b, with_layers
 
@@ -80,6 +80,14 @@ def test_without_a_length_it_finds_the_longest(tmp_path: Path, capsys: pytest.Ca
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "longer with" in text and "a quarter more GPU memory" in text and "2 x A100 40GB" in text
+    assert "ends by               host memory" in text or "ends by               GPU memory" in text
+
+
+def test_layers_are_named_by_runs_and_what_helps_most_is_the_limit() -> None:
+    assert _layers((True,) * 3) == "3 of 3" and _layers((False,) * 3) == "0 of 3"
+    assert _layers((True, False, True, True, True, False, True, True)) == "6 of 8: layers 0, 2-4, 6-7"
+    helps = {"a quarter more host memory": 5, "a quarter more GPU memory": 7, "twice the GPUs and hosts": 9}
+    assert _limit(helps) == "GPU memory" and _limit({**helps, "a quarter more host memory": 8}) == "host memory"
 
 
 @pytest.mark.parametrize(
