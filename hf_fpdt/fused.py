@@ -20,7 +20,7 @@ from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from .linear import is_lora, patch_linear
+from .linear import Value, is_lora, patch_linear
 from .patch import Settings, is_patched, patch
 
 ROTARY = "apply_rotary_pos_emb"
@@ -34,6 +34,7 @@ ATTENTIONS: tuple[tuple[Callable[..., Any], Any], ...] = (
     (neox.GPTNeoXAttention.forward, neox),
 )
 PROJECTIONS = ("q_proj", "k_proj", "query_key_value")
+REST = frozenset({"rest"})
 
 
 def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings) -> None:
@@ -41,25 +42,39 @@ def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings
 
     It is called at every use of a layer: PEFT may have put adapters into it since the last.
     """
-    unread = {id(module): (module, *readers) for module, *readers in _unread(layer, forward)}
+    values = {id(value.readers[0]): value for value in _known_values(layer, forward)}
     for module in list(layer.modules()):
         if not is_patched(module):
-            patch_linear(module, settings, readers=unread.get(id(module), ()))
+            patch_linear(module, settings, values.get(id(module)))
             twin = None if settings.liger is None else _twin_of(module)
             if twin is not None:
                 patch(module, twin, settings)
 
 
-def _unread(layer: Any, forward: Callable[..., Any]) -> Iterator[tuple[nn.Module, ...]]:
-    """The linears whose values go nowhere but into the layer's output, each with the modules that pass them on."""
+def _known_values(layer: Any, forward: Callable[..., Any]) -> Iterator[Value]:
+    """The linears of which it is known who reads their outputs."""
     mlp: Any = getattr(layer, "mlp", None)
     if _same_code(forward, llama.LlamaDecoderLayer.forward) and _runs(mlp, llama.LlamaMLP.forward):
-        yield mlp.down_proj, mlp
+        yield Value(REST, (mlp.down_proj, mlp))
     if _same_code(forward, neox.GPTNeoXLayer.forward) and _runs(mlp, neox.GPTNeoXMLP.forward):
-        yield mlp.dense_4h_to_h, mlp, layer.post_mlp_dropout
+        yield Value(REST, (mlp.dense_4h_to_h, mlp, layer.post_mlp_dropout))
         attention = layer.attention
         if layer.use_parallel_residual and _runs(attention, neox.GPTNeoXAttention.forward):
-            yield attention.dense, attention, layer.post_attention_dropout
+            yield Value(REST, (attention.dense, attention, layer.post_attention_dropout))
+    for name in ("self_attn", "attention"):
+        attention = getattr(layer, name, None)
+        if any(_runs(attention, known) for known, _ in ATTENTIONS):
+            yield from _projections(attention)
+
+
+def _projections(attention: Any) -> Iterator[Value]:
+    """q, k and v, read by attention alone, after a norm of theirs in some."""
+    norms = tuple(getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name))
+    if hasattr(attention, "query_key_value"):
+        yield Value(frozenset({"q", "k", "v"}), (attention.query_key_value, attention))
+        return
+    for name in ("q", "k", "v"):
+        yield Value(frozenset({name}), (getattr(attention, f"{name}_proj"), attention, *norms))
 
 
 def _twin_of(module: Any) -> Callable[..., Any] | None:

@@ -4,13 +4,15 @@ PEFT computes W x, then B A x, scales it and adds it: three more tensors of the 
 again, forward and backward. Here the matrix product that forms B A x scales it and adds it where W x lies.
 
 A layer is replayed for the sake of its graph, not of its output, so the value of its last product (an MLP's
-down-projection, a quarter of the layer's weights) is read by nobody: backward needs its factors alone.
+down-projection, a quarter of the layer's weights) is read by nobody: backward needs its factors alone. Nor is q, where
+only K and V are made again, nor are q, k, v, where an attention output was kept.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,17 +24,36 @@ from torch.nn.modules.module import _global_forward_hooks
 from .patch import Settings, is_patched, patch
 from .run import current_call
 
-Readers = tuple[nn.Module, ...]
+
+@dataclass(frozen=True)
+class Value:
+    """What becomes of a linear's output.
+
+    Attributes:
+        names: what it is, as in `AttentionCall.unread`: nobody reads it where all of them are unread.
+        readers: the modules it passes through, its own first; a hook on one of them may look.
+    """
+
+    names: frozenset[str]
+    readers: tuple[nn.Module, ...]
+
+    @property
+    def unread(self) -> bool:
+        """Whether nothing looks at it now."""
+        call = current_call()
+        if call is None or not self.names <= call.unread:
+            return False
+        return not _global_forward_hooks and not any(map(_hooked, self.readers))
 
 
-def patch_linear(module: nn.Module, settings: Settings, *, readers: Readers = ()) -> None:
-    """Patch a PEFT LoRA linear; and any linear whose value only goes into sums, by way of `readers`, its own first."""
+def patch_linear(module: nn.Module, settings: Settings, value: Value | None = None) -> None:
+    """Patch a PEFT LoRA linear; and any linear of whose output it is known what becomes of it."""
     if is_patched(module):
         return
     if is_plain_lora(module):
-        patch(module, functools.partial(_lora_forward, readers=readers), settings)
-    elif readers and type(module) is nn.Linear:
-        patch(module, functools.partial(_unread_forward, readers=readers), settings)
+        patch(module, functools.partial(_lora_forward, value=value), settings)
+    elif value is not None and type(module) is nn.Linear:
+        patch(module, functools.partial(_linear_forward, value=value), settings)
 
 
 def is_plain_lora(module: nn.Module) -> bool:
@@ -47,22 +68,14 @@ def is_lora(module: nn.Module) -> bool:
     return peft_layers is not None and isinstance(module, peft_layers.LoraLayer)
 
 
-def _is_unread(readers: Readers) -> bool:
-    """Whether nothing looks at the value: the replay does not, and no hook does."""
-    call = current_call()
-    if not readers or call is None or not call.rest_is_unread:
-        return False
-    return not _global_forward_hooks and not any(map(_hooked, readers))
-
-
-def _unread_forward(self: Any, x: Tensor, *, readers: Readers) -> Tensor:
-    if not _is_unread(readers):
+def _linear_forward(self: Any, x: Tensor, *, value: Value) -> Tensor:
+    if not value.unread:
         return self._fpdt.forward(x)
     x, weight, *bias = _in_autocast_dtype(x, self.weight, *_present(self.bias))
-    return _UnreadLinear.apply(x, weight, *bias)
+    return _UnreadLinear.apply(x, weight, *bias) if torch.is_grad_enabled() else _unwritten(x, weight)
 
 
-def _lora_forward(self: Any, x: Tensor, *args: Any, readers: Readers, **kwargs: Any) -> Tensor:
+def _lora_forward(self: Any, x: Tensor, *args: Any, value: Value | None, **kwargs: Any) -> Tensor:
     name = None if args or kwargs else _only_adapter(self)
     if name is None:
         return self._fpdt.forward(x, *args, **kwargs)
@@ -72,7 +85,16 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, readers: Readers, **kwargs: 
         return self._fpdt.forward(x)  # PEFT computes wider adapters in their own dtype
     dropout, (x, *weights) = self.lora_dropout[name], tensors
     active = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-    return _LoRALinear.apply(self.scaling[name], _is_unread(readers), x, dropout(x) if active else None, *weights)
+    x_adapter = dropout(x) if active else None  # drawn whether or not it is used: what follows draws after it
+    unread = value is not None and value.unread
+    if unread and not torch.is_grad_enabled():
+        return _unwritten(x, weights[0])
+    return _LoRALinear.apply(self.scaling[name], unread, x, x_adapter, *weights)
+
+
+def _unwritten(x: Tensor, weight: Tensor) -> Tensor:
+    """A tensor for the value of a linear that nobody reads."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _only_adapter(layer: Any) -> str | None:
@@ -115,7 +137,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.scaling, ctx.dropped = scaling, x_adapter is not None
         ctx.save_for_backward(x if x_adapter is None else x_adapter, inner, weight, down, up)
         if unread:
-            return x.new_empty(*x.shape[:-1], weight.shape[0])
+            return _unwritten(x, weight)
         y = linear(x, weight, *bias)
         y.view(-1, y.shape[-1]).addmm_(inner.flatten(0, -2), up.t(), alpha=scaling)
         return y
@@ -142,7 +164,7 @@ class _UnreadLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
+        return _unwritten(x, weight)
 
     @staticmethod
     @once_differentiable

@@ -176,10 +176,10 @@ class AttentionCall:
     Attributes:
         qkv: q, k, v of the rank's tokens as the layer made them, with their graph in a replay.
         q: the chunk's queries for this rank's heads.
-        rest_is_unread: whether what the layer computes from here on is wanted for its graph alone, not for its values.
+        unread: of "q", "k", "v" and "rest" (what the layer computes after attention) those whose values nobody reads.
     """
 
-    rest_is_unread = False
+    unread: frozenset[str] = frozenset()
     qkv: tuple[Tensor, Tensor, Tensor] | None = None
     q: Tensor
     scale: float
@@ -234,6 +234,8 @@ class AttentionCall:
 
 
 class CaptureCall(AttentionCall):
+    unread = frozenset({"q"})
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.store.put(self.chunk, *self.run.group.seq_to_heads(k, v))
         raise AttentionReached
@@ -241,6 +243,11 @@ class CaptureCall(AttentionCall):
 
 class RebuildCall(AttentionCall):
     """Forward again, for the sake of the layer's output; attention runs again only where its output was not kept."""
+
+    def __init__(self, run: LayerRun, chunk: Chunk, store: KVStore) -> None:
+        super().__init__(run, chunk, store)
+        if run.kept.holds("out", chunk):
+            self.unread = frozenset({"q", "k", "v"})
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.run.kept.holds("out", self.chunk):
@@ -267,5 +274,5 @@ class ReplayCall(AttentionCall):
             (kept.take("out", chunk), kept.take("lse", chunk)) if kept.holds("out", chunk) else self.row_forward()
         )
         self.leaf = self.run.group.heads_to_seq(self.row[0])[0].detach().requires_grad_()
-        self.rest_is_unread = True
+        self.unread = frozenset({"rest"})  # y is wanted for its graph alone
         return self.leaf

@@ -21,15 +21,18 @@ from tests.models import GROUPED, SIZES
 from tests.support import assert_as_accurate, assert_rejects
 
 # What is found in one layer of an architecture: norms, gated MLP, attention for its rotary embedding, unread linears.
+PROJECTIONS = " self_attn.q_proj self_attn.k_proj self_attn.v_proj"
 FOUND = {
-    "llama": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj",
-    "mistral": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj",
-    "qwen2": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj",
-    "qwen3": "input_layernorm post_attention_layernorm self_attn.q_norm self_attn.k_norm mlp self_attn mlp.down_proj",
-    "gemma": "self_attn mlp.down_proj",  # its norm adds one to the weight, its MLP has another activation
+    "llama": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj" + PROJECTIONS,
+    "mistral": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj" + PROJECTIONS,
+    "qwen2": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj" + PROJECTIONS,
+    "qwen3": "input_layernorm post_attention_layernorm self_attn.q_norm self_attn.k_norm mlp self_attn mlp.down_proj"
+    + PROJECTIONS,
+    "gemma": "self_attn mlp.down_proj"
+    + PROJECTIONS,  # its norm adds one to the weight, its MLP has another activation
     "gemma2": "",  # a norm after the MLP reads its value; its attention is none of those known
-    "granite": "input_layernorm post_attention_layernorm mlp self_attn",  # scales the MLP's value
-    "gpt_neox": "attention mlp.dense_4h_to_h attention.dense",
+    "granite": "input_layernorm post_attention_layernorm mlp self_attn" + PROJECTIONS,  # scales the MLP's value
+    "gpt_neox": "attention attention.query_key_value mlp.dense_4h_to_h attention.dense",
 }
 
 
@@ -43,7 +46,7 @@ def found_in(layer: Any) -> set[str]:
     """Names of the pieces that `fused` would replace or leave out."""
     names = {module: name for name, module in layer.named_modules()}
     pieces = {name for module, name in names.items() if fused._twin_of(module) is not None}
-    return pieces | {names[module] for module, *_ in fused._unread(layer, _raw_forward(type(layer)))}
+    return pieces | {names[value.readers[0]] for value in fused._known_values(layer, _raw_forward(type(layer)))}
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -66,7 +69,7 @@ def test_pieces_that_compute_something_else_are_left_alone() -> None:
     layer.input_layernorm.__class__ = ScaledNorm
     layer.post_attention_layernorm.forward = lambda hidden_states: hidden_states
     layer.__class__ = OtherLayer
-    assert found_in(layer) == {"mlp", "self_attn"}
+    assert found_in(layer) == {"mlp", "self_attn", *PROJECTIONS.split()}
 
 
 def test_a_rotary_embedding_over_another_rotation_is_left_alone() -> None:

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 import hf_fpdt.linear
 from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.layout import ChunkPlan
+from hf_fpdt.memory import ModelSizes, StepSizes
+from tests.offloaded import least_host_bytes
 from tests.support import assert_as_accurate, assert_rejects
 from tests.test_layer import assert_equal, batch, with_fpdt, with_lora
 from tests.truth import in_double, tiny, truth
@@ -187,26 +190,41 @@ def test_a_replay_leaves_out_what_nobody_reads(family: str, lora: bool, fused_ca
         assert fused_calls == ["_UnreadLinear"] * (UNREAD[family] * chunks * layers)
 
 
-def test_unread_products_are_really_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {True: 0, False: 0}
-    for fused in rows:
-        model, (ids, labels) = with_lora(tiny("llama")), batch(64, 1)
-        down = next(m for name, m in model.named_modules() if name.endswith("layers.0.mlp.down_proj"))
-        handle = applied(model, fused=fused)
-        original, frozen = nn.functional.linear, down.base_layer.weight
+def rows_through(model: Any, names: tuple[str, ...], step: Callable[[], object]) -> dict[str, int]:
+    """How many tokens the frozen weights of LoRA linears are multiplied with during a step, by name."""
+    original, rows = nn.functional.linear, dict.fromkeys(names, 0)
+    layer = model.base_model.model.model.layers[0]
+    weights = {id(layer.get_submodule(name).base_layer.weight): name for name in names}
 
-        def counted(x: Tensor, weight: Tensor, *bias: Tensor, bound: Any = (original, frozen, fused)) -> Tensor:
-            plain, frozen, fused = bound
-            rows[fused] += x.shape[:-1].numel() * (weight is frozen)
-            return plain(x, weight, *bias)
+    def counted(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        if id(weight) in weights:
+            rows[weights[id(weight)]] += x.shape[:-1].numel()
+        return original(x, weight, *bias)
 
-        monkeypatch.setattr(nn.functional, "linear", counted)
-        monkeypatch.setattr(hf_fpdt.linear, "linear", counted)
-        monkeypatch.setattr(torch.nn.modules.linear.F, "linear", counted)
-        model(input_ids=ids, labels=labels).loss.backward()
-        monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "linear", counted)
+        patch.setattr(hf_fpdt.linear, "linear", counted)
+        step()
+    return rows
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_unread_products_are_really_left_out(rebuilt: bool) -> None:
+    names = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+    model, (ids, labels) = with_lora(tiny("llama", num_hidden_layers=4)), batch(64, 1)
+    step = StepSizes(ModelSizes.of(model.config, layers=4, layer_parameters=1), ChunkPlan(64, 32), 1, 8, 8)
+    room = {"device_budget_gib": 0, "host_budget_gib": least_host_bytes("attention", step) / 2**30}
+    found = {}
+    for fused in (False, True):
+        handle = applied(model, fused=fused, checkpoints="attention", **room if rebuilt else {})
+        found[fused] = rows_through(model, names, lambda: model(input_ids=ids, labels=labels).loss.backward())
+        (plan,) = (plan for (_, layers), plan in handle.store.plans.items() if layers)
+        assert plan.kept.rebuilt == rebuilt
         handle.remove()
-    assert rows == {False: 2 * 64, True: 64}
+    # Forward 64 and replay 64; K, V of the first of two chunks again 32; the lowest layer once more 64.
+    q, k, down = (160 + 64 * rebuilt, 160 + 64 * rebuilt, 128 + 64 * rebuilt)
+    assert found[False] == dict(zip(names, (q, k, down), strict=True))
+    assert found[True] == dict(zip(names, (128, 160, down - 64), strict=True))
 
 
 @pytest.mark.parametrize("name", ["mlp.down_proj", "mlp"])
