@@ -55,7 +55,7 @@ def job(path: Path, family: str = "llama", **changes: Any) -> Job:
 @pytest.mark.slow
 def test_the_command_measures_what_is_right_and_refuses_what_is_wrong(tmp_path: Path) -> None:
     broken = "tests.bench_stacks:WrongScale"
-    names = ["fpdt", "hf", broken]  # hf-offload is held against the truth below, and trains there
+    names = ["fpdt", broken]  # the others are held against the truth below
     files = tmp_path / "rows.csv", tmp_path / "rows.jsonl"
     options = ["--seq-len", "600", "--chunk-tokens", "256", "--steps", "2", "--dtype", "float32", "--limit", "200"]
     output = ["--csv", str(files[0]), "--json", str(files[1])]
@@ -65,13 +65,12 @@ def test_the_command_measures_what_is_right_and_refuses_what_is_wrong(tmp_path: 
     assert done.returncode == 0, done.stderr
     rows = {row["stack"]: row for row in csv.DictReader(files[0].read_text().splitlines())}
     assert list(rows) == names
-    for name in names[:2]:
+    for name in names[:1]:
         row = rows[name]
         assert row["result"] == "ok" and float(row["tokens_per_s"]) > 0 and float(row["parity"]) <= 2
         assert row["strict_mfu"] == "" and row["peak_device_gib"] == "", "a CPU has no peak and no device memory"
         assert float(row["of_ceiling"]) > 0 and float(row["peak_rss_gib"]) > 0.1
         assert row["trained"].startswith("LoRA") and row["dtype"] == "float32" and "torch" in row["versions"]
-    assert float(rows["fpdt"]["loss"]) == pytest.approx(float(rows["hf"]["loss"]), rel=1e-5), "same weights and tokens"
     assert rows[broken]["result"].startswith("wrong, so no speed") and rows[broken]["tokens_per_s"] == ""
     assert [json.loads(line)["stack"] for line in files[1].read_text().splitlines()] == names
     assert "strict MFU: S" in done.stdout and "wrong, so no speed" in done.stdout

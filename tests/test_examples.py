@@ -26,12 +26,9 @@ def test_example_learns(name: str) -> None:
     else:
         losses = re.findall(r"step \d+: loss ([\d.]+)", done.stdout)
     assert len(losses) == 3 and float(losses[-1]) < float(losses[0])
-
-
-def test_plain_loop_shows_that_chunks_change_nothing() -> None:
-    done = run_python(ROOT / "examples" / "plain_loop.py", "--steps", "1", "--length", "1024")
-    whole, chunked = re.search(r"([\d.]+) whole, ([\d.]+) chunk by chunk", done.stdout).groups()  # type: ignore[union-attr]
-    assert float(whole) == pytest.approx(float(chunked), abs=1e-5)
+    if name == "plain_loop":  # it shows that chunks change nothing
+        shown = re.search(r"([\d.]+) whole, ([\d.]+) chunk by chunk", done.stdout)
+        assert shown is not None and float(shown[1]) == pytest.approx(float(shown[2]), abs=1e-5)
 
 
 def test_examples_are_short() -> None:

@@ -37,7 +37,7 @@ from tests.support import assert_rejects
 from tests.test_layer import assert_equal
 from tests.truth import truth
 
-CASES = ("llama", "neox", "neox-sequential", "llama+lora", "neox+lora")
+CASES = ("llama", "neox", "neox-sequential", "neox+lora")
 REBUILT = {"attention", "segment", "auto"}  # policies that rebuild inputs where the host is tight
 
 

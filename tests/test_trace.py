@@ -17,7 +17,6 @@ from hf_fpdt.trace import COPY_NAMES, Timeline, TraceError, kernel_class, middle
 from hf_fpdt.trace_file import metadata, read_trace
 from hf_fpdt.trace_intervals import clipped, complement, merged, outside, total
 from tests import traces
-from tests.app_support import run_python
 from tests.support import assert_rejects
 
 FORWARD = {
@@ -244,12 +243,12 @@ def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
     return status, out, err
 
 
-def test_a_kept_trace_is_drawn_again_by_the_command(tmp_path: Path) -> None:
+def test_a_kept_trace_is_drawn_again_by_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     content = traces.small_trace().content(hf_fpdt={"title": "One layer", "conditions": "by hand"})
     source = traces.write(content, tmp_path / "step.json.gz")
-    done = run_python("-m", "hf_fpdt.cli", "trace", "--from", source, "--out", tmp_path / "step.png")
-    assert done.returncode == 0, done.stderr
-    assert "Forward of layer 1" in done.stdout and "Backward of layer 1" in done.stdout
+    status, out, err = run_cli(capsys, "trace", "--from", source, "--out", tmp_path / "step.png")
+    assert status == 0, err
+    assert "Forward of layer 1" in out and "Backward of layer 1" in out
     assert len(colours_of(tmp_path / "step.png")) > 20
 
 
