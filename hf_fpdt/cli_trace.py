@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -128,8 +127,6 @@ def _recording(options: argparse.Namespace) -> Recording:
 
 def _record(recording: Recording, path: Path) -> None:
     print(f"recording a step of {recording.name}, {recording.n_tokens:,} tokens …", file=sys.stderr)
-    # PEFT still asks by the old name of a property; nothing a user could change.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     try:
         with mistakes(NotImplementedError, OSError):
             record_step(recording, path)

@@ -57,15 +57,20 @@ def patch_linear(module: nn.Module, settings: Settings, value: Value | None = No
 
 
 def is_plain_lora(module: nn.Module) -> bool:
-    """Whether it is PEFT's LoRA around a linear; where no model has adapters, peft need not be loaded to tell."""
-    peft_layers = sys.modules.get("peft.tuners.lora.layer")
+    """Whether it is PEFT's LoRA around a linear."""
+    peft_layers = _peft_layers()
     return peft_layers is not None and type(module) is peft_layers.Linear
 
 
 def is_lora(module: nn.Module) -> bool:
     """Whether it is one of PEFT's LoRA layers, around a quantised linear too."""
-    peft_layers = sys.modules.get("peft.tuners.lora.layer")
+    peft_layers = _peft_layers()
     return peft_layers is not None and isinstance(module, peft_layers.LoraLayer)
+
+
+def _peft_layers() -> Any:
+    """PEFT's module of LoRA layers, if it is loaded: where it is not, no model has any."""
+    return sys.modules.get("peft.tuners.lora.layer")
 
 
 def _linear_forward(self: Any, x: Tensor, *, value: Value) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from .kernels import Kernel, select_kernel
 from .offload import GIB, PinnedMemory, Transfers, device_bytes_available
-from .rates import GPU, peak_of
+from .rates import BACKWARD_OPERATIONS, GPU, peak_of
 from .rates_file import HEAD_DIMS
 
 Q_HEADS, KV_HEADS = 32, 8
@@ -95,7 +95,7 @@ def attention_rates(device: torch.device, dtype: torch.dtype, head_dim: int, siz
     forward = _rate(operations, lambda: kernel.forward(q, k, v, causal=False, scale=scale), device, sizes.seconds)
     out, lse = kernel.forward(q, k, v, causal=False, scale=scale)
     backward = _rate(
-        2.5 * operations,
+        BACKWARD_OPERATIONS * operations,
         lambda: kernel.backward(q, q, k, v, out, lse, causal=False, scale=scale),
         device,
         sizes.seconds,

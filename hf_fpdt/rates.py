@@ -14,6 +14,8 @@ from types import MappingProxyType
 from .keep import Kept
 from .memory import ModelSizes, StepSizes
 
+# The backward kernel of attention makes the scores again: five products where the forward one has two.
+BACKWARD_OPERATIONS = 2.5
 # Matrix products of a layer in a step, in forward passes of it: forward, replay, gradient of the inputs, K and V once
 # more; training every weight adds the gradients of the weights. A replay leaves out the products that nobody reads.
 ADAPTER_PASSES, FULL_PASSES = 3.14, 4.14
@@ -112,7 +114,8 @@ def step_seconds(step: StepSizes, kept: Kept, gpu: GPU, *, full: bool) -> float:
     hidden, intermediate = FULL_TRAFFIC if full else GATED_TRAFFIC if m.gated else PLAIN_TRAFFIC
     rest = tokens * (hidden * m.hidden + intermediate * m.intermediate) * step.element_bytes / gpu.memory
     passes = (FULL_PASSES if full else ADAPTER_PASSES) - _unread_share(m)
-    layer = attention / forward_rate + 2.5 * attention / backward_rate + passes * linear + STEP_TRAFFIC * rest
+    layer = attention / forward_rate + BACKWARD_OPERATIONS * attention / backward_rate
+    layer += passes * linear + STEP_TRAFFIC * rest
     again = kept.attention_reruns * attention / forward_rate + kept.rebuilt * (linear + REBUILD_TRAFFIC * rest)
     return m.layers * layer + again + _head_seconds(step, tokens, gpu, full=full)
 

@@ -6,6 +6,7 @@ were not made for: up to 2M positions, and plain RoPE with the model's theta.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
@@ -141,7 +142,9 @@ def build_random(
     if lora:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(
-            model, LoraConfig(r=LORA_RANK, target_modules="all-linear"), autocast_adapter_dtype=False
-        )
+        config_of_lora = LoraConfig(r=LORA_RANK, target_modules="all-linear")
+        with warnings.catch_warnings():
+            # PEFT still asks by the old name of a property; nothing a user could change.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            model = get_peft_model(model, config_of_lora, autocast_adapter_dtype=False)
     return model.train()

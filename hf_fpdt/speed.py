@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .memory import StepSizes
 from .model import applied_settings, device_peak, mostly_trained
 from .offload import GIB
 from .rates import strict_flops
@@ -59,9 +58,7 @@ class TrainingSpeed:
         settings = self._settings
         plan = settings.plan_of(rank_tokens, on_gpu=on_gpu)
         vocabulary = settings.config.get_text_config().vocab_size
-        step = StepSizes(settings.sizes, plan, batch=rows, vocabulary=vocabulary, loss_tokens=1)
-        one = strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=self._full)
-        return step.batch * one / settings.group.size
+        return rows * strict_flops(settings.sizes, vocabulary, plan.n_tokens, full=self._full) / settings.group.size
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from typing import Literal
 from .keep import Kept
 from .layout import Chunk
 from .memory import StepSizes
+from .rates import BACKWARD_OPERATIONS
 
 WorkPhase = Literal["forward", "rebuild", "backward"]
 
@@ -46,7 +47,7 @@ def chunk_work(step: StepSizes, chunk: Chunk, phase: WorkPhase, *, attends: bool
         return Work(done, done if phase == "forward" else 0.0)
     # Replay, gradients of inputs and of weights; the kernel's backward makes the scores again.
     gradients = (2 if full else 1) * linear
-    return Work(linear + gradients + 2.5 * attention + attention * attends, gradients + 2 * attention)
+    return Work(linear + gradients + BACKWARD_OPERATIONS * attention + attention * attends, gradients + 2 * attention)
 
 
 def pass_work(step: StepSizes, kept: Kept, *, full: bool) -> Work:

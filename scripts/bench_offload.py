@@ -18,16 +18,13 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from torch import nn
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
@@ -36,7 +33,9 @@ from hf_fpdt.keep import peak_bytes
 from hf_fpdt.offload import GIB
 from hf_fpdt.rates import GPUS, strict_flops
 from hf_fpdt.shapes import SHAPES, build_random, with_layers
+from hf_fpdt.versions import commit, versions_of
 
+PACKAGES = ("torch", "transformers", "peft")
 PEAK_FLOPS = GPUS["h100"].peak
 
 
@@ -174,15 +173,12 @@ def run_together(cases: list[str], options: argparse.Namespace) -> Iterator[dict
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    commit = os.environ.get("HF_FPDT_COMMIT", git)  # for machines that have the files and not the history
     memory = 2**-30 * resource.getpagesize() * os.sysconf("SC_PHYS_PAGES")
     return {
         "gpu": torch.cuda.get_device_name(),
         "host_memory_gib": round(memory),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
-        f"python {platform.python_version()}",
-        "commit": commit or "unknown",
+        "versions": f"{versions_of(PACKAGES)}, python {platform.python_version()}",
+        "commit": commit(),
         "date": str(date.today()),
         "shape": options.shape,
         "layers": options.layers,

@@ -12,7 +12,8 @@ import torch
 from ..kernels import select_kernel
 from ..memory import ModelSizes
 from ..plan_report import training_of
-from .figures import BACKWARD_OPERATIONS, keys_of
+from ..rates import BACKWARD_OPERATIONS
+from .figures import keys_of
 from .job import Job
 from .models import config_of
 

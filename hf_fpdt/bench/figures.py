@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ..memory import ModelSizes
-from ..rates import strict_flops
+from ..rates import BACKWARD_OPERATIONS, strict_flops
 
 # Keys beyond these change the kernel's rate by less than it varies.
 MOST_KEYS = 131_072
@@ -19,8 +19,6 @@ MOST_KEYS = 131_072
 # gradients of inputs; training every weight adds gradients of weights. The loss makes its gradients at once.
 LINEAR_PASSES = MappingProxyType({False: 3, True: 4})
 HEAD_PASSES = MappingProxyType({False: 2, True: 3})
-# The backward kernel makes the scores again: five products where the forward one has two.
-BACKWARD_OPERATIONS = 2.5
 
 FORMULAS = """\
 strict MFU: S · (4·N + 6·L·S·H) operations with LoRA, S · (6·N + 6·L·S·H) in full (nothing twice, causal attention at

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -24,8 +23,6 @@ def config_of(job: Job, most_layers: int | None = None) -> Any:
 
 def model_of(job: Job, config: Any) -> nn.Module:
     """Random weights, the same for every stack; LoRA of rank 16 on every linear, or every weight trained."""
-    # PEFT still asks by the old name of a property; nothing a user could change.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     torch.manual_seed(SEED)
     return build_random(config, job.device, getattr(torch, job.dtype), lora=not job.full)
 
