@@ -8,7 +8,7 @@ import sys
 import torch
 
 from .bench import options as bench_options
-from .bench.children import run_child
+from .bench.children import Children
 from .bench.driver import Bench
 from .bench.figures import FORMULAS, Trained
 from .bench.job import Job
@@ -39,20 +39,21 @@ def bench(options: argparse.Namespace) -> None:
     training = training_of(config_of(options, layers=options.layers), lora=False)
     shape = options.shape or DEFAULT_SHAPE
     job = _job(options, shape)
-    measured = Bench(
-        job=job,
-        stacks=tuple(options.stacks),
-        trained=Trained(sizes=training.model, vocabulary=training.vocabulary, full=options.full),
-        name=options.model or shape,
-        longest=options.longest,
-        run=lambda job: run_child(job, options.limit),
-        say=lambda text: print(text, file=sys.stderr, flush=True),
-    )
     with mistakes(FileExistsError):
         files, rows = Files(options.csv, options.json), []
-    for row in measured.rows():
-        files.add(row)
-        rows.append(row)
+    with Children(options.limit) as children:
+        measured = Bench(
+            job=job,
+            stacks=tuple(options.stacks),
+            trained=Trained(sizes=training.model, vocabulary=training.vocabulary, full=options.full),
+            name=options.model or shape,
+            longest=options.longest,
+            run=children.run,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+        for row in measured.rows():
+            files.add(row)
+            rows.append(row)
     print(as_table(rows))
     print(f"\n{conditions_line(rows)}\n\n{FORMULAS}")
 

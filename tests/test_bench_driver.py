@@ -6,9 +6,10 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 
-from hf_fpdt.bench.children import run_child
+from hf_fpdt.bench.children import Children
 from hf_fpdt.bench.driver import Bench
 from hf_fpdt.bench.figures import Rates, Trained
 from hf_fpdt.bench.job import Job, Outcome
@@ -27,6 +28,12 @@ def command(code: str) -> tuple[str, ...]:
     return sys.executable, "-c", code
 
 
+def answering(found: str) -> tuple[str, ...]:
+    """A child that waits for its job and answers with an expression."""
+    wait = "import json, os, sys; sys.stdin.readline(); job = json.load(open(sys.argv[1])); "
+    return command(wait + f"json.dump({{'found': {found}, 'reason': ''}}, open(sys.argv[2], 'w'))")
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -38,21 +45,38 @@ def command(code: str) -> tuple[str, ...]:
     ],
 )
 def test_whatever_becomes_of_a_child_is_an_outcome(code: str, reason: str) -> None:
-    outcome = run_child(JOB, 1 if "sleep" in code else 60, command(code))
+    with Children(1 if "sleep" in code else 60, command(code)) as children:
+        outcome = children.run(JOB)
     assert outcome.reason.startswith(reason) and not outcome.found
 
 
 def test_a_child_gets_the_job_and_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    code = (
-        "import json, os, sys; job = json.load(open(sys.argv[1])); "
-        "found = {'tokens': job['tokens'], 'allocator': os.environ['PYTORCH_CUDA_ALLOC_CONF']}; "
-        "json.dump({'found': found, 'reason': ''}, open(sys.argv[2], 'w'))"
-    )
-    outcome = run_child(replace(JOB, tokens=(7,)), 60, command(code))
+    found = "{'tokens': job['tokens'], 'allocator': os.environ['PYTORCH_CUDA_ALLOC_CONF']}"
+    with Children(60, answering(found)) as children:
+        outcome = children.run(replace(JOB, tokens=(7,)))
     assert outcome == Outcome({"tokens": [7], "allocator": "expandable_segments:True"})
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
-    assert run_child(JOB, 60, command(code)).found["allocator"] == "backend:native"
+    with Children(60, answering(found)) as children:
+        assert children.run(JOB).found["allocator"] == "backend:native"
+
+
+@pytest.mark.parametrize(("device", "ahead"), [("cuda", True), ("cpu", False)])
+def test_on_a_gpu_the_next_process_waits_while_this_one_works(device: str, ahead: bool) -> None:
+    before = {process.pid for process in psutil.Process().children()}
+    with Children(60, answering("{'tokens': job['tokens'], 'pid': os.getpid()}")) as children:
+        outcomes = []
+        for n_tokens in (1, 2, 3):
+            outcomes.append(children.run(replace(JOB, device=device, tokens=(n_tokens,))).found)
+            (*waiting,) = {process.pid for process in psutil.Process().children()} - before
+            assert len(waiting) == ahead
+            if ahead and n_tokens < 3:
+                following = waiting[0]
+        assert [found["tokens"] for found in outcomes] == [[1], [2], [3]]
+        assert len({found["pid"] for found in outcomes}) == 3
+        if ahead:
+            assert outcomes[-1]["pid"] == following
+    assert {process.pid for process in psutil.Process().children()} == before
 
 
 @pytest.mark.parametrize("limit", [0, 1024, 5000, 32_768, 33_000, 131_072, 700_000, 3_000_000])
@@ -73,8 +97,8 @@ def test_the_longest_is_found_to_three_percent(limit: int, start: int) -> None:
 class Machine:
     """Runs no process: stacks whose name begins with "wrong" fail the comparison, lengths over `room` do not fit."""
 
-    def __init__(self, room: int = 2**20, ceiling: bool = True) -> None:
-        self.room, self.ceiling = room, ceiling
+    def __init__(self, room: int = 2**20, ceiling: bool = True, patience: int = 2**30) -> None:
+        self.room, self.ceiling, self.patience = room, ceiling, patience
         self.jobs: list[Job] = []
 
     def __call__(self, job: Job) -> Outcome:
@@ -87,6 +111,8 @@ class Machine:
             rates = {str(min(n, 131_072)): [650e12, 600e12] for n in job.tokens}
             found = {"attention": rates, "matmul": 670e12, "kernel": "fa4"}
             return Outcome(facts | found) if self.ceiling else Outcome(facts, "no kernel")
+        if job.n_tokens > self.patience:
+            return Outcome({}, "over the limit: not done in 9 s (--limit)")
         if job.n_tokens > self.room:
             return Outcome(facts, "out of GPU memory: x")
         return Outcome(facts | {"step_s": 41.581, "peak_device_gib": 74.5, "pinned_host_gib": 16.9})
@@ -149,6 +175,9 @@ def test_the_longest_row_says_what_came_of_the_next_length() -> None:
     assert rows[1]["result"] == "wrong!"
     (none,) = Machine(room=0).bench("fpdt", longest=True).rows()
     assert none["tokens"] == 1024 and "out of GPU memory" in none["result"]
+    # Too slow is not too long: nothing in between is tried.
+    (slow,) = Machine(patience=50_000).bench("fpdt", lengths=(16_384,), longest=True).rows()
+    assert slow["tokens"] == 32_768 and slow["next"].startswith("65,536 tokens: over the limit")
 
 
 def test_the_table_has_a_line_for_every_row_and_the_conditions_once() -> None:

@@ -1,5 +1,7 @@
 """The process that does one job: `python -m hf_fpdt.bench.child JOB RESULT`, both files of JSON.
 
+It waits for a line on its standard input before it reads the job or touches a GPU; where the input ends, it goes.
+
 What a user can understand (out of memory, a missing package) is a result, written like any other; everything else ends
 the process with a traceback, whose last line the parent shows.
 """
@@ -86,5 +88,5 @@ def _first_sentence(error: BaseException) -> str:
     return ". ".join(_one_line(error).split(". ")[:2])
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.stdin.readline():
     main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Runs a job in a fresh process; whatever becomes of it is an outcome. No torch: the parent holds no GPU."""
+"""Runs jobs, each in a fresh process; whatever becomes of one is an outcome. No torch: the parent holds no GPU."""
 
 from __future__ import annotations
 
@@ -9,46 +9,93 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType, TracebackType
 
 from .job import Job, Outcome
 
 CHILD = (sys.executable, "-m", "hf_fpdt.bench.child")
-ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+# A child may use these or not. Kernels of flash-attn-4 that one child compiled are the next one's too.
+ENVIRONMENT = MappingProxyType(
+    {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
+)
+OVER_THE_LIMIT = "over the limit"
 # What a traceback's last line says at most.
 REASON_LENGTH = 300
 
 
-def run_child(job: Job, limit_s: float, command: tuple[str, ...] = CHILD) -> Outcome:
-    """The outcome of a job; never an error of the child's.
+class Children:
+    """Runs one job after another, each in a process of its own.
+
+    On a GPU the next process starts while this one works, and waits: importing takes longer than many a step. Leave
+    the context to end it.
 
     Args:
-        job: what to do.
-        limit_s: seconds after which the child is ended.
-        command: what to start; the paths of job and result follow.
+        limit_s: seconds after which a job is ended.
+        command: what to start; the paths of job and result follow, and a line on standard input says that the job is
+            there.
     """
-    with TemporaryDirectory() as folder:
-        job_path, result_path, log_path = (Path(folder) / name for name in ("job.json", "result.json", "log.txt"))
-        job.write(job_path)
-        with log_path.open("wb") as log:
-            status = _run([*command, str(job_path), str(result_path)], log.fileno(), limit_s)
-        if status is None:
-            return Outcome({}, f"over the limit: not done in {limit_s:,.0f} s (--limit)")
-        if result_path.exists() and status == 0:
-            return Outcome(**json.loads(result_path.read_text(encoding="utf-8")))
-        return Outcome({}, _why(status, log_path.read_text(encoding="utf-8", errors="replace")))
 
+    def __init__(self, limit_s: float, command: tuple[str, ...] = CHILD) -> None:
+        self._limit_s, self._command = limit_s, command
+        self._next: _Child | None = None
 
-def _run(command: list[str], log: int, limit_s: float) -> int | None:
-    """The exit status; None where it was ended for taking too long. Nothing of it is left behind."""
-    environment = {ALLOCATOR: "expandable_segments:True", **os.environ}
-    with subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True) as process:
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._next is not None:
+            self._next.end()
+            self._next = None
+
+    def run(self, job: Job) -> Outcome:
+        """The outcome of a job; never an error of the child's."""
+        child = self._next or _Child(self._command)
+        # A CPU is what is measured where there is no GPU, so nothing else may use it then.
+        self._next = _Child(self._command) if job.device == "cuda" else None
         try:
-            return process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            return None
+            return child.work(job, self._limit_s)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            child.end()
+
+
+class _Child:
+    """A process that waits for its job."""
+
+    def __init__(self, command: tuple[str, ...]) -> None:
+        self._folder = TemporaryDirectory()
+        self._job, self._result, self._log = (Path(self._folder.name) / name for name in ("job", "result", "log"))
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, str(self._job), str(self._result)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={**ENVIRONMENT, **os.environ},
+                start_new_session=True,
+            )
+
+    def work(self, job: Job, limit_s: float) -> Outcome:
+        """What becomes of the job."""
+        job.write(self._job)
+        try:
+            self._process.communicate(b"\n", limit_s)
+        except subprocess.TimeoutExpired:
+            return Outcome({}, f"{OVER_THE_LIMIT}: not done in {limit_s:,.0f} s (--limit)")
+        status = self._process.returncode
+        if self._result.exists() and status == 0:
+            return Outcome(**json.loads(self._result.read_text(encoding="utf-8")))
+        return Outcome({}, _why(status, self._log.read_text(encoding="utf-8", errors="replace")))
+
+    def end(self) -> None:
+        """Nothing of it is left behind, whatever it does."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._folder.cleanup()
 
 
 def _why(status: int, log: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..rates import peak_of
+from .children import OVER_THE_LIMIT
 from .figures import Rates, Trained, keys_of
 from .job import Job, Outcome
 from .longest import find_longest
@@ -15,6 +16,10 @@ from .report import OK, Row
 Run = Callable[[Job], Outcome]
 # They cut nothing by --chunk-tokens.
 PEERS = frozenset({"hf", "liger", "hf-offload", "alst"})
+
+
+class _TooSlow(Exception):
+    """A step was ended by the limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +86,22 @@ class Bench:
         return {**self._row(stack, n_tokens, outcome, OK), **found, **figures, **_columns(rates), "peak": peak}
 
     def _longest(self, stack: str, found: dict[str, Any], ceiling: dict[str, Any]) -> Row:
-        """The row of the longest length that completes a step; where none does, of the shortest that was tried."""
+        """The row of the longest length that completes a step; where none does, of the shortest that was tried.
+
+        What takes too long may fit or not, so the search ends there.
+        """
         tried: dict[int, Row] = {}
 
         def fits(n_tokens: int) -> bool:
             tried[n_tokens] = self._measured(stack, n_tokens, found, ceiling)
+            if tried[n_tokens]["result"].startswith(OVER_THE_LIMIT):
+                raise _TooSlow
             return bool(tried[n_tokens]["result"] == OK)
 
-        longest = find_longest(fits, self.job.tokens[0])
+        try:
+            longest = find_longest(fits, self.job.tokens[0])
+        except _TooSlow:
+            longest = max((n for n, row in tried.items() if row["result"] == OK), default=0)
         failed = {n: row for n, row in tried.items() if n > longest}
         if not longest:
             return failed[min(failed)]
