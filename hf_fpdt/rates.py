@@ -84,13 +84,19 @@ GPUS: Mapping[str, GPU] = MappingProxyType(
 )
 
 
-def peak_of(gpu_name: str) -> float | None:
-    """Operations a second that MFU of a GPU is measured against; None where its kind is not in the table.
+def gpu_named(gpu_name: str) -> GPU | None:
+    """The row of a GPU, None where its kind is not in the table.
 
     Args:
         gpu_name: as its driver says it, "NVIDIA H100 80GB HBM3".
     """
-    return next((gpu.peak for kind, gpu in GPUS.items() if kind.partition("-")[0].upper() in gpu_name), None)
+    return next((gpu for kind, gpu in GPUS.items() if kind.partition("-")[0].upper() in gpu_name), None)
+
+
+def peak_of(gpu_name: str) -> float | None:
+    """Operations a second that MFU of a GPU of this name is measured against; None for an unknown kind."""
+    gpu = gpu_named(gpu_name)
+    return None if gpu is None else gpu.peak
 
 
 def strict_flops(model: ModelSizes, vocabulary: int, n_tokens: int, *, full: bool) -> float:

@@ -7,7 +7,8 @@ Each --case is one row: comma-separated device=GIB, host=GIB (device_budget_gib,
 checkpoints=POLICY, disk=FOLDER. Random weights in bfloat16, LoRA rank 16 on every linear (or --full with AdamW in
 bfloat16). A short step first compiles kernels; pinning host memory is timed apart. With --steps above 1 the first is
 left out of the median. Strict MFU counts no recomputation and attention at half: tokens · (4·N + 6·L·S·heads·head_dim)
-for LoRA (6·N in full) over 989 TFLOP/s. Predicted bytes are those of `hf_fpdt.memory` and `hf_fpdt.shelves`.
+for LoRA (6·N in full) over 989 TFLOP/s. Predicted are what `hf_fpdt.memory`, `hf_fpdt.shelves` and
+`hf_fpdt.rates` foretell.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.bench.predicted import predicted
 from hf_fpdt.config import parse_tokens
 from hf_fpdt.keep import peak_bytes
 from hf_fpdt.offload import GIB
@@ -118,10 +120,6 @@ class Case:
     def row(self, n_tokens: int) -> dict[str, Any]:
         full = self.options.full
         sizes, plan = self._plan(n_tokens)
-        elsewhere = plan.foretold.host_bytes > plan.kv.host_bytes
-        working = sizes.working_bytes(plan.kv, checkpoints_elsewhere=elsewhere, resident=True)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        working += sum(p.numel() * p.element_size() for p in trained)  # their gradients
         median = statistics.median(self.seconds[1:] or self.seconds)
         flops = strict_flops(sizes.model, sizes.vocabulary, n_tokens, full=full)
         return {
@@ -134,10 +132,9 @@ class Case:
             "loss": round(self.losses[-1], 4),
             "allocated_before_gib": round(self.weight_bytes / GIB, 3),
             "peak_device_gib": round(self.peak_bytes / GIB, 3),
-            "predicted_device_gib": round((self.weight_bytes + working + plan.foretold.device_bytes) / GIB, 3),
             "checkpoints_device_gib": round(plan.foretold.device_bytes / GIB, 3),
             "host_gib": round(self.handle.store.used_bytes()["pinned"] / GIB, 3),
-            "predicted_host_gib": round(plan.foretold.host_bytes / GIB, 3),
+            **{key: round(value, 3) for key, value in self._predicted(n_tokens).items()},
             "store_gib": round(peak_bytes(plan.kept, sizes.layer_bytes()) / GIB, 3),
             "disk_gib": round(plan.foretold.disk_bytes / GIB, 3),
             "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
@@ -148,6 +145,9 @@ class Case:
             "resident_chunks": plan.kv.backward_resident,
             "budgets_gib": [self.handle.plugin.device_budget_gib, self.handle.plugin.host_budget_gib],
         }
+
+    def _predicted(self, n_tokens: int) -> dict[str, float]:
+        return predicted(self.handle, self.model, n_tokens, torch.cuda.get_device_name())
 
     def _plan(self, n_tokens: int) -> tuple[Any, Any]:
         plans = self.handle.store.plans.items()

@@ -31,7 +31,7 @@ RANKS = MappingProxyType(
         "model": 10,
         **dict.fromkeys(("data", "recording", "plan_report", "check", "speed"), 11),
         **dict.fromkeys(("loaders", "bench.__init__", "bench.job", "bench.figures", "bench.longest"), 12),
-        **dict.fromkeys(("bench.stack", "bench.chunked_loss", "bench.report"), 12),
+        **dict.fromkeys(("bench.stack", "bench.chunked_loss", "bench.report", "bench.predicted"), 12),
         **dict.fromkeys(("accelerate", "trainer", "bench.models", "bench.children"), 13),
         **dict.fromkeys(("bench.peers", "bench.parity", "bench.ceiling", "bench.driver"), 14),
         **dict.fromkeys(("bench.catalogue", "bench.measure"), 15),

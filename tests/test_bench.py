@@ -70,6 +70,7 @@ def test_the_command_measures_what_is_right_and_refuses_what_is_wrong(tmp_path: 
         assert row["result"] == "ok" and float(row["tokens_per_s"]) > 0 and float(row["parity"]) <= 2
         assert row["strict_mfu"] == "" and row["peak_device_gib"] == "", "a CPU has no peak and no device memory"
         assert float(row["of_ceiling"]) > 0 and float(row["peak_rss_gib"]) > 0.1
+        assert float(row["predicted_device_gib"]) > float(row["predicted_pinned_gib"]) == 0 and not row["predicted_s"]
         assert row["trained"].startswith("LoRA") and row["dtype"] == "float32" and "torch" in row["versions"]
     assert rows[broken]["result"].startswith("wrong, so no speed") and rows[broken]["tokens_per_s"] == ""
     assert [json.loads(line)["stack"] for line in files[1].read_text().splitlines()] == names

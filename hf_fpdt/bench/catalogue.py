@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
 from ..config import FPDTPlugin
 from ..model import FPDTHandle, apply_fpdt
 from ..patch import AUTO_CHUNK_TOKENS_GPU
 from .peers import Alst, HuggingFace, Liger, OffloadedHuggingFace
+from .predicted import predicted
 from .stack import Pieces, Stack, Unavailable
 
 
@@ -20,8 +23,9 @@ class Fpdt(Stack):
     """This package; settings beside the chunk are those of FPDT_* environment variables."""
 
     name = "fpdt"
-    about = "this package"
+    about = "this package, GPU memory used for what fits"
 
+    settings: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     _handle: FPDTHandle
 
     def prepare(self, model: nn.Module, pieces: Pieces) -> None:
@@ -31,12 +35,16 @@ class Fpdt(Stack):
         if pieces.most_tokens < AUTO_CHUNK_TOKENS_GPU:
             chunk = pieces.most_tokens
         try:
-            self._handle = apply_fpdt(model, FPDTPlugin(sp_size=1, chunk_tokens=chunk))
+            self._handle = apply_fpdt(model, FPDTPlugin(sp_size=1, chunk_tokens=chunk, **self.settings))
         except NotImplementedError as error:
             raise Unavailable(str(error)) from error
 
     def warm_up_tokens(self, pieces: Pieces) -> int:
         return 2 * (pieces.chunk_tokens or AUTO_CHUNK_TOKENS_GPU) + 1
+
+    def predicted(self, model: nn.Module, n_tokens: int) -> dict[str, float]:
+        gpu_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        return predicted(self._handle, model, n_tokens, gpu_name)
 
     def pinned(self) -> tuple[int, float]:
         others, seconds = super().pinned()
@@ -44,8 +52,16 @@ class Fpdt(Stack):
         return others + store.used_bytes().get("pinned", 0), seconds + store.pinning_seconds
 
 
+class FpdtOnHost(Fpdt):
+    """With as little GPU memory as it can."""
+
+    name = "fpdt-host"
+    about = "this package, K, V and checkpoints all in host memory"
+    settings = MappingProxyType({"device_budget_gib": 0.0})
+
+
 STACKS: MappingProxyType[str, type[Stack]] = MappingProxyType(
-    {kind.name: kind for kind in (Fpdt, HuggingFace, Liger, OffloadedHuggingFace, Alst)}
+    {kind.name: kind for kind in (Fpdt, FpdtOnHost, HuggingFace, Liger, OffloadedHuggingFace, Alst)}
 )
 
 

@@ -39,7 +39,7 @@ def measure(stack: Stack, job: Job) -> dict[str, Any]:
     steps.forget()
     for number in range(job.steps):
         steps.run(tokens_of(job, config, job.n_tokens, number))
-    return steps.row()
+    return steps.row() | stack.predicted(model, job.n_tokens)
 
 
 class Steps:

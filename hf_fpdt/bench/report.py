@@ -27,6 +27,7 @@ TABLE = (
 COLUMNS = (
     ("stack", "tokens", "result", "next")
     + tuple(key for key, _, _ in TABLE)
+    + ("predicted_s", "predicted_device_gib", "predicted_pinned_gib")
     + ("steps_s", "pinning_s", "loss", "ceiling_s", "kernel", "attention_forward", "attention_backward", "matmul")
     + ("peak", "model", "layers", "trained", "dtype", "chunk_tokens", "gpu", "host_memory_gib")
     + ("versions", "commit", "date")

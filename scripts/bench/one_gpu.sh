@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out="${OUT:-out/bench}"
 mkdir -p "$out"
-everyone=(fpdt hf liger hf-offload alst)
+everyone=(fpdt fpdt-host hf liger hf-offload alst)
 export PYTHONPATH="$PWD:$PWD/scripts/bench${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 
 bench() { # TABLE OPTION...
@@ -18,10 +18,9 @@ attention() {
     local shape="$out/attention-only" chunk
     python scripts/bench/attention_only.py "$shape"
     # DeepSpeed's FPDT keeps all of q, k, v and outputs on the host; so does ours here.
-    export FPDT_DEVICE_BUDGET_GIB=0
     for chunk in 64K 32K; do
         bench attention "$shape" --full --seq-len 256K --steps 3 --chunk-tokens "$chunk" \
-            --stacks fpdt deepspeed_fpdt:DeepSpeedFpdt "$@"
+            --stacks fpdt-host deepspeed_fpdt:DeepSpeedFpdt "$@"
     done
 }
 
