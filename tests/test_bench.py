@@ -118,7 +118,7 @@ def test_liger_says_why_it_cannot_run_on_a_cpu(tmp_path: Path) -> None:
 
 def test_a_stack_that_is_none_is_named() -> None:
     for name in ("fast", "tests.bench_stacks:Missing", "no.such.module:Stack"):
-        with pytest.raises(Unavailable, match="fpdt, hf, liger"):
+        with pytest.raises(Unavailable, match="fpdt, fpdt-host, hf, liger"):
             stack_named(name)
 
 
