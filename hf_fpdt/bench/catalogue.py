@@ -47,9 +47,9 @@ class Fpdt(Stack):
         return predicted(self._handle, model, n_tokens, gpu_name)
 
     def pinned(self) -> tuple[int, float]:
-        others, seconds = super().pinned()
+        others, _ = super().pinned()
         store = self._handle.store
-        return others + store.used_bytes().get("pinned", 0), seconds + store.pinning_seconds
+        return others + store.used_bytes().get("pinned", 0), store.pinning_seconds
 
 
 class FpdtOnHost(Fpdt):

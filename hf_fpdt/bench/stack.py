@@ -67,11 +67,13 @@ class Stack:
         return {}
 
     def pinned(self) -> tuple[int, float]:
-        """Pinned host bytes at their highest, and the seconds spent on pinning."""
+        """Pinned host bytes at their highest, and the seconds so far in which nothing but pinning went on.
+
+        What PyTorch's allocator pins in the middle of a step, it pins while the GPU works: that cannot be told apart.
+        """
         if not torch.cuda.is_available():
             return 0, 0.0
-        stats = torch.cuda.host_memory_stats()
-        return int(stats.get("allocated_bytes.peak", 0)), stats.get("host_alloc_time.total", 0) / 1e6
+        return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)), 0.0
 
 
 def base_of(model: nn.Module) -> Any:
