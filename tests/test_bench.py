@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,16 @@ def test_the_command_measures_what_is_right_and_refuses_what_is_wrong(tmp_path: 
     assert rows[broken]["result"].startswith("wrong, so no speed") and rows[broken]["tokens_per_s"] == ""
     assert [json.loads(line)["stack"] for line in files[1].read_text().splitlines()] == names
     assert "strict MFU: S" in done.stdout and "wrong, so no speed" in done.stdout
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    job(tmp_path, stack="hf").write(tmp_path / "job")
+    command = [sys.executable, "-m", "hf_fpdt.bench.child", str(tmp_path / "job"), str(tmp_path / "result")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as working:
+        assert working.stdin is not None
+        working.stdin.write(b"\n")
+        working.stdin.close()
+        assert working.wait(60) == -signal.SIGKILL and not (tmp_path / "result").exists()
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

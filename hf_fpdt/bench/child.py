@@ -1,6 +1,7 @@
 """The process that does one job: `python -m hf_fpdt.bench.child JOB RESULT`, both files of JSON.
 
-It waits for a line on its standard input before it reads the job or touches a GPU; where the input ends, it goes.
+It waits for a byte on its standard input before it reads the job or touches a GPU. Where the input ends, the parent is
+gone, and it goes too, with all that it started: nothing else may find the GPU busy.
 
 What a user can understand (out of memory, a missing package) is a result, written like any other; everything else ends
 the process with a traceback, whose last line the parent shows.
@@ -12,10 +13,12 @@ import json
 import logging
 import os
 import platform
+import signal
 import sys
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -74,6 +77,11 @@ def conditions(job: Job) -> dict[str, Any]:
     }
 
 
+def _go_with_parent() -> None:
+    os.read(sys.stdin.fileno(), 1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def _go_first() -> None:
     """Where the host runs out of memory, this process is the one to end, not the one that waits for it."""
     with suppress(OSError):
@@ -88,5 +96,6 @@ def _first_sentence(error: BaseException) -> str:
     return ". ".join(_one_line(error).split(". ")[:2])
 
 
-if __name__ == "__main__" and sys.stdin.readline():
+if __name__ == "__main__" and os.read(sys.stdin.fileno(), 1):
+    Thread(target=_go_with_parent, daemon=True).start()
     main(*sys.argv[1:])

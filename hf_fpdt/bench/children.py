@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType, TracebackType
@@ -80,20 +81,28 @@ class _Child:
         """What becomes of the job."""
         job.write(self._job)
         try:
-            self._process.communicate(b"\n", limit_s)
+            self._say_so()
+            status = self._process.wait(limit_s)
         except subprocess.TimeoutExpired:
             return Outcome({}, f"{OVER_THE_LIMIT}: not done in {limit_s:,.0f} s (--limit)")
-        status = self._process.returncode
         if self._result.exists() and status == 0:
             return Outcome(**json.loads(self._result.read_text(encoding="utf-8")))
         return Outcome({}, _why(status, self._log.read_text(encoding="utf-8", errors="replace")))
+
+    def _say_so(self) -> None:
+        """The pipe stays open: where it closes, this process is gone, and a child that works on a GPU must go too."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(b"\n")
+            self._process.stdin.flush()
 
     def end(self) -> None:
         """Nothing of it is left behind, whatever it does."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        if self._process.stdin is not None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
             self._process.stdin.close()
         self._folder.cleanup()
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..model import FPDTHandle, mostly_trained
+from ..model import FPDTHandle, decoder_layers, mostly_trained
 from ..offload import GIB
 from ..rates import gpu_named, step_seconds
+from .stack import base_of
 
-# Weights have gradients as large as they are; Adam has two states.
 ADAM_STATES = 2
 
 
@@ -30,8 +30,9 @@ def predicted(handle: FPDTHandle, model: nn.Module, n_tokens: int, gpu_name: str
     assert told is not None
     on_host = told.host_bytes > plan.kv.host_bytes
     working = step.working_bytes(plan.kv, checkpoints_elsewhere=on_host, resident=True)
+    beside = _gradients_and_checkpoints(model, told.device_bytes)
     found = {
-        "predicted_device_gib": (_fixed_bytes(model) + working + told.device_bytes) / GIB,
+        "predicted_device_gib": (_weights_and_states(model) + working + beside) / GIB,
         "predicted_pinned_gib": told.host_bytes / GIB,
     }
     gpu = gpu_named(gpu_name)
@@ -41,7 +42,18 @@ def predicted(handle: FPDTHandle, model: nn.Module, n_tokens: int, gpu_name: str
     return found
 
 
-def _fixed_bytes(model: nn.Module) -> int:
-    """Weights, their gradients and Adam's states."""
-    sizes = {p: p.numel() * p.element_size() for p in model.parameters()}
-    return sum(size * (2 + ADAM_STATES if p.requires_grad else 1) for p, size in sizes.items())
+def _weights_and_states(model: nn.Module) -> int:
+    return _bytes(model) + ADAM_STATES * _bytes(model, trained=True)
+
+
+def _gradients_and_checkpoints(model: nn.Module, checkpoints: int) -> int:
+    """The most that both take together: a layer's checkpoints go when its gradients come."""
+    layers = decoder_layers(base_of(model))
+    inside = [_bytes(layer, trained=True) for layer in layers]
+    outside = _bytes(model, trained=True) - sum(inside)
+    return outside + max(max(inside) + checkpoints, sum(inside) + checkpoints // len(layers))
+
+
+def _bytes(module: nn.Module, *, trained: bool = False) -> int:
+    """Of parameters, each once; gradients of those that train are as large as they are."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not trained)
