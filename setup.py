@@ -28,6 +28,7 @@ setup(
         "safetensors",
         "psutil",
         "tqdm",
+        "rich>=13",
     ],
     extras_require={
         # Only pre-releases exist so far; pip takes them because there is nothing else to choose.

@@ -26,7 +26,7 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("kv_store", "budget", "cross_entropy", "rates_file", "work"), 5),
         **dict.fromkeys(("attention", "checkpoint_store", "fit", "measure"), 6),
         **dict.fromkeys(("patch", "run", "shapes", "plan_curves"), 7),
-        **dict.fromkeys(("layer", "loss", "linear", "plan_picture"), 8),
+        **dict.fromkeys(("layer", "loss", "linear", "plan_picture", "plan_tables"), 8),
         **dict.fromkeys(("interface", "head", "fused"), 9),
         "model": 10,
         **dict.fromkeys(("data", "recording", "plan_report", "check", "speed"), 11),
