@@ -36,7 +36,7 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("bench.peers", "bench.parity", "bench.ceiling", "bench.driver"), 14),
         **dict.fromkeys(("bench.catalogue", "bench.measure"), 15),
         **dict.fromkeys(("bench.child", "bench.options", "cli_options"), 16),
-        **dict.fromkeys(("cli_bench", "cli_check", "cli_plan", "cli_trace"), 17),
+        **dict.fromkeys(("cli_bench", "cli_check", "cli_completion", "cli_plan", "cli_trace"), 17),
         "cli": 18,
         "__init__": 19,
     }
