@@ -28,6 +28,8 @@ setup(
         "safetensors",
         "psutil",
         "tqdm",
+        "rich>=13",
+        "shtab>=1.7",
     ],
     extras_require={
         # Only pre-releases exist so far; pip takes them because there is nothing else to choose.

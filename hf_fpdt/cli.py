@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .cli_bench import add_bench
 from .cli_check import add_check
+from .cli_completion import COMPLETION_HELP, add_completion
 from .cli_options import UserMistake
 from .cli_plan import add_plan
 from .cli_trace import add_trace
@@ -28,12 +29,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-fpdt",
         description="Tools around FPDT training: exact training of Hugging Face models on very long sequences.",
+        epilog=COMPLETION_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_check(commands)
     add_plan(commands)
     add_trace(commands)
     add_bench(commands)
+    add_completion(parser)
     return parser
 
 

@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console, Group
+
 from .arguments import amount, count, tokens
 from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_picture, config_of, mistakes
 from .config import CHECKPOINT_POLICIES
@@ -26,7 +28,8 @@ from .offload import GIB
 from .patch import auto_chunk_tokens
 from .plan_curves import Reach, memory_curve, reach_by_host
 from .plan_picture import draw_plan
-from .plan_report import as_json, as_text, training_of
+from .plan_report import as_json, training_of
+from .plan_tables import WIDTH, plan_tables
 from .rates import GPU, GPUS
 from .rates_file import read_rates
 from .trace_picture import PictureError, check_matplotlib
@@ -111,9 +114,19 @@ def plan(options: argparse.Namespace) -> None:
             found = fit(training, machines, options.seq_len)
         else:
             found, helps = _longest(training, machines), what_would_help(training, machines)
-    print(json.dumps(as_json(found, helps, least)) if options.json else as_text(found, machines, helps, least))
+    if options.json:
+        print(json.dumps(as_json(found, helps, least)))
+    else:
+        _console().print(Group(*plan_tables(found, machines, helps, least)))
     if options.plot is not None:
         _draw(options, training, machines, found)
+
+
+def _console() -> Console:
+    """Of the terminal, or for a file; never too narrow for the tables."""
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    return console
 
 
 def _training(options: argparse.Namespace) -> Training:

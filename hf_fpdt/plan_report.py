@@ -1,4 +1,4 @@
-"""A plan as people and programs read it, and a model's sizes from its configuration."""
+"""A plan as programs read it, and a model's sizes from its configuration."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .fit import Fit, Machines, Training, Weights, machine_bytes
+from .fit import Fit, Training, Weights
 from .memory import ModelSizes
 from .model import decoder_layers
-from .offload import GIB
 from .patch import AUTO_CHUNK_TOKENS_GPU, auto_loss_tokens
 from .shapes import build_random
 
@@ -66,61 +65,3 @@ def as_json(found: Fit, helps: Mapping[str, int], least: Fit | None = None) -> d
         "longest_with": dict(helps),
         **({} if least is None else {"least_host_bytes": least.host, "seconds_with_least": least.seconds}),
     }
-
-
-def as_text(found: Fit, machines: Machines, helps: Mapping[str, int], least: Fit | None = None) -> str:
-    """A few lines; `least` is the step with the least host memory."""
-    plan, kept, told = found.step.plan, found.plan.kept, found.plan.foretold
-    assert told is not None
-    hours = f"{found.seconds:,.1f} s" if found.seconds < 7200 else f"{found.seconds / 3600:.1f} h"
-    speed = plan.n_tokens / found.seconds
-    lines = [
-        f"{plan.n_tokens:,} tokens on {machines.gpus} x {machines.gpu.name}, {machines.host_bytes / GIB:,.0f} GiB of "
-        f"host memory, in {len(plan.chunks)} chunks of {plan.chunk_tokens:,}",
-        f"  a step                {hours}, {speed:,.0f} tokens/s, strict MFU {found.strict_mfu:.3f}",
-        f"  by                    {machines.gpu.source}",
-        f"  inputs kept           {_layers(kept.inputs)}",
-        f"  attention outputs     {_layers(kept.attentions)}",
-        f"  done again            attention of {kept.attention_reruns} layers, {kept.rebuilt} inputs rebuilt",
-        f"  K, V                  {found.plan.kv.backward_resident} of {len(plan.chunks)} chunks on the GPU",
-        f"  copies                {found.copy_seconds:,.1f} s a step, under {found.seconds:,.1f} s of computation",
-        "",
-        f"  each GPU              {_total(found.device):8.1f} of {machines.gpu.memory_gib:.1f} GiB",
-        *(f"    {name:40} {size / GIB:8.1f}" for name, size in found.device if size >= 0.05 * GIB),
-        f"  hosts, pinned         {found.host / GIB:8.1f} of {machines.host_bytes / GIB:,.0f} GiB",
-    ]
-    if least is not None:
-        host = f"{machine_bytes(least.host) / GIB:8.1f} GiB, then a step takes {least.seconds:,.1f} s and keeps"
-        lines.append(f"  least host memory     {host} {least.plan.kept}")
-    if told.disk_bytes:
-        lines.append(f"  files                 {told.disk_bytes * plan.sp_size / GIB:8.1f} GiB")
-    if helps:
-        lines += ["", f"  ends by               {_limit(helps)}", "  longer with"]
-        lines += [f"    {name:40} {tokens:>12,} tokens" for name, tokens in helps.items()]
-        if not any("GPUs" in name for name in helps):
-            lines.append(
-                f"    twice the GPUs: not by sp_size, {found.step.model.q_heads} query heads do not divide by more"
-            )
-    return "\n".join(lines)
-
-
-def _layers(flags: tuple[bool, ...]) -> str:
-    """How many of how many, and which: "9 of 32: 0, 2, 26-31"."""
-    runs: list[list[int]] = []
-    for layer in (i for i, flag in enumerate(flags) if flag):
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1] = [runs[-1][0], layer]
-        else:
-            runs.append([layer])
-    which = ", ".join("-".join(map(str, run)) for run in runs)
-    return f"{sum(flags)} of {len(flags)}" + (f": layers {which}" if 0 < sum(flags) < len(flags) else "")
-
-
-def _limit(helps: Mapping[str, int]) -> str:
-    """What a quarter more of helps most."""
-    quarters = {name: tokens for name, tokens in helps.items() if name.startswith("a quarter")}
-    return max(quarters, key=lambda name: quarters[name]).removeprefix("a quarter more ")
-
-
-def _total(items: tuple[tuple[str, int], ...]) -> float:
-    return sum(size for _, size in items) / GIB

@@ -26,7 +26,7 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("kv_store", "budget", "cross_entropy", "rates_file", "work"), 5),
         **dict.fromkeys(("attention", "checkpoint_store", "fit", "measure"), 6),
         **dict.fromkeys(("patch", "run", "shapes", "plan_curves"), 7),
-        **dict.fromkeys(("layer", "loss", "linear", "plan_picture"), 8),
+        **dict.fromkeys(("layer", "loss", "linear", "plan_picture", "plan_tables"), 8),
         **dict.fromkeys(("interface", "head", "fused"), 9),
         "model": 10,
         **dict.fromkeys(("data", "recording", "plan_report", "check", "speed"), 11),
@@ -36,7 +36,7 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("bench.peers", "bench.parity", "bench.ceiling", "bench.driver"), 14),
         **dict.fromkeys(("bench.catalogue", "bench.measure"), 15),
         **dict.fromkeys(("bench.child", "bench.options", "cli_options"), 16),
-        **dict.fromkeys(("cli_bench", "cli_check", "cli_plan", "cli_trace"), 17),
+        **dict.fromkeys(("cli_bench", "cli_check", "cli_completion", "cli_plan", "cli_trace"), 17),
         "cli": 18,
         "__init__": 19,
     }
