@@ -56,6 +56,8 @@ def as_json(found: Fit, helps: Mapping[str, int], least: Fit | None = None) -> d
         "tokens_per_s": found.step.plan.n_tokens / found.seconds,
         "strict_mfu": found.strict_mfu,
         "copy_seconds": found.copy_seconds,
+        "exchange_seconds": found.exchange_seconds,
+        "gather_seconds": found.gather_seconds,
         "device_bytes": dict(found.device),
         "host_bytes": found.host,
         "disk_bytes": told.disk_bytes * found.step.plan.sp_size,
@@ -73,7 +75,7 @@ def as_text(found: Fit, machines: Machines, helps: Mapping[str, int], least: Fit
     plan, kept, told = found.step.plan, found.plan.kept, found.plan.foretold
     assert told is not None
     hours = f"{found.seconds:,.1f} s" if found.seconds < 7200 else f"{found.seconds / 3600:.1f} h"
-    speed = plan.n_tokens / found.seconds
+    speed, computing = plan.n_tokens / found.seconds, found.seconds - found.exchange_seconds
     lines = [
         f"{plan.n_tokens:,} tokens on {machines.gpus} x {machines.gpu.name}, {machines.host_bytes / GIB:,.0f} GiB of "
         f"host memory, in {len(plan.chunks)} chunks of {plan.chunk_tokens:,}",
@@ -83,7 +85,8 @@ def as_text(found: Fit, machines: Machines, helps: Mapping[str, int], least: Fit
         f"  attention outputs     {_layers(kept.attentions)}",
         f"  done again            attention of {kept.attention_reruns} layers, {kept.rebuilt} inputs rebuilt",
         f"  K, V                  {found.plan.kv.backward_resident} of {len(plan.chunks)} chunks on the GPU",
-        f"  copies                {found.copy_seconds:,.1f} s a step, under {found.seconds:,.1f} s of computation",
+        f"  copies                {found.copy_seconds:,.1f} s a step, under {computing:,.1f} s of computation",
+        *_between_gpus(found),
         "",
         f"  each GPU              {_total(found.device):8.1f} of {machines.gpu.memory_gib:.1f} GiB",
         *(f"    {name:40} {size / GIB:8.1f}" for name, size in found.device if size >= 0.05 * GIB),
@@ -102,6 +105,14 @@ def as_text(found: Fit, machines: Machines, helps: Mapping[str, int], least: Fit
                 f"    twice the GPUs: not by sp_size, {found.step.model.q_heads} query heads do not divide by more"
             )
     return "\n".join(lines)
+
+
+def _between_gpus(found: Fit) -> list[str]:
+    """What several GPUs send each other: what computation waits for, and what FSDP2 does meanwhile."""
+    if found.step.plan.sp_size == 1:
+        return []
+    beside = f"; weights and gradients {found.gather_seconds:,.1f} s beside it" if found.gather_seconds else ""
+    return [f"  exchanges             {found.exchange_seconds:,.1f} s of the step, computation waits{beside}"]
 
 
 def _layers(flags: tuple[bool, ...]) -> str:

@@ -68,8 +68,10 @@ def test_the_command_plans_for_a_folder_and_says_what_lies_where(tmp_path: Path)
 
     expected = fit(replace(training_of(TINY, lora=True), chunk_tokens=4096), machines, 2**16)
     assert told == json.loads(json.dumps(as_json(expected, {})))
+    assert told["exchange_seconds"] == told["gather_seconds"] == 0
     assert told["tokens"] == 65_536 and told["inputs_kept"] == told["layers"] == 4
     text = as_text(expected, machines, {"a quarter more host memory": 2**20})
+    assert "exchanges" not in text
     for part in ("65,536 tokens on 1 x H100 80GB", "strict MFU", "activations", "hosts, pinned", "1,048,576 tokens"):
         assert part in text
 
@@ -112,6 +114,16 @@ def test_mistakes_end_with_status_2_and_without_a_traceback(
     assert status == 2 and said in error and "Traceback" not in error
 
 
+def test_weights_that_are_sharded_are_told_beside_exchanges() -> None:
+    machines = Machines(gpu=GPUS["h100"], gpus=2, host_bytes=16 * GIB, sharded=True)
+    found = fit(replace(training_of(TINY, lora=True), chunk_tokens=4096), machines, 2**16)
+    found = replace(found, exchange_seconds=12.34, gather_seconds=5.67)
+    assert "exchanges             12.3 s of the step, computation waits; weights and gradients 5.7 s beside it" in (
+        as_text(found, machines, {})
+    )
+    assert as_json(found, {})["gather_seconds"] == 5.67
+
+
 def test_without_host_memory_it_says_what_a_length_needs(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "--shape", "llama-8b", "--gpus", "4", "--seq-len", "2M"]
     assert main([*arguments, "--json"]) == 0
@@ -121,6 +133,9 @@ def test_without_host_memory_it_says_what_a_length_needs(capsys: pytest.CaptureF
     kept = 4 * 32 * (2 * hidden + lse)
     assert found["host_bytes"] + 4 * found["device_bytes"]["checkpoints"] == pytest.approx(kept, rel=0.01)
     assert found["least_host_bytes"] < found["host_bytes"] and found["seconds_with_least"] > found["seconds"]
+    assert found["seconds"] > found["exchange_seconds"] > found["gather_seconds"] == 0
     assert main(arguments) == 0
-    assert "least host memory" in capsys.readouterr().out
+    text, exchanges = capsys.readouterr().out, f"{found['exchange_seconds']:.1f} s of the step, computation waits\n"
+    assert "least host memory" in text and f"  exchanges             {exchanges}" in text
+    assert f"under {found['seconds'] - found['exchange_seconds']:,.1f} s of computation" in text
     assert main(["plan", "--shape", "llama-8b"]) == 2 and "--host-mem is needed" in capsys.readouterr().err
