@@ -42,7 +42,8 @@ GPUs share one sequence (sp_size).
 
 Bytes are those that FPDT itself plans with at run time. Seconds come from rates measured on an H100 (seven
 steps of Llama and GPT-NeoX shapes are within 2 % of them); for other GPUs they are derived from data sheets.
-With --rates they are those of your own GPU, as `hf-fpdt check --measure --rates FILE` found them.
+With --rates they are those of your own GPU, as `hf-fpdt check --measure --rates FILE` found them. What several GPUs
+send each other is reckoned with NVLink inside hosts of eight and one network card for each GPU between hosts.
 """
 PLAN_EXAMPLES = """\
 examples:

@@ -10,9 +10,11 @@ import math
 from dataclasses import dataclass, replace
 
 from .budget import DEVICE_MARGIN, DEVICE_RESERVE, NO_LIMIT, PassPlan, plan_pass
+from .exchange import sharded_seconds, ulysses_seconds
 from .layout import ChunkPlan
 from .memory import ModelSizes, StepSizes
 from .offload import GIB, HOST_RESERVE
+from .planner import ShardedWeights
 from .rates import GPU, step_seconds, strict_flops
 from .shelves import Budgets
 
@@ -103,6 +105,9 @@ class Fit:
         seconds: of the step.
         strict_mfu: of all GPUs; no recomputation counted, attention at half.
         copy_seconds: what the host's link needs for the checkpoints, which is under computation if it is less.
+        exchange_seconds: of `seconds`, those in which GPUs send each other what computation waits for.
+        gather_seconds: what weights and gradients need between the GPUs that shard them, beside computation;
+            `seconds` counts what is longer.
     """
 
     step: StepSizes
@@ -112,6 +117,8 @@ class Fit:
     seconds: float
     strict_mfu: float
     copy_seconds: float
+    exchange_seconds: float
+    gather_seconds: float
 
 
 def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
@@ -134,7 +141,11 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
     plan = plan_pass(training.checkpoints, step, training.model.layers, budgets, {})
     assert plan.foretold is not None
     full = weights.trained == weights.total
-    seconds = step_seconds(step, plan.kept, gpu, full=full)
+    gathering, in_the_way = 0.0, 0.0
+    if machines.sharded:
+        gathering, in_the_way = sharded_seconds(sharded_weights(training, machines.gpus), plan.kept, gpu)
+    exchange = ulysses_seconds(step, plan.kept, gpu) + in_the_way
+    seconds = max(step_seconds(step, plan.kept, gpu, full=full), gathering) + exchange
     resident = plan.kv.device_bytes
     items = (*fixed, ("activations and gradients of a step", working), ("K, V, dK, dV", resident))
     elsewhere = plan.foretold.host_bytes - plan.kv.host_bytes + plan.foretold.disk_bytes
@@ -149,6 +160,24 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
         / machines.gpus
         / gpu.peak,
         copy_seconds=2 * elsewhere / gpu.link,
+        exchange_seconds=exchange,
+        gather_seconds=gathering,
+    )
+
+
+def sharded_weights(training: Training, ranks: int) -> ShardedWeights:
+    """What FSDP2 shards, in its units."""
+    model, weights, size = training.model, training.weights, training.weights.element_bytes
+    embedding = training.vocabulary * model.hidden
+    if weights.outside < 2 * embedding:  # the head is the embedding
+        embedding = 0
+    return ShardedWeights(
+        ranks=ranks,
+        layers=model.layers,
+        layer=model.layer_parameters * size,
+        embedding=embedding * size,
+        tail=(weights.outside - embedding) * size,
+        trained=weights.trained * size,
     )
 
 

@@ -50,6 +50,11 @@ class Kept:
         """Layers whose attention is run again."""
         return self.attentions.count(False)
 
+    @property
+    def rebuilt_attentions(self) -> int:
+        """Layers run again for the sake of the input above whose attention runs again with them."""
+        return sum(not above and not out for above, out in zip(self.inputs[1:], self.attentions[:-1], strict=True))
+
     def __str__(self) -> str:
         inputs, outs = self.inputs.count(True), self.attentions.count(True)
         return f"{inputs} inputs and {outs} attention outputs of {self.layers} layers"

@@ -1,7 +1,7 @@
 """What this machine's GPU does in a second, measured in a few seconds: the rates that `hf-fpdt plan` reckons with.
 
 The same quantities as in the table of `rates`, so one can stand for the other: large matrix products, the attention
-kernel that "auto" takes, device memory, and the link to pinned host memory.
+kernel that "auto" takes, device memory, and the link to pinned host memory. Links between GPUs are not measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from .kernels import Kernel, select_kernel
 from .offload import GIB, PinnedMemory, Transfers, device_bytes_available
-from .rates import BACKWARD_OPERATIONS, GPU, peak_of
+from .rates import BACKWARD_OPERATIONS, GPU, gpu_named
 from .rates_file import HEAD_DIMS
 
 Q_HEADS, KV_HEADS = 32, 8
@@ -42,23 +42,24 @@ def measured(device: torch.device, dtype: torch.dtype, *, sizes: Sizes | None = 
     """Rates of `device` for `dtype`.
 
     Args:
-        name: of the GPU, as its driver says it; MFU is measured against its data sheet where it is known, else against
-            its own matrix products.
+        name: of the GPU, as its driver says it. Where it is known, MFU is measured against its data sheet, from which
+            links to other GPUs come too; else against its own matrix products, and other GPUs are as far as the host.
         note: date and versions, for whoever reads the file.
     """
     sizes = Sizes() if sizes is None else sizes
     memory = device_bytes_available(device) if device.type == "cuda" else GIB
-    matmul = _matmul_rate(device, dtype, sizes)
-    peak = peak_of(name)
+    matmul, link, kind = _matmul_rate(device, dtype, sizes), min(link_rates(device, sizes)), gpu_named(name)
     return GPU(
         name=name,
         memory_gib=memory / GIB,
-        peak=matmul if peak is None else peak,
+        peak=matmul if kind is None else kind.peak,
         matmul=matmul,
         attention=MappingProxyType({dim: attention_rates(device, dtype, dim, sizes) for dim in HEAD_DIMS}),
         memory=_memory_rate(device, sizes),
-        link=min(link_rates(device, sizes)),
-        source=f"rates measured on this {name}, {note}{'' if peak else '; MFU against its own matrix products'}",
+        link=link,
+        peers=link if kind is None else kind.peers,
+        network=link if kind is None else kind.network,
+        source=f"rates measured on this {name}, {note}{'' if kind else '; MFU against its own matrix products'}",
     )
 
 

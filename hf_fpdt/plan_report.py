@@ -55,6 +55,8 @@ def as_json(found: Fit, helps: Mapping[str, int], least: Fit | None = None) -> d
         "tokens_per_s": found.step.plan.n_tokens / found.seconds,
         "strict_mfu": found.strict_mfu,
         "copy_seconds": found.copy_seconds,
+        "exchange_seconds": found.exchange_seconds,
+        "gather_seconds": found.gather_seconds,
         "device_bytes": dict(found.device),
         "host_bytes": found.host,
         "disk_bytes": told.disk_bytes * found.step.plan.sp_size,

@@ -36,6 +36,8 @@ def plan_tables(
     gib = f"{machines.host_bytes / GIB:,.0f} GiB of host memory"
     yield Text(f"{found.step.plan.n_tokens:,} tokens on {machines.gpus} x {machines.gpu.name}, {gib}", style="bold")
     yield from ("", _step(found))
+    if found.step.plan.sp_size > 1:
+        yield from _between_gpus(found)
     yield Text(machines.gpu.source, style="italic")
     yield from ("", _memory(found, machines), "", _layers(found.plan.kept))
     if least is not None:
@@ -56,15 +58,23 @@ def _table(*titles: str, words: int = 1) -> Table:
 
 def _step(found: Fit) -> Table:
     plan, table = found.step.plan, _table(*STEP, words=0)
+    computing = found.seconds - found.exchange_seconds
     table.add_row(
         _time(found.seconds),
         f"{plan.n_tokens / found.seconds:,.0f}",
         f"{found.strict_mfu:.3f}",
-        f"{found.copy_seconds:,.1f} s, {100 * found.copy_seconds / found.seconds:.1f} %",
+        f"{found.copy_seconds:,.1f} s, {100 * found.copy_seconds / computing:.1f} %",
         f"{len(plan.chunks)} x {plan.chunk_tokens:,}",
         f"{found.plan.kv.backward_resident} of {len(plan.chunks)}",
     )
     return table
+
+
+def _between_gpus(found: Fit) -> Iterator[Text]:
+    """What GPUs send each other: what computation waits for, and what FSDP2 does meanwhile."""
+    yield Text(f"exchanges between GPUs: {found.exchange_seconds:,.1f} s of the step, in which nothing is computed")
+    if found.gather_seconds:
+        yield Text(f"weights and gradients between GPUs: {found.gather_seconds:,.1f} s under the computation")
 
 
 def _time(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """What a training step costs, by arithmetic: which collectives it makes and the bytes that a rank sends in them.
 
-Ulysses exchanges of FPDT (paper sections 2 and 4.1) are made per layer and chunk. A test counts them in real steps.
-Nothing here imports torch.
+Ulysses exchanges of FPDT (paper sections 2 and 4.1) are made per layer and chunk; FSDP2 gathers weights per layer.
+Tests count both in real steps. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Collectives:
 class StepPlan:
     """Sizes of one training step (forward and backward of one batch), and the collectives it makes.
 
-    DDP's and FSDP2's own collectives and those of Trainer (it counts labels over all ranks) come on top; so do, with
-    FSDP2, the all-reduce a step in which all ranks agree on the longest sequence. "attention" and "input" of
+    DDP's collectives, FSDP2's (`ShardedWeights`) and those of Trainer (it counts labels over all ranks) come on top;
+    with FSDP2 also an all-reduce a step, in which all ranks agree on the longest sequence. "attention" and "input" of
     `FPDTPlugin.checkpoints` exchange alike: what "input" does not keep is made again from exchanged tensors. Inputs
     that were not kept ("segment", or little memory) are rebuilt, and the layers that run for it exchange once more.
 
@@ -215,3 +215,44 @@ class StepPlan:
 
 def _total(made: tuple[Exchange, ...]) -> Collectives:
     return Collectives(len(made), sum(exchange.sent_bytes for exchange in made))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedWeights:
+    """Weights that FSDP2 shards over all ranks, in units as accelerate lays them; sizes in bytes, gathered.
+
+    A unit is gathered for its forward pass and, as it was put back into shards, for its backward pass once more; the
+    embedding too where it is frozen, as FSDP2 fetches ahead. What is gathered last stays whole until it is used again.
+    A layer that runs again to rebuild an input is gathered for that as well. To gather or to reduce a unit, each rank
+    sends all of it but one part in `ranks`.
+
+    Attributes:
+        ranks: that share the weights.
+        layers: decoder layers, a unit each.
+        layer: one of them, adapters included.
+        embedding: the unit of the input embedding; 0 where the head is tied to it.
+        tail: what stays whole between forward and backward: final norm and head.
+        trained: gradients of all that trains.
+    """
+
+    ranks: int
+    layers: int
+    layer: int
+    embedding: int
+    tail: int
+    trained: int
+
+    def gathered_bytes(self) -> int:
+        """What a rank sends in a step for weights that are gathered, those of `rebuilt_bytes` left out."""
+        return self._sent(2 * (self.layers * self.layer + self.embedding) + self.tail)
+
+    def rebuilt_bytes(self, rebuilt_layers: int) -> int:
+        """What it sends for the layers that run again for the input above."""
+        return self._sent(rebuilt_layers * self.layer)
+
+    def reduced_bytes(self) -> int:
+        """What it sends of gradients."""
+        return self._sent(self.trained)
+
+    def _sent(self, nbytes: int) -> int:
+        return nbytes * (self.ranks - 1) // self.ranks

@@ -2,7 +2,7 @@
 
 A step is attention at the kernel's rate, matrix products at theirs, and everything else (norms, activations, adapters,
 copies inside the device) at the speed of device memory. The H100's rates were measured, see docs/offload.md; what is
-derived from data sheets says so.
+derived from data sheets says so. What GPUs send each other comes on top, see `exchange`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ ADAPTER_PASSES, FULL_PASSES = 3.14, 4.14
 GATED_TRAFFIC, PLAIN_TRAFFIC, FULL_TRAFFIC, STEP_TRAFFIC = (24, 11), (34, 7), (14, 8), 3.48
 # A rebuilt input also makes its way to the store and back.
 REBUILD_TRAFFIC = 2
+# Of the data sheet of NVLink, what large messages get; assumed, no exchange of ours was timed yet.
+NVLINK_SHARE = 0.73
 # Of device memory, a logit: its value twice and its gradient; and where the head trains, for every weight of it and
 # every chunk of the loss, a gradient added to a sum in fp32.
 LOGIT_BYTES, HEAD_SUM_BYTES = 7, 12
@@ -41,6 +43,8 @@ class GPU:
         attention: forward and backward of the attention kernel, by head dimension.
         memory: bytes a second of device memory.
         link: bytes a second from and to host memory, one way.
+        peers: bytes a second to the other GPUs of its host, one way; NVLink's data sheet, less what is lost.
+        network: bytes a second to GPUs of other hosts, one way; data sheet of one network card for each GPU.
         source: where the rates come from.
     """
 
@@ -51,6 +55,8 @@ class GPU:
     attention: Mapping[int, tuple[float, float]]
     memory: float
     link: float
+    peers: float
+    network: float
     source: str
 
 
@@ -62,7 +68,9 @@ _H100 = GPU(
     attention=MappingProxyType({128: (650e12, 594e12), 64: (539e12, 546e12)}),
     memory=3.0e12,
     link=52e9,
-    source="rates measured on one H100 with flash-attn-4; exchanges between GPUs not counted",
+    peers=NVLINK_SHARE * 450e9,
+    network=50e9,
+    source="rates measured on one H100 with flash-attn-4; between GPUs by data sheets",
 )
 _A100 = GPU(
     name="A100 80GB",
@@ -72,6 +80,8 @@ _A100 = GPU(
     attention=MappingProxyType({128: (220e12, 190e12), 64: (190e12, 170e12)}),
     memory=1.8e12,
     link=24e9,
+    peers=NVLINK_SHARE * 300e9,
+    network=25e9,
     source="derived from data sheets, not measured",
 )
 GPUS: Mapping[str, GPU] = MappingProxyType(
@@ -111,7 +121,7 @@ def strict_flops(model: ModelSizes, vocabulary: int, n_tokens: int, *, full: boo
 
 
 def step_seconds(step: StepSizes, kept: Kept, gpu: GPU, *, full: bool) -> float:
-    """Seconds of one step on every rank of the group, copies to and from the host all under computation."""
+    """Seconds that every rank of the group computes in one step, copies to and from the host all under it."""
     m, ranks = step.model, step.plan.sp_size
     tokens = step.batch * step.plan.n_tokens / ranks
     forward_rate, backward_rate = gpu.attention[128 if m.head_dim > 64 else 64]

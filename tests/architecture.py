@@ -23,7 +23,7 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
         **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory", "liger"), 3),
         **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates", "cross_entropy_kernel"), 4),
-        **dict.fromkeys(("kv_store", "budget", "cross_entropy", "rates_file", "work"), 5),
+        **dict.fromkeys(("kv_store", "budget", "cross_entropy", "rates_file", "work", "exchange"), 5),
         **dict.fromkeys(("attention", "checkpoint_store", "fit", "measure"), 6),
         **dict.fromkeys(("patch", "run", "shapes", "plan_curves"), 7),
         **dict.fromkeys(("layer", "loss", "linear", "plan_picture", "plan_tables"), 8),

@@ -24,6 +24,9 @@ from hf_fpdt.reference import peaked_qkv as peaked_qkv
 
 PRELOADED = ("hf_fpdt", "peft", "transformers.models.llama", "transformers.models.gpt_neox", "torch.distributed.fsdp")
 GROUP_TIMEOUT = timedelta(seconds=120)
+# What FSDP2 calls; from torch 2.13 on the second name of each.
+FSDP_CALLS = dict.fromkeys(("all_gather_into_tensor", "all_gather_single"), "gathered")
+FSDP_CALLS |= dict.fromkeys(("reduce_scatter_tensor", "reduce_scatter_single"), "reduced")
 
 
 def max_error(a: Tensor, b: Tensor) -> float:
@@ -114,6 +117,30 @@ def _poisoned(original: Callable[..., Tensor], package: str) -> Callable[..., Te
         return made
 
     return make
+
+
+@contextmanager
+def counting_fsdp(rank_count: int) -> Iterator[dict[str, int]]:
+    """Bytes that this rank sends as FSDP2 gathers weights ("gathered") and reduces gradients ("reduced")."""
+    sent = {"gathered": 0, "reduced": 0}
+    saved = {name: getattr(dist, name) for name in FSDP_CALLS if hasattr(dist, name)}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            whole = max(tensor.numel() * tensor.element_size() for tensor in tensors)
+            sent[FSDP_CALLS[name]] += whole * (rank_count - 1) // rank_count
+            return saved[name](*args, **kwargs)
+
+        return call
+
+    for name in saved:
+        setattr(dist, name, counted(name))
+    try:
+        yield sent
+    finally:
+        for name, function in saved.items():
+            setattr(dist, name, function)
 
 
 def spawn(fn: Callable[..., object], world_size: int, *args: Any) -> None:

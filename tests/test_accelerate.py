@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hf_fpdt import FPDTAccelerator, FPDTPlugin, apply_fpdt
 from hf_fpdt.loaders import _refused_options
-from hf_fpdt.model import applied_settings
-from tests.support import assert_rejects, relative_error, spawn
+from hf_fpdt.model import applied_settings, decoder_layers
+from hf_fpdt.planner import ShardedWeights
+from tests.support import assert_rejects, counting_fsdp, relative_error, spawn
 from tests.test_sequence_parallel import CHUNK, check_against, model_of, own_batch, sample, stacked
 from tests.truth import tiny
 
@@ -247,12 +249,45 @@ def _fsdp2(rank: int, world: int, runs: list[tuple[str, int, bool]]) -> None:
             device=torch.device("cpu"),
             parallelism_config=None,
         )
+        planned = units(model, world)
         model = fsdp2_prepare_model(stub, model)
         for _ in range(2):
             model.zero_grad()
-            loss = model(**own_batch(sp, rank, 63)).loss
-            loss.backward()
+            with counting_fsdp(world) as sent:
+                loss = model(**own_batch(sp, rank, 63)).loss
+                loss.backward()
+            if reshard:
+                check_sent(planned, sent)
             check_against(case, 63, world // sp, model, loss)
+
+
+def units(model: nn.Module, ranks: int) -> ShardedWeights:
+    """What the planner counts, of a model whose head is not its embedding; FSDP2 fills rows up for ranks to divide."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def filled(parameters: Iterator[nn.Parameter]) -> int:
+        return sum(-(-len(p) // ranks) * ranks * p[0].numel() * p.element_size() for p in parameters)
+
+    layers = [filled(layer.parameters()) for layer in decoder_layers(base)]
+    embedding = filled(base.get_input_embeddings().parameters())
+    assert len(set(layers)) == 1
+    return ShardedWeights(
+        ranks=ranks,
+        layers=len(layers),
+        layer=layers[0],
+        embedding=embedding,
+        tail=filled(model.parameters()) - sum(layers) - embedding,
+        trained=filled(p for p in model.parameters() if p.requires_grad),
+    )
+
+
+def check_sent(planned: ShardedWeights, sent: dict[str, int]) -> None:
+    def check(weights: ShardedWeights) -> None:
+        assert sent == {"gathered": weights.gathered_bytes(), "reduced": weights.reduced_bytes()}
+
+    check(planned)
+    changes = {name: {name: getattr(planned, name) + planned.ranks} for name in vars(planned)}
+    assert_rejects(check, {name: dataclasses.replace(planned, **change) for name, change in changes.items()})
 
 
 def test_fsdp2_as_accelerate_prepares_it_equals_one_process() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from hf_fpdt.exchange import sharded_seconds, ulysses_seconds
 from hf_fpdt.fit import (
     GIB,
     STEP_TOKENS,
@@ -16,9 +17,10 @@ from hf_fpdt.fit import (
     host_needed,
     longest,
     machine_bytes,
+    sharded_weights,
     what_would_help,
 )
-from hf_fpdt.rates import GPUS
+from hf_fpdt.rates import GPUS, step_seconds
 from tests.test_rates import LLAMA_8B
 
 LORA = Weights(total=8_072_204_288, trained=41_943_040, largest_trained=1_310_720, outside=1_050_677_248)
@@ -74,6 +76,35 @@ def test_sharding_leaves_more_room() -> None:
     lengths = [longest(WIDE, replace(eight, sharded=sharded)) for sharded in (False, True)]
     assert lengths[0] is not None and lengths[1] is not None
     assert lengths[1].step.plan.n_tokens > lengths[0].step.plan.n_tokens
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("gpus", [1, 2, 16])
+def test_a_step_takes_what_is_computed_and_what_computation_waits_for(gpus: int, sharded: bool) -> None:
+    machines = replace(ONE, gpus=gpus, host_bytes=64 * GIB if gpus == 1 else 0, sharded=sharded)
+    found = fit(WIDE, machines, 2**18)
+    kept, gpu = found.plan.kept, machines.gpu
+    computed, exchanged = step_seconds(found.step, kept, gpu, full=False), ulysses_seconds(found.step, kept, gpu)
+    gathered, again = sharded_seconds(sharded_weights(WIDE, gpus), kept, gpu) if sharded else (0.0, 0.0)
+    assert found.seconds == pytest.approx(computed + exchanged + again)
+    assert found.exchange_seconds == pytest.approx(exchanged + again) and found.gather_seconds == gathered
+    assert (found.exchange_seconds > 0) == (gpus > 1) and (gathered > 0) == (gpus > 1 and sharded)
+    assert (again > 0) == (sharded and gpus == 2), "on two GPUs inputs are rebuilt"
+
+
+def test_weights_that_come_slower_than_a_layer_computes_set_the_pace() -> None:
+    slow = replace(ONE, gpu=replace(GPUS["h100"], peers=1e9), gpus=2, sharded=True)
+    found = fit(WIDE, slow, STEP_TOKENS)
+    computed = step_seconds(found.step, found.plan.kept, slow.gpu, full=False)
+    assert found.seconds == found.gather_seconds + found.exchange_seconds > computed + found.exchange_seconds
+
+
+def test_an_embedding_that_is_the_head_stays_whole_with_it() -> None:
+    apart, tied = sharded_weights(TRAINING, 2), replace(LORA, outside=LORA.outside - 128_256 * 4096)
+    same = sharded_weights(replace(TRAINING, weights=tied), 2)
+    assert apart.embedding == 128_256 * 4096 * 2 and apart.tail == apart.embedding + 4096 * 2
+    assert same.embedding == 0 and same.tail == apart.tail
+    assert apart.trained == 2 * LORA.trained and apart.layer == 2 * LLAMA_8B.layer_parameters
 
 
 def test_what_never_fits_says_so() -> None:

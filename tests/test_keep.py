@@ -213,4 +213,5 @@ def test_a_layer_knows_whose_input_it_is_rebuilt_from() -> None:
     kept = Kept((True, False, False, True, False), (True, False, True, True, False))
     assert [kept.base(layer) for layer in range(5)] == [0, 0, 0, 3, 3]
     assert (kept.layers, kept.rebuilt, kept.attention_reruns) == (5, 3, 2)
+    assert kept.rebuilt_attentions == 1, "of layers 0, 1 and 3; nothing is rebuilt from the last"
     assert str(kept) == "2 inputs and 3 attention outputs of 5 layers"

@@ -30,11 +30,13 @@ def test_every_rate_is_measured() -> None:
     rates = [gpu.memory_gib, gpu.peak, gpu.matmul, gpu.memory, gpu.link, *gpu.attention[64], *gpu.attention[128]]
     assert all(0 < rate < float("inf") for rate in rates) and sorted(gpu.attention) == [64, 128]
     assert gpu.peak == gpu.matmul and "Card 9000, today; MFU against its own" in gpu.source
+    assert gpu.peers == gpu.network == gpu.link
 
 
 def test_a_known_card_keeps_the_peak_of_its_data_sheet() -> None:
     gpu = measured(CPU, torch.float32, sizes=SMALL, name="NVIDIA H100 80GB HBM3", note="today")
     assert gpu.peak == GPUS["h100"].peak and "MFU" not in gpu.source
+    assert (gpu.peers, gpu.network) == (GPUS["h100"].peers, GPUS["h100"].network)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ import hf_fpdt.run
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.memory import StepSizes
 from hf_fpdt.model import FPDTHandle, applied_settings
+from hf_fpdt.planner import ShardedWeights
 from hf_fpdt.run import LayerRun
 from tests import offloaded
-from tests.support import assert_rejects, spawn
+from tests.support import assert_rejects, counting_fsdp, spawn
+from tests.test_accelerate import units
 from tests.test_sequence_parallel import CHUNK, gradients, own_batch, sample, stacked
 
 TOKENS = 77
@@ -115,10 +118,18 @@ def shard(model: PreTrainedModel, reshard: bool) -> list[Any]:
     return layers
 
 
+def gathered(weights: ShardedWeights, handle: FPDTHandle) -> int:
+    """What the planner counts; all outside of the layers is the root's unit here, which is put into shards too."""
+    weights = replace(weights, embedding=weights.embedding + weights.tail, tail=0)
+    (kept,) = (plan.kept for (_, layers), plan in handle.store.plans.items() if layers)
+    return weights.gathered_bytes() + weights.rebuilt_bytes(kept.rebuilt)
+
+
 def _fsdp(rank: int, world: int, runs: list[tuple[str, int, str, str, bool]]) -> None:
     again = hf_fpdt.layer._forward_again
     for case, sp, place, policy, reshard in runs:
         model, handle = applied(case, sp, place, policy)
+        weights = units(model, world)
         layers = shard(model, reshard)
         rebuilt: list[int] = []
 
@@ -132,7 +143,10 @@ def _fsdp(rank: int, world: int, runs: list[tuple[str, int, str, str, bool]]) ->
         try:
             for _ in range(2):
                 optimizer.zero_grad()
-                model(**own_batch(sp, rank, TOKENS)).loss.backward()
+                with counting_fsdp(world) as sent:
+                    model(**own_batch(sp, rank, TOKENS)).loss.backward()
+                if reshard:
+                    assert sent["gathered"] == gathered(weights, handle), sent
                 check(case, [TOKENS] * (world // sp), model)
                 for layer in layers:
                     assert all(isinstance(p, DTensor) for p in layer.parameters()), "a layer stayed whole"

@@ -60,6 +60,7 @@ def test_the_command_plans_for_a_folder(tmp_path: Path, capsys: pytest.CaptureFi
 
     expected = fit(replace(training_of(TINY, lora=True), chunk_tokens=4096), machines, 2**16)
     assert told == json.loads(json.dumps(as_json(expected, {})))
+    assert told["exchange_seconds"] == told["gather_seconds"] == 0
     assert told["tokens"] == 65_536 and told["inputs_kept"] == told["layers"] == 4
 
 
@@ -103,7 +104,10 @@ def test_without_host_memory_it_says_what_a_length_needs(capsys: pytest.CaptureF
     kept = 4 * 32 * (2 * hidden + lse)
     assert found["host_bytes"] + 4 * found["device_bytes"]["checkpoints"] == pytest.approx(kept, rel=0.01)
     assert found["least_host_bytes"] < found["host_bytes"] and found["seconds_with_least"] > found["seconds"]
+    assert found["seconds"] > found["exchange_seconds"] > found["gather_seconds"] == 0
     assert main(arguments) == 0
     least = f"{machine_bytes(found['least_host_bytes']) / GIB:,.1f} {found['seconds_with_least']:,.1f} s"
-    assert f"the least {least}" in " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"the least {least}" in text
+    assert f"exchanges between GPUs: {found['exchange_seconds']:.1f} s of the step" in text
     assert main(["plan", "--shape", "llama-8b"]) == 2 and "--host-mem is needed" in capsys.readouterr().err

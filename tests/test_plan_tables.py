@@ -71,6 +71,19 @@ def test_the_numbers_are_the_plan_s(planned: tuple[Fit, Machines]) -> None:
     )
 
 
+def test_what_gpus_send_each_other_is_told_where_there_are_several(planned: tuple[Fit, Machines]) -> None:
+    found, machines = planned
+    assert ("between GPUs:" in text_of(Group(*plan_tables(found, machines, {})))) == (found.step.plan.sp_size > 1)
+    plan = replace(found.step.plan, sp_size=2)
+    found = replace(found, step=replace(found.step, plan=plan), exchange_seconds=12.34, gather_seconds=5.67)
+    text = text_of(Group(*plan_tables(found, machines, {})))
+    assert "exchanges between GPUs: 12.3 s of the step" in text
+    assert "weights and gradients between GPUs: 5.7 s under" in text
+    assert f"{100 * found.copy_seconds / (found.seconds - 12.34):.1f} %" in text
+    without = replace(found, gather_seconds=0.0)
+    assert "weights and gradients between" not in text_of(Group(*plan_tables(without, machines, {})))
+
+
 def test_hosts_hold_k_v_and_checkpoints() -> None:
     training, machines, n_tokens = CASES["on the host, K and V too"]
     found = fit(training, machines, n_tokens)

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_fpdt import FPDTPlugin, ShardingCollator, apply_fpdt, planner
+from hf_fpdt.exchange import ulysses
 from hf_fpdt.keep import Kept
+from hf_fpdt.memory import StepSizes
 from hf_fpdt.model import applied_settings
 from hf_fpdt.planner import Collectives, Exchange, StepPlan
 from tests.support import assert_rejects, spawn
@@ -44,6 +46,7 @@ class Counted:
     sent: list[int] = field(default_factory=list)
     reduced: list[int] = field(default_factory=list)
     kept: Kept | None = None  # what the step's plan said
+    sizes: StepSizes | None = None
 
 
 @contextmanager
@@ -140,16 +143,23 @@ def counted_step(case: Case, rank: int) -> tuple[Counted, Counted]:
     with counting(backward):
         loss.backward()
     backward.kept = next((told.kept for (_, layers), told in handle.store.plans.items() if layers), None)
+    backward.sizes = sizes_of(model, case)
     return forward, backward
+
+
+def sizes_of(model: Any, case: Case) -> StepSizes:
+    """Of a step of a model with FPDT."""
+    found, step = applied_settings(model), case.plan
+    assert found is not None
+    own = -(-step.n_tokens // step.sp_size)
+    return found.step(torch.empty(step.batch, own, found.sizes.hidden, dtype=case.dtype))
 
 
 def device_bytes(model: Any, settings: FPDTPlugin, case: Case) -> int:
     """K, V of a layer, the inputs of `inputs_held` layers and every attention output."""
-    handle = apply_fpdt(model, settings)
-    found, step = applied_settings(model), case.plan
+    handle, step = apply_fpdt(model, settings), case.plan
+    sizes = sizes_of(model, case)
     handle.remove()
-    assert found is not None
-    sizes = found.step(torch.empty(step.batch, step.n_tokens // step.sp_size, found.sizes.hidden, dtype=case.dtype))
     layer = sizes.layer_bytes()
     kept = (case.inputs_held or 0) * layer.input_total + step.layers * layer.attention_total
     return sizes.kv_bytes(2**62).device_bytes + kept
@@ -186,10 +196,14 @@ def backward_order(step: StepPlan, into_attention: list[bool], kept: Kept | None
 
 def rebuilt(kept: Kept | None) -> dict[str, int]:
     """A plan's layers that run again, and those of them whose attention does."""
-    if kept is None:
-        return {}
-    again = [layer for layer in range(kept.layers - 1) if not kept.inputs[layer + 1]]
-    return {"rebuilt_layers": len(again), "rebuilt_attentions": sum(not kept.attentions[layer] for layer in again)}
+    return {} if kept is None else {"rebuilt_layers": kept.rebuilt, "rebuilt_attentions": kept.rebuilt_attentions}
+
+
+def assert_exchanged(forward: Counted, backward: Counted) -> None:
+    """The count from a step's sizes and what it kept, as `hf-fpdt plan` makes it."""
+    assert backward.sizes is not None and backward.kept is not None
+    sent, told = [*forward.sent, *backward.sent], ulysses(backward.sizes, backward.kept)
+    assert (told.exchanges, told.sent_bytes) == (len(sent), sum(sent))
 
 
 def _steps(rank: int, world: int, cases: list[Case]) -> None:
@@ -198,6 +212,8 @@ def _steps(rank: int, world: int, cases: list[Case]) -> None:
         case = replace(case, plan=replace(case.plan, **rebuilt(counted[1].kept)))
         assert (case.plan.rebuilt_layers > 0) == (case.checkpoints == "segment" or case.inputs_held is not None)
         assert_planned(case.plan, *counted)
+        if not case.plan.frozen_attentions and counted[1].kept is not None:
+            assert_exchanged(*counted)
         wrong = {
             "another chunk size": {"chunk_tokens": case.plan.chunk_tokens * 4},
             "a layer more": {"layers": case.plan.layers + 1},

@@ -25,6 +25,7 @@ def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
         ({"hf_fpdt_rates": None}, "no rates in it.*check --measure --rates"),
         ({"matmul": -1}, "'matmul' is -1, a number above zero"),
         ({"link": None}, "'link' is None"),
+        ({"peers": None}, "'peers' is None"),
         ({"peak": True}, "'peak' is True"),
         ({"memory": float("inf")}, "'memory' is inf"),
         ({"name": 3}, "'name' is 3, a text"),
