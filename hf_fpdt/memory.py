@@ -25,7 +25,7 @@ GATED_COPIES, PLAIN_COPIES = (14.5, 5.0), (11.0, 4.0)
 FUSED_GATED_COPIES, FUSED_PLAIN_COPIES = (5.0, 4.0), (6.5, 4.0)
 # On the device of what a chunk reads from elsewhere: its own input and attention output, and three reads ahead.
 CHECKPOINTS_UNDER_WAY = 5
-# Of streamed K, V, dK, dV: the diagonal, the chunk at hand, the one that comes.
+# Of streamed K, V, dK, dV: the diagonal, the chunk at hand, the one that comes; no more than there are.
 STREAMED_SETS = 3
 # Bytes a logit: as they are, in fp32, and the gradients of both; in the kernel as they are and their gradient alone.
 LOGIT_BYTES, FUSED_LOGIT_BYTES = 12, 4
@@ -203,7 +203,8 @@ class StepSizes:
         yield Row("a chunk's activations", ("forward",), replay // 2, False)
         yield Row("a replayed chunk's activations", ("backward",), replay, False)
         yield Row("checkpoints under way", ("backward",), CHECKPOINTS_UNDER_WAY * unit, False)
-        yield Row("streamed K, V, dK, dV under way", ("backward",), STREAMED_SETS * streamed, False)
+        sets = min(STREAMED_SETS, len(kv.parts))
+        yield Row("streamed K, V, dK, dV under way", ("backward",), sets * streamed, False)
         logit = FUSED_LOGIT_BYTES if self.fused else LOGIT_BYTES
         yield Row("a loss chunk's logits", ("loss",), logit * self.loss_tokens * self.vocabulary, False)
 
