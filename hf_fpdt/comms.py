@@ -77,10 +77,9 @@ class SequenceParallelGroup:
         if self.size == 1:
             return parts_BSNH
         heads = [part.shape[2] // self.size for part in parts_BSNH]
-        by_rank = torch.cat(
-            [part.unflatten(2, (self.size, -1)) for part in parts_BSNH], dim=3
-        )  # [B, S/P, P, heads, H]
-        received_PBsNH = self._exchange(by_rank.permute(2, 0, 1, 3, 4))
+        # One copy: each part by rank, then all of them side by side, [P, B, S/P, heads, H].
+        by_rank = torch.cat([part.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4) for part in parts_BSNH], dim=3)
+        received_PBsNH = self._exchange(by_rank)
         whole_BSNH = received_PBsNH.transpose(0, 1).flatten(1, 2)
         return whole_BSNH.split(heads, dim=2)
 
@@ -89,8 +88,8 @@ class SequenceParallelGroup:
         if self.size == 1:
             return parts_BSNH
         heads = [part.shape[2] for part in parts_BSNH]
-        # [B, P, S/P, heads, H]
-        by_rank = torch.cat(parts_BSNH, dim=2).unflatten(1, (self.size, -1))
+        together = parts_BSNH[0] if len(parts_BSNH) == 1 else torch.cat(parts_BSNH, dim=2)
+        by_rank = together.unflatten(1, (self.size, -1))  # [B, P, S/P, heads, H]
         received_PBsNH = self._exchange(by_rank.transpose(0, 1))
         pieces = received_PBsNH.permute(1, 2, 0, 3, 4).split(heads, dim=3)  # [B, S/P, P, heads, H] each
         return tuple(piece.flatten(2, 3) for piece in pieces)

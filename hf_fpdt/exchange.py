@@ -18,8 +18,9 @@ from .rates import GPU
 
 # GPUs that NVLink joins; more of them are on several hosts, each GPU with a network card of its own.
 GPUS_A_HOST = 8
-# Passes over device memory, of all that is exchanged: it is copied twice, each time read and written.
-ORDER_PASSES = 4
+# Passes over device memory for the copies around exchanges, each of which reads and writes: dq, dk, dv, which go back
+# to pieces together, are copied twice (N + 2 G of 6 N + 6 G heads: a fifth), all else once.
+COPY_PASSES, ORDER_PASSES = 2, 2.4
 
 
 def ulysses(step: StepSizes, kept: Kept) -> Collectives:
