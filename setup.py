@@ -35,7 +35,7 @@ setup(
         # Only pre-releases exist so far; pip takes them because there is nothing else to choose.
         "flash": ["flash-attn-4"],
         "gpu": ["flash-attn-4", "liger-kernel"],
-        "bench": ["matplotlib", "liger-kernel"],
+        "bench": ["matplotlib", "liger-kernel", "pyte"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pre-commit", "matplotlib"],
     },
     classifiers=[

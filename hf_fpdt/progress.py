@@ -48,7 +48,8 @@ class StepProgress:
     def _speed(self, seconds: float) -> str:
         rate = self._strict / max(seconds, 1e-9)
         mfu = "" if self._peak is None else f", strict MFU {rate / self._peak:.3f}"
-        return f"{rate / 1e12:.1f} TFLOP/s{mfu}"
+        speed = f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e11 else f"{rate / 1e9:.1f} GFLOP/s"
+        return f"{speed}{mfu}"
 
     def close(self) -> None:
         """Take the line away."""

@@ -68,7 +68,7 @@ def on_a_terminal(script: str, **environment: str) -> tuple[str, str]:
 def test_a_terminal_shows_layer_chunk_speed_and_time_left() -> None:
     text, _ = on_a_terminal(STEP)
     for phase in ("forward", "rebuild", "backward"):
-        looks = rf"{phase} layer [1-4]/4 chunk \d+/16 +\d+%\|.*\d\d:\d\d<\S+, [\d.]+ TFLOP/s"
+        looks = rf"{phase} layer [1-4]/4 chunk \d+/16 +\d+%\|.*\d\d:\d\d<\S+, [\d.]+ GFLOP/s"
         assert re.search(looks, text), text[-2000:]
 
 

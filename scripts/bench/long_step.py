@@ -1,0 +1,220 @@
+"""One training step on one very long sequence of real text, through FPDTTrainer: foretold, run, and written down.
+
+    accelerate launch scripts/bench/long_step.py --shape llama-8b --seq-len 768K --out out/768k.json
+    accelerate launch scripts/bench/long_step.py --model meta-llama/Llama-3.1-8B --text book.txt --seq-len 768K
+    accelerate launch --num_processes 2 scripts/bench/long_step.py --shape llama-8b --seq-len 1M
+
+All processes share the sequence (Ulysses). LoRA r=16 on every linear, or --full (with an FSDP2 configuration of
+accelerate on several GPUs); bfloat16, AdamW. A shape has random weights and reads text as bytes, a model its own
+weights and tokenizer. Text is the given files, or the sources of Python's standard library. A short step before the
+long one compiles kernels. FPDT's settings are those of FPDT_* variables: FPDT_HOST_BUDGET_GIB=112 ...
+
+What is foretold comes from the configuration alone, before the weights are there. --plan-only ends there; a sequence
+that cannot fit is refused there.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from hf_fpdt import FPDTPlugin, FPDTTrainer
+from hf_fpdt.arguments import count, tokens
+from hf_fpdt.bench.predicted import predicted
+from hf_fpdt.fit import Machines, fit, machine_bytes
+from hf_fpdt.offload import GIB
+from hf_fpdt.patch import resolve_chunk_tokens
+from hf_fpdt.plan_report import as_json, training_of
+from hf_fpdt.rates import gpu_named
+from hf_fpdt.shapes import LORA_RANK, SHAPES, build_random, with_layers
+from hf_fpdt.versions import commit, versions_of
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "flash-attn-4", "liger-kernel")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--shape", choices=list(SHAPES), default="llama-8b", help="random weights (default: %(default)s)"
+    )
+    what.add_argument("--model", help="hub name or folder")
+    parser.add_argument("--random", action="store_true", help="random weights and bytes for --model too")
+    parser.add_argument("--layers", type=count, help="layers of a shape to keep")
+    parser.add_argument("--full", action="store_true", help="train every weight")
+    parser.add_argument("--seq-len", type=tokens, default=tokens("128K"), help="tokens (default: 128K)")
+    parser.add_argument("--steps", type=count, default=1, help="long steps (default: %(default)s)")
+    parser.add_argument("--text", type=Path, nargs="+", help="files (default: Python's standard library)")
+    parser.add_argument("--plan-only", action="store_true", help="say what is foretold, and end")
+    parser.add_argument("--out", type=Path, help="file of JSON for what was foretold and measured")
+    return parser.parse_args()
+
+
+class Text(Dataset[dict[str, Tensor]]):
+    """A short sequence, then long ones, each another part of the text."""
+
+    def __init__(self, ids: Tensor, lengths: Sequence[int]) -> None:
+        self._ids, self._lengths = ids, lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = sum(self._lengths[:index])
+        ids = self._ids[start : start + self._lengths[index]]
+        return {"input_ids": ids, "labels": ids}
+
+
+class InOrder(FPDTTrainer):
+    """The short sequence is the first."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+
+def read_ids(options: argparse.Namespace, n_tokens: int) -> Tensor:
+    """So many ids of text: the tokenizer's, or bytes."""
+    files = options.text or sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
+    tokenizer = None if options.model is None or options.random else AutoTokenizer.from_pretrained(options.model)
+    ids: list[int] = []
+    for path in files:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        ids += list(text.encode()) if tokenizer is None else tokenizer(text).input_ids
+        if len(ids) >= n_tokens:
+            return torch.tensor(ids[:n_tokens])
+    sys.exit(f"error: {n_tokens:,} tokens are wanted and the text has {len(ids):,}; give more files to --text.")
+
+
+def configuration(options: argparse.Namespace) -> Any:
+    config: Any = SHAPES[options.shape]() if options.model is None else AutoConfig.from_pretrained(options.model)
+    return config if options.layers is None else with_layers(config, options.layers)
+
+
+def foretell(config: Any, options: argparse.Namespace, plugin: FPDTPlugin, gpu_name: str) -> dict[str, Any]:
+    """What `hf-fpdt plan` says of the long step; nothing where the kind of GPU is not known.
+
+    Raises:
+        SystemExit: it does not fit.
+    """
+    gpu, gpus, budget = gpu_named(gpu_name), plugin.sp_size, plugin.host_budget_gib
+    if gpu is None:
+        return {}
+    there = psutil.virtual_memory().total
+    machines = Machines(
+        gpu=gpu,
+        gpus=gpus,
+        host_bytes=there if budget == "auto" else machine_bytes(int(budget * GIB) * gpus),
+        sharded=os.environ.get("ACCELERATE_USE_FSDP", "false") == "true",
+    )
+    chunk_tokens = resolve_chunk_tokens(plugin, on_gpu=True)
+    training = replace(
+        training_of(config, lora=not options.full), chunk_tokens=chunk_tokens, checkpoints=plugin.checkpoints
+    )
+    try:
+        return as_json(fit(training, machines, options.seq_len), {})
+    except MemoryError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def build(config: Any, options: argparse.Namespace) -> nn.Module:
+    """On this process's device, in bfloat16, adapters around it unless every weight trains."""
+    torch.manual_seed(0)
+    device = PartialState().device
+    if options.model is None or options.random:
+        return build_random(config, device, torch.bfloat16, lora=not options.full)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, config=config, dtype=torch.bfloat16).to(device)
+    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    return model.train() if options.full else get_peft_model(model, lora, autocast_adapter_dtype=False).train()
+
+
+def train(model: nn.Module, ids: Tensor, lengths: Sequence[int], plugin: FPDTPlugin, folder: str) -> InOrder:
+    """Steps of those lengths."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=len(lengths),
+        per_device_train_batch_size=1,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = InOrder(model=model, args=arguments, train_dataset=Text(ids, lengths), fpdt_plugin=plugin)
+    trainer.train()
+    return trainer
+
+
+def measured(trainer: InOrder, n_tokens: int, gpu_name: str) -> dict[str, Any]:
+    """Of the long steps; what this process pinned, and how long that took, is in the first one's seconds."""
+    store = trainer.fpdt_handle.store
+    return {
+        "steps": [log for log in trainer.state.log_history if "loss" in log][1:],
+        "pinning_seconds": store.pinning_seconds,
+        "pinned_gib": store.used_bytes()["pinned"] / GIB,
+        **predicted(trainer.fpdt_handle, trainer.model, n_tokens, gpu_name),
+    }
+
+
+def conditions(options: argparse.Namespace, plugin: FPDTPlugin, gpu_name: str) -> dict[str, Any]:
+    return {
+        "command": " ".join(sys.argv),
+        "model": options.model or options.shape,
+        "layers": options.layers,
+        "trained": "every weight" if options.full else f"LoRA r={LORA_RANK}",
+        "dtype": "bfloat16",
+        "tokens": options.seq_len,
+        "settings": asdict(plugin),
+        "gpus": f"{PartialState().num_processes} x {gpu_name}",
+        "host_memory_gib": round(psutil.virtual_memory().total / GIB),
+        "versions": f"{versions_of(PACKAGES)}, python {platform.python_version()}",
+        "commit": commit(),
+        "date": str(date.today()),
+    }
+
+
+def main() -> None:
+    options, state = parse(), PartialState()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hf_fpdt").setLevel(logging.INFO if state.is_main_process else logging.WARNING)
+    plugin = FPDTPlugin(sp_size=state.num_processes, progress=True)
+    gpu_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    config = configuration(options)
+    result: dict[str, Any] = conditions(options, plugin, gpu_name)
+    result["foretold"] = foretell(config, options, plugin, gpu_name)
+    state.print(json.dumps(result, indent=1))
+    if not options.plan_only:
+        # Two chunks and a bit: what follows finds every kernel compiled.
+        short = min(options.seq_len, 2 * resolve_chunk_tokens(plugin, on_gpu=torch.cuda.is_available()) + 64)
+        lengths = [short, *[options.seq_len] * options.steps]
+        ids = read_ids(options, sum(lengths))
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = train(build(config, options), ids, lengths, plugin, folder)
+        result["measured"] = measured(trainer, options.seq_len, gpu_name)
+        state.print(json.dumps(result["measured"], indent=1))
+    if options.out is not None and state.is_main_process:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
