@@ -63,8 +63,12 @@ def measured(device: torch.device, dtype: torch.dtype, *, sizes: Sizes | None = 
     )
 
 
-def _rate(amount: float, run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """`amount` a second of calls of `run`, repeated for about `seconds` after two that do not count."""
+def rate_of(amount: float, run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """`amount` a second of calls of `run`, repeated for about `seconds` after two that do not count.
+
+    Args:
+        amount: of whatever is counted, in one call.
+    """
     run()
     began = _now(device)
     run()
@@ -84,7 +88,7 @@ def _now(device: torch.device) -> float:
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> float:
     a, b = (torch.randn(sizes.matrix, sizes.matrix, device=device).to(dtype) for _ in range(2))
-    return _rate(2 * sizes.matrix**3, lambda: a @ b, device, sizes.seconds)
+    return rate_of(2 * sizes.matrix**3, lambda: a @ b, device, sizes.seconds)
 
 
 def attention_rates(device: torch.device, dtype: torch.dtype, head_dim: int, sizes: Sizes) -> tuple[float, float]:
@@ -93,9 +97,9 @@ def attention_rates(device: torch.device, dtype: torch.dtype, head_dim: int, siz
     n, scale = min(sizes.tokens, kernel.row_tokens), head_dim**-0.5
     q, k, v = (torch.randn(1, n, heads, head_dim, device=device).to(dtype) for heads in (Q_HEADS, KV_HEADS, KV_HEADS))
     operations = 4.0 * n * n * Q_HEADS * head_dim
-    forward = _rate(operations, lambda: kernel.forward(q, k, v, causal=False, scale=scale), device, sizes.seconds)
+    forward = rate_of(operations, lambda: kernel.forward(q, k, v, causal=False, scale=scale), device, sizes.seconds)
     out, lse = kernel.forward(q, k, v, causal=False, scale=scale)
-    backward = _rate(
+    backward = rate_of(
         BACKWARD_OPERATIONS * operations,
         lambda: kernel.backward(q, q, k, v, out, lse, causal=False, scale=scale),
         device,
@@ -107,7 +111,7 @@ def attention_rates(device: torch.device, dtype: torch.dtype, head_dim: int, siz
 def _memory_rate(device: torch.device, sizes: Sizes) -> float:
     source = torch.zeros(sizes.copied_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return _rate(2 * sizes.copied_bytes, lambda: target.copy_(source), device, sizes.seconds)
+    return rate_of(2 * sizes.copied_bytes, lambda: target.copy_(source), device, sizes.seconds)
 
 
 def link_rates(device: torch.device, sizes: Sizes | None = None) -> tuple[float, float]:
@@ -124,7 +128,7 @@ def link_rates(device: torch.device, sizes: Sizes | None = None) -> tuple[float,
         moves.to_host(on_device, buffer).settle()
 
     try:
-        rates = tuple(_rate(sizes.copied_bytes, move, device, sizes.seconds) for move in (fetch, send))
+        rates = tuple(rate_of(sizes.copied_bytes, move, device, sizes.seconds) for move in (fetch, send))
     finally:
         pinned.release()
     return rates[0], rates[1]

@@ -23,6 +23,10 @@ PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
 # with LoRA on every linear.
 GATED_COPIES, PLAIN_COPIES = (14.5, 5.0), (11.0, 4.0)
 FUSED_GATED_COPIES, FUSED_PLAIN_COPIES = (5.0, 4.0), (6.5, 4.0)
+# The same in attention's backward, which is the peak where the MLP is narrow: multiples of the hidden size, of all
+# query heads and of all key and value heads. One model, 32 plain heads and every weight trained, held 17.4 hidden
+# sizes; the three shares are by counting tensors.
+ATTENTION_COPIES = (3.0, 7.0, 3.7)
 # On the device of what a chunk reads from elsewhere: its own input and attention output, and three reads ahead.
 CHECKPOINTS_UNDER_WAY = 5
 # Of streamed K, V, dK, dV: the diagonal, the chunk at hand, the one that comes; no more than there are.
@@ -196,9 +200,7 @@ class StepSizes:
         m, chunk = self.model, self.plan.chunks[0]
         tokens = self.batch * (chunk.rank_stop - chunk.rank_start)
         unit = tokens * m.hidden * self.element_bytes
-        gated, plain = (FUSED_GATED_COPIES, FUSED_PLAIN_COPIES) if self.fused else (GATED_COPIES, PLAIN_COPIES)
-        hidden, intermediate = gated if m.gated else plain
-        replay = int(hidden * unit + intermediate * tokens * m.intermediate * self.element_bytes)
+        replay = max(self._mlp_bytes(tokens), self._attention_bytes(tokens))
         streamed = 2 * (kv.parts[0] + kv.grads[0]) if kv.backward_resident < len(kv.parts) else 0
         yield Row("a chunk's activations", ("forward",), replay // 2, False)
         yield Row("a replayed chunk's activations", ("backward",), replay, False)
@@ -207,6 +209,17 @@ class StepSizes:
         yield Row("streamed K, V, dK, dV under way", ("backward",), sets * streamed, False)
         logit = FUSED_LOGIT_BYTES if self.fused else LOGIT_BYTES
         yield Row("a loss chunk's logits", ("loss",), logit * self.loss_tokens * self.vocabulary, False)
+
+    def _mlp_bytes(self, tokens: int) -> int:
+        m = self.model
+        gated, plain = (FUSED_GATED_COPIES, FUSED_PLAIN_COPIES) if self.fused else (GATED_COPIES, PLAIN_COPIES)
+        hidden, intermediate = gated if m.gated else plain
+        return int(tokens * (hidden * m.hidden + intermediate * m.intermediate) * self.element_bytes)
+
+    def _attention_bytes(self, tokens: int) -> int:
+        m, (hidden, query, kv) = self.model, ATTENTION_COPIES
+        heads = query * m.q_heads + 2 * kv * self.kv_heads * self._ranks
+        return int(tokens * (hidden * m.hidden * self.element_bytes + heads * m.head_dim * self.attention_bytes))
 
     def working_bytes(self, kv: KVBytes, *, checkpoints_elsewhere: bool = True, resident: bool = False) -> int:
         """The most that the table's rows take together in any phase.

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from hf_fpdt.measure import Sizes, _rate, link_rates, measured
+from hf_fpdt.measure import Sizes, link_rates, measured, rate_of
 from hf_fpdt.rates import GPUS
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def test_a_rate_is_the_amount_of_one_call_over_its_seconds() -> None:
         calls.append(1)
         time.sleep(0.01)
 
-    assert 600 < _rate(10.0, run, CPU, 0.1) < 1001
+    assert 600 < rate_of(10.0, run, CPU, 0.1) < 1001
     assert 5 <= len(calls) <= 12, "two to warm up, then as many as the seconds hold"
 
 

@@ -146,6 +146,18 @@ def test_attention_outweighs_the_linears_of_llama_8b_from_about_53k_tokens() -> 
     assert llama_step().attention_over_rest() == pytest.approx(2 * 128 * K * 4096 / (2 * 218_112_000))
 
 
+def test_where_the_mlp_is_narrow_the_peak_is_in_attention() -> None:
+    """One layer of 32 plain heads with an MLP 8 wide, in full, all on the host: 24.85 GiB on one H100 (4d28c03)."""
+    narrow = replace(LLAMA, layers=1, intermediate=8, kv_heads=32, layer_parameters=67_215_360)
+    step = StepSizes(narrow, ChunkPlan(256 * K, 64 * K, 1), loss_tokens=256 * K, vocabulary=32, fused=True)
+    weights_and_states = 4 * 2 * (67_215_360 + 2 * 32 * 4096)
+    found = step.working_bytes(step.kv_bytes(0), resident=True) + weights_and_states
+    assert found / GIB == pytest.approx(24.85, rel=0.03)
+    wide = replace(step, model=replace(narrow, intermediate=14_336, layer_parameters=243_269_632))
+    mlp = 64 * K * 2 * (5 * 4096 + 4 * 14_336)
+    assert next(row.nbytes for row in wide.device_rows(wide.kv_bytes(0)) if "replayed" in row.name) == mlp
+
+
 def test_the_table_of_device_memory_says_what_grows_with_the_sequence() -> None:
     short, long = (llama_step(n, loss_tokens=512, vocabulary=128_256) for n in (64 * K, 128 * K))
     tables = [list(step.device_rows(step.kv_bytes(NO_LIMIT))) for step in (short, long)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ..kernels import select_kernel
+from ..measure import rate_of
 from ..memory import ModelSizes
 from ..plan_report import training_of
 from ..rates import BACKWARD_OPERATIONS
@@ -53,9 +52,10 @@ def attention_rates(sizes: ModelSizes, keys: int, device: torch.device, dtype: t
     out, lse = kernel.forward(q, k, v, **how)
     pairs = rows * keys - (rows * (rows - 1) // 2 if causal else 0)
     operations = 4.0 * pairs * sizes.q_heads * sizes.head_dim
-    forward = _rate(lambda: kernel.forward(q, k, v, **how), operations, device)
-    backward = _rate(lambda: kernel.backward(dout, q, k, v, out, lse, **how), operations, device)
-    return forward, BACKWARD_OPERATIONS * backward
+    seconds = SECONDS[device.type]
+    forward = rate_of(operations, lambda: kernel.forward(q, k, v, **how), device, seconds)
+    again = BACKWARD_OPERATIONS * operations
+    return forward, rate_of(again, lambda: kernel.backward(dout, q, k, v, out, lse, **how), device, seconds)
 
 
 def matmul_rate(sizes: ModelSizes, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -64,19 +64,7 @@ def matmul_rate(sizes: ModelSizes, tokens: int, device: torch.device, dtype: tor
     width = max(sizes.hidden, sizes.intermediate)
     up = torch.randn(sizes.hidden, width, device=device, dtype=dtype)
     down = torch.randn(width, sizes.hidden, device=device, dtype=dtype)
-    return _rate(lambda: (x @ up) @ down, 4.0 * tokens * sizes.hidden * width, device)
-
-
-def _rate(call: Callable[[], object], operations: float, device: torch.device) -> float:
-    """Operations a second, the first call left out."""
-    call()
-    finish(device)
-    began, calls = time.perf_counter(), 0
-    while (took := time.perf_counter() - began) < SECONDS[device.type] or not calls:
-        call()
-        finish(device)
-        calls += 1
-    return operations * calls / took
+    return rate_of(4.0 * tokens * sizes.hidden * width, lambda: (x @ up) @ down, device, SECONDS[device.type])
 
 
 def finish(device: torch.device) -> None:
