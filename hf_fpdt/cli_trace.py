@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from accelerate import PartialState
 
 from .arguments import count, gib, tokens
 from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_picture, check_writable, config_of, mistakes
@@ -20,7 +21,8 @@ from .trace_picture import PictureError, check_matplotlib, draw
 TRACE_HELP = """\
 Runs one training step (forward and backward) on this machine's GPU under torch.profiler, and draws what the GPU did
 during the decoder layer in the middle: its computation, the copies from the host and those to the host. Copies that
-lie under computation cost no time. The picture shows those that do not, and where computation waited.
+lie under computation cost no time. The picture shows those that do not, and where computation waited. Started by
+torchrun, all GPUs share the sequence, and what they send each other is drawn too, of the first of them.
 
 Weights and tokens are random: the sizes are what matters, so of a model only the configuration is read.
 """
@@ -30,6 +32,7 @@ examples:
   hf-fpdt trace ./my-model --full --seq-len 256K      a model folder's own shape, every weight trained
   hf-fpdt trace --json step.json.gz                   keep the trace (Perfetto and chrome://tracing read it too)
   hf-fpdt trace --from step.json.gz --out step.png    draw a kept trace again; needs no GPU
+  torchrun --nproc-per-node 2 -m hf_fpdt.cli trace    the same step on two GPUs
 """
 
 
@@ -93,6 +96,8 @@ def trace(options: argparse.Namespace) -> None:
     with TemporaryDirectory() as folder:
         path = options.json or Path(folder) / "trace.json"
         _record(recording, path)
+        if not PartialState().is_main_process:
+            return
         _draw(path, options.out)
     if options.json is not None:
         print(f"trace: {options.json}")
@@ -112,10 +117,10 @@ def _recording(options: argparse.Namespace) -> Recording:
             "has one, and draw that file here with --from."
         )
     config = config_of(options, layers=options.layers)
-    # One process, whatever FPDT_SP_SIZE says.
+    # All processes share the sequence, whatever FPDT_SP_SIZE says.
     with mistakes(ValueError):
         plugin = FPDTPlugin(
-            sp_size=1,
+            sp_size=PartialState().num_processes,
             chunk_tokens=options.chunk_tokens,
             kernel=options.kernel,
             checkpoints=options.checkpoints,
@@ -126,7 +131,7 @@ def _recording(options: argparse.Namespace) -> Recording:
 
 
 def _record(recording: Recording, path: Path) -> None:
-    print(f"recording a step of {recording.name}, {recording.n_tokens:,} tokens …", file=sys.stderr)
+    PartialState().print(f"recording a step of {recording.name}, {recording.n_tokens:,} tokens …", file=sys.stderr)
     try:
         with mistakes(NotImplementedError, OSError):
             record_step(recording, path)

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from .comms import SequenceParallelGroup, build_group
 from .config import FPDTPlugin
+from .data import ShardingCollator
 from .kernels import select_kernel
 from .model import apply_fpdt
+from .patch import resolve_chunk_tokens
 from .shapes import LORA_RANK, build_random
 from .trace_file import metadata
 from .versions import commit, versions_of
@@ -58,7 +61,8 @@ class Recording:
         conditions = [
             torch.cuda.get_device_name(),
             f"{self.config.get_text_config().num_hidden_layers} layers, random weights, {training}, bfloat16",
-            f"1 x {self.n_tokens:,} tokens, chunk_tokens {plugin.chunk_tokens}, checkpoints {plugin.checkpoints}",
+            f"sp_size {plugin.sp_size}, 1 x {self.n_tokens:,} tokens, chunk_tokens {plugin.chunk_tokens}, "
+            f"checkpoints {plugin.checkpoints}",
             f"device_budget_gib {plugin.device_budget_gib}, kernel {self.kernel_name()}",
             versions_of(PACKAGES),
             f"python {platform.python_version()}, commit {commit()}, {date.today()}",
@@ -70,23 +74,39 @@ class Recording:
 def record_step(recording: Recording, path: Path) -> None:
     """Build the model, run one step to warm up, record the next, and write its trace to `path` (.json or .json.gz).
 
+    With `sp_size` above 1 every rank of the group must call it; the first one records.
+
     Raises:
         NotImplementedError: the model, a setting or the kernel is not supported.
         torch.OutOfMemoryError: the step does not fit on the device.
     """
-    about = recording.about()
+    about, group = recording.about(), build_group(recording.plugin.sp_size)
+    torch.manual_seed(0)
     model = build_random(recording.config, DEVICE, DTYPE, recording.lora)
-    apply_fpdt(model, recording.plugin)
-    vocabulary = recording.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (1, recording.n_tokens), device=DEVICE)
-    _step(model, ids)
+    apply_fpdt(model, recording.plugin, group)
+    batch = _batch(recording, group)
+    _step(model, batch)
+    if group.rank:
+        _step(model, batch)
+        return
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        _step(model, ids)
+        _step(model, batch)
         profiler.add_metadata_json(*metadata(**about))
     profiler.export_chrome_trace(str(path))
 
 
-def _step(model: nn.Module, ids: Tensor) -> None:
-    model(input_ids=ids, labels=ids).loss.backward()
+def _batch(recording: Recording, group: SequenceParallelGroup) -> dict[str, Tensor]:
+    """Random ids, the same on all ranks, and of them what is this rank's."""
+    vocabulary = recording.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (1, recording.n_tokens), generator=torch.Generator().manual_seed(0))
+    chunk_tokens = resolve_chunk_tokens(recording.plugin, on_gpu=True)
+    cut = ShardingCollator(
+        lambda rows: {"input_ids": rows[0], "labels": rows[0]}, group.size, group.rank, chunk_tokens
+    )
+    return {name: value.to(DEVICE) for name, value in cut([ids]).items()}
+
+
+def _step(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    model(**batch).loss.backward()
     model.zero_grad()
     torch.cuda.synchronize()

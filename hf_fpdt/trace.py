@@ -21,7 +21,7 @@ from types import MappingProxyType
 
 from .trace_intervals import Interval, clipped, complement, merged, outside, total
 
-COPY_NAMES = MappingProxyType({"h2d": "host to device", "d2h": "device to host"})
+COPY_NAMES = MappingProxyType({"h2d": "host to device", "d2h": "device to host", "peers": "between GPUs"})
 KIND_NAMES = MappingProxyType({**COPY_NAMES, "d2d": "inside the device", "memset": "memset"})
 PHASE_PREFIXES = ("fpdt::forward ", "fpdt::backward ")  # the layer's name follows
 GAP_MS = 0.1
@@ -47,7 +47,11 @@ def kernel_class(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """One thing the device did: a kernel, a copy between host and device ("h2d", "d2h"), "d2d" or "memset"."""
+    """One thing the device did.
+
+    Its kind is "kernel", "h2d" or "d2h" (a copy between host and device), "peers" (NCCL's kernels: what GPUs send each
+    other, and waiting for one another), "d2d" or "memset".
+    """
 
     kind: str
     name: str
@@ -105,7 +109,10 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """The copies of one direction: GB (1e9 bytes), ms in which at least one ran, ms of those without computation."""
+    """The copies of one direction: GB (1e9 bytes), ms in which at least one ran, ms of those without computation.
+
+    Of what GPUs send each other a trace holds no bytes.
+    """
 
     count: int
     gigabytes: float
@@ -162,6 +169,11 @@ class Timeline:
         """How long at least one kernel ran."""
         return total(self.compute)
 
+    @property
+    def copy_kinds(self) -> list[str]:
+        """What is to be shown: both directions of the host, and other GPUs if there are any."""
+        return [kind for kind in COPY_NAMES if kind != "peers" or self.when(kind)]
+
     def when(self, kind: str) -> list[Interval]:
         """When at least one activity of the kind ran."""
         intervals = ((a.start_ms, a.end_ms) for a in self.activities if a.kind == kind)
@@ -172,7 +184,7 @@ class Timeline:
         return outside(self.when(kind), self.compute)
 
     def copies(self, kind: str) -> Copies:
-        """The copies of one direction, "h2d" or "d2h", in numbers."""
+        """The copies of one direction, "h2d", "d2h" or "peers", in numbers."""
         mine = [a for a in self.activities if a.kind == kind and total(clipped([(a.start_ms, a.end_ms)], self.window))]
         n_bytes = sum(a.n_bytes * self._part_inside(a) for a in mine)
         return Copies(len(mine), n_bytes / 1e9, total(self.when(kind)), total(self.exposed(kind)))
@@ -210,8 +222,8 @@ class Timeline:
             f"{self.name}: {self.span_ms:.1f} ms",
             f"  compute         {self.busy_ms:8.1f} ms, busy {self.busy_ms / self.span_ms:.1%} ({classes})",
         ]
-        for kind, label in COPY_NAMES.items():
-            lines.append(f"  {label:15} {_copies_text(self.copies(kind))}")
+        for kind in self.copy_kinds:
+            lines.append(f"  {COPY_NAMES[kind]:15} {_copies_text(self.copies(kind))}")
         return "\n".join([*lines, *self._gap_lines(longer_than_ms)])
 
     def _gap_lines(self, longer_than_ms: float) -> Iterator[str]:
@@ -232,8 +244,9 @@ def _kernel_text(name: str) -> str:
 def _copies_text(copies: Copies) -> str:
     if not copies.count:
         return "    none"
+    size = f", {copies.gigabytes:.2f} GB at {copies.gb_per_s:.1f} GB/s" if copies.gigabytes else ""
     return (
-        f"{copies.busy_ms:8.1f} ms, {copies.gigabytes:.2f} GB at {copies.gb_per_s:.1f} GB/s; "
+        f"{copies.busy_ms:8.1f} ms{size}; "
         f"{copies.exposed_ms:.2f} ms not covered by computation ({copies.covered:.1%} covered)"
     )
 

@@ -70,14 +70,18 @@ def _times(event: Mapping[str, Any], origin: float) -> Interval:
 
 def _activity(event: Mapping[str, Any], origin: float) -> Activity:
     args = event.get("args", {})
-    kind = {"kernel": "kernel", "gpu_memset": "memset"}.get(event["cat"]) or _copy_kind(event["name"])
+    kind = _kind(event["cat"], event["name"])
     stream = int(args.get("stream", event.get("tid", 0)))
     return Activity(
         kind, event["name"], *_times(event, origin), stream, int(args.get("bytes", 0)), args.get("correlation")
     )
 
 
-def _copy_kind(name: str) -> str:
+def _kind(category: str, name: str) -> str:
+    if category == "kernel":
+        return "peers" if name.startswith("nccl") else "kernel"
+    if category == "gpu_memset":
+        return "memset"
     return "h2d" if "HtoD" in name else "d2h" if "DtoH" in name else "d2d"
 
 

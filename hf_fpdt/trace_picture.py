@@ -1,4 +1,5 @@
-"""The picture of a trace: rows "compute", "host to device", "device to host" for each pass through a layer.
+"""The picture of a trace: for each pass through a layer rows "compute", "host to device", "device to host", and
+"between GPUs" where there are several.
 
 Each row is drawn a column of pixels at a time: what filled most of the column gives its colour. So any number of
 kernels makes a small picture, and none that is too short to be seen hides a longer one. Numbers and gap marks come
@@ -38,8 +39,11 @@ COLOURS = MappingProxyType(
     }
 )
 INK, MUTED, RULE, EMPTY = "#1A1A1A", "#5A5F66", "#9AA0A8", "#F1F3F5"
-ROWS = MappingProxyType({"compute": (1.75, 1.0), "h2d": (0.9, 0.6), "d2h": (0.0, 0.6)})  # bottom and height
-FLOORS = MappingProxyType({"compute": 0.5, "h2d": 0.02, "d2h": 0.02})  # a column filled less stays empty
+# Bottom and height.
+ROWS = MappingProxyType({"compute": (1.75, 1.0), "h2d": (0.9, 0.6), "d2h": (0.0, 0.6), "peers": (-0.9, 0.6)})
+FLOORS = MappingProxyType(
+    {"compute": 0.5, "h2d": 0.02, "d2h": 0.02, "peers": 0.02}
+)  # filled less, a column stays empty
 STRIP = (3.1, 0.3)  # the passes' names
 TOP = 3.5
 COLUMNS = 1459  # pixels of the axes at DPI
@@ -125,7 +129,7 @@ def _rows(timeline: Timeline) -> dict[str, dict[str, list[Interval]]]:
     times = {name: merged(intervals) for name, intervals in by_name.items()}
     computing = merged(interval for name in KERNEL_CLASSES for interval in times[name])
     rows = {"compute": {name: times[name] for name in KERNEL_CLASSES} | {INSIDE: times[INSIDE]}}
-    for kind in COPY_NAMES:
+    for kind in timeline.copy_kinds:
         exposed = outside(times[kind], computing)
         covered = outside(times[kind], exposed)
         rows[kind] = {"copy under computation": covered, "copy without computation": exposed}
@@ -184,18 +188,23 @@ def _shown(timeline: Timeline) -> Interval:
 def _frame(axes: Axes, timeline: Timeline, shown: Interval) -> None:
     """Axes in ms from the start of the pass; what is not of the pass is dimmed."""
     axes.set_xlim(*shown)
-    axes.set_ylim(-0.12, TOP)
-    labels = ("compute", *COPY_NAMES.values())
-    axes.set_yticks([bottom + height / 2 for bottom, height in ROWS.values()], labels, fontsize=10, color=INK)
+    rows = ("compute", *timeline.copy_kinds)
+    floor = min(ROWS[row][0] for row in rows) - 0.12
+    axes.set_ylim(floor, TOP)
+    labels = ["compute", *(COPY_NAMES[kind] for kind in timeline.copy_kinds)]
+    middles = [ROWS[row][0] + ROWS[row][1] / 2 for row in rows]
+    axes.set_yticks(middles, labels, fontsize=10, color=INK)
     axes.tick_params(axis="y", length=0, pad=6)
     axes.tick_params(axis="x", labelsize=8.5, colors=MUTED, color=RULE)
     axes.set_xlabel("ms from the start of the pass", fontsize=8.5, color=MUTED, loc="left", labelpad=2)
     axes.spines[["top", "left", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
     for start, end in ((shown[0], 0.0), (timeline.span_ms, shown[1])):
-        axes.axvspan(start, end, ymax=STRIP[0] / TOP, color="white", alpha=0.62, linewidth=0, zorder=3)
+        axes.axvspan(
+            start, end, ymax=(STRIP[0] - floor) / (TOP - floor), color="white", alpha=0.62, linewidth=0, zorder=3
+        )
     for edge in (0.0, timeline.span_ms):
-        axes.vlines(edge, -0.12, sum(STRIP), color=INK, linewidth=0.8, zorder=4)
+        axes.vlines(edge, floor, sum(STRIP), color=INK, linewidth=0.8, zorder=4)
 
 
 def _name_phase(axes: Axes, phase: Phase, timeline: Timeline, shown: Interval) -> None:
@@ -234,10 +243,10 @@ def _mark_gaps(axes: Axes, gaps: Sequence[Gap], span_ms: float) -> None:
 
 def _write_numbers(axes: Axes, timeline: Timeline) -> None:
     """Above the panel what matters, at the end of each row its own numbers."""
-    copies = {kind: timeline.copies(kind) for kind in COPY_NAMES}
+    copies = {kind: timeline.copies(kind) for kind in timeline.copy_kinds}
     exposed_ms = sum(c.exposed_ms for c in copies.values())
     busy = f"compute busy {timeline.busy_ms / timeline.span_ms:.1%}"
-    subtitle = f"{busy}; copies not covered by computation: {exposed_ms:.2f} ms ({_by_direction(copies)})"
+    subtitle = f"{busy}; copies not covered: {exposed_ms:.2f} ms ({_by_direction(copies)})"
     above: dict[str, Any] = {"transform": axes.transAxes, "va": "bottom"}
     axes.text(0, 1.13, f"{timeline.name}: {timeline.span_ms:,.1f} ms", fontsize=11, fontweight="bold", **above)
     axes.text(0, 1.02, subtitle, fontsize=9.5, color=MUTED, **above)
@@ -258,7 +267,8 @@ def _by_direction(copies: Mapping[str, Copies]) -> str:
 def _copies_text(copies: Copies) -> str:
     if not copies.count:
         return "no copies"
-    return f"{copies.gigabytes:.2f} GB, {copies.gb_per_s:.1f} GB/s\n{copies.covered:.1%} covered"
+    size = f"{copies.gigabytes:.2f} GB, {copies.gb_per_s:.1f} GB/s" if copies.gigabytes else f"{copies.busy_ms:.1f} ms"
+    return f"{size}\n{copies.covered:.1%} covered"
 
 
 def _gaps_text(n: int) -> str:

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig
 
 from hf_fpdt import FPDTPlugin, cli, cli_trace, recording, trace_picture
-from hf_fpdt.trace import COPY_NAMES, Timeline, TraceError, kernel_class, middle_layer
+from hf_fpdt.trace import Timeline, TraceError, kernel_class, middle_layer
 from hf_fpdt.trace_file import metadata, read_trace
 from hf_fpdt.trace_intervals import clipped, complement, merged, outside, total
 from tests import traces
@@ -34,7 +34,7 @@ def timelines(path: Path, builder: traces.TraceBuilder) -> list[Timeline]:
 
 def numbers(timeline: Timeline) -> dict[str, Any]:
     found: dict[str, Any] = {"span": timeline.span_ms, "busy": timeline.busy_ms}
-    for kind in COPY_NAMES:
+    for kind in ("h2d", "d2h"):
         c = timeline.copies(kind)
         found[kind] = (c.count, c.gigabytes, c.busy_ms, c.exposed_ms)
     return found
@@ -81,6 +81,18 @@ def test_wrong_sums_are_rejected(tmp_path: Path) -> None:
         "the host's window": numbers(replace(forward, phase=replace(phase, start_ms=480.0, end_ms=530.0))),
     }
     assert_rejects(assert_forward, variants)
+
+
+def test_what_gpus_send_each_other_is_no_computation(tmp_path: Path) -> None:
+    t = traces.small_trace()
+    t.kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 1050, 1061.5, traces.OTHER_COMPUTE)
+    forward, backward = timelines(tmp_path, t)
+    assert_forward(numbers(forward))  # as without
+    found = forward.copies("peers")
+    assert (found.count, found.busy_ms, found.exposed_ms) == (1, pytest.approx(11.5), pytest.approx(0.5))
+    assert "between GPUs" in forward.summary() and "between GPUs" not in backward.summary()
+    trace_picture.draw([forward, backward], tmp_path / "x.png", "title", "conditions")
+    assert len(colours_of(tmp_path / "x.png")) > 20
 
 
 def test_gaps_say_when_and_what_was_under_way(tmp_path: Path) -> None:
