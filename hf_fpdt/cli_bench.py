@@ -8,11 +8,13 @@ import sys
 import torch
 
 from .bench import options as bench_options
-from .bench.children import Children
+from .bench.catalogue import STACKS
+from .bench.children import Children, command_for
 from .bench.driver import Bench
 from .bench.figures import FORMULAS, Trained
 from .bench.job import Job
 from .bench.report import Files, as_table, conditions_line
+from .bench.stack import Unavailable
 from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_writable, config_of, mistakes
 from .plan_report import training_of
 
@@ -39,9 +41,12 @@ def bench(options: argparse.Namespace) -> None:
     training = training_of(config_of(options, layers=options.layers), lora=False)
     shape = options.shape or DEFAULT_SHAPE
     job = _job(options, shape)
+    with mistakes(Unavailable):
+        for name in STACKS.keys() & options.stacks:
+            STACKS[name].check_gpus(options.gpus)
     with mistakes(FileExistsError):
         files, rows = Files(options.csv, options.json), []
-    with Children(options.limit) as children:
+    with Children(options.limit, command_for(options.gpus)) as children:
         measured = Bench(
             job=job,
             stacks=tuple(options.stacks),
@@ -62,6 +67,10 @@ def _job(options: argparse.Namespace, shape: str) -> Job:
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
         raise UserMistake("--device cuda: torch finds no CUDA GPU here; leave the option out, or take --device cpu.")
+    device = options.device if options.device != "auto" else "cuda" if has_gpu else "cpu"
+    found = torch.cuda.device_count() if device == "cuda" else options.gpus
+    if options.gpus > found:
+        raise UserMistake(f"--gpus {options.gpus}: torch finds {found} here; take as many at most.")
     return Job(
         kind="step",
         stack="",
@@ -72,6 +81,7 @@ def _job(options: argparse.Namespace, shape: str) -> Job:
         tokens=tuple(options.seq_len),
         steps=options.steps,
         chunk_tokens=options.chunk_tokens,
-        device=options.device if options.device != "auto" else "cuda" if has_gpu else "cpu",
+        device=device,
         dtype=options.dtype,
+        gpus=options.gpus,
     )

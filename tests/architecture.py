@@ -31,14 +31,16 @@ RANKS = MappingProxyType(
         "model": 10,
         **dict.fromkeys(("data", "plan_report", "check", "speed"), 11),
         **dict.fromkeys(("loaders", "recording", "bench.__init__", "bench.job", "bench.figures", "bench.longest"), 12),
-        **dict.fromkeys(("bench.stack", "bench.chunked_loss", "bench.report"), 12),
-        **dict.fromkeys(("accelerate", "trainer", "bench.models", "bench.children", "bench.predicted"), 13),
-        **dict.fromkeys(("bench.peers", "bench.parity", "bench.ceiling", "bench.driver"), 14),
-        **dict.fromkeys(("bench.catalogue", "bench.measure"), 15),
-        **dict.fromkeys(("bench.child", "bench.options", "cli_options"), 16),
-        **dict.fromkeys(("cli_bench", "cli_check", "cli_completion", "cli_plan", "cli_trace"), 17),
-        "cli": 18,
-        "__init__": 19,
+        **dict.fromkeys(("bench.lifeline", "bench.world", "bench.chunked_loss", "bench.report"), 12),
+        **dict.fromkeys(("accelerate", "trainer", "bench.models", "bench.children", "bench.stack"), 13),
+        **dict.fromkeys(("bench.spread", "bench.predicted", "bench.ceiling", "bench.driver"), 14),
+        **dict.fromkeys(("bench.peers", "bench.parity", "bench.measure"), 15),
+        **dict.fromkeys(("bench.ring", "bench.alst_sp"), 16),
+        "bench.catalogue": 17,
+        **dict.fromkeys(("bench.child", "bench.options", "cli_options"), 18),
+        **dict.fromkeys(("cli_bench", "cli_check", "cli_completion", "cli_plan", "cli_trace"), 19),
+        "cli": 20,
+        "__init__": 21,
     }
 )
 
@@ -153,8 +155,8 @@ class Word:
 WORDS = (
     Word(r"\bStream\(|(?<!threading\.)\bEvent\(", frozenset({"offload"})),
     Word(r"\b(wait_event|wait_stream|record_stream|pin_memory|non_blocking)\b", frozenset({"offload"})),
-    Word(r"\btorch\.distributed\b", frozenset({"comms", "accelerate", "trainer"})),
-    Word(r"\b(all_to_all|all_reduce)", frozenset({"comms"})),
+    Word(r"\btorch\.distributed\b", frozenset({"comms", "accelerate", "trainer", "bench.world"})),
+    Word(r"\b(all_to_all|all_reduce)", frozenset({"comms", "bench.world"})),
     Word(
         r"\bflash_attn|\baten\._\w*attention|\b_scaled_dot_product_|\b_flash_attention_",
         frozenset({"kernels"}),

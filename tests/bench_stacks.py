@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
-from hf_fpdt.bench.stack import Pieces, Stack
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_fpdt.bench.catalogue import Fpdt
+from hf_fpdt.bench.ring import Ring
+from hf_fpdt.bench.stack import Pieces, Stack, base_of
 
 
 class WrongScale(Stack):
@@ -52,4 +59,78 @@ class NoGradients(Stack):
         loss = super().loss_and_backward(model, ids_BS, labels_BS)
         for parameter in list(model.parameters())[::2]:
             parameter.grad = None
+        return loss
+
+
+# Of several processes ------------------------------------------------------------------------------------------------
+
+
+class RingOnCpu(Ring):
+    """`ring` as it is, but that each rank gathers keys and values where torch passes them around on GPUs."""
+
+    def _check_attention(self, model: nn.Module) -> None:
+        ALL_ATTENTION_FUNCTIONS.register("gathered", gathered_attention)
+        base_of(model).set_attn_implementation("gathered")
+
+
+def gathered_attention(
+    module: nn.Module, query_BNSH: Tensor, key_BGSH: Tensor, value_BGSH: Tensor, mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    """Own queries on the keys of all ranks, by their positions."""
+    positions_BS = options["position_ids"]
+    everywhere = [torch.empty_like(positions_BS) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, positions_BS)
+    seen = torch.cat(everywhere, 1)[:, None] <= positions_BS[:, :, None]
+    times = query_BNSH.shape[1] // key_BGSH.shape[1]
+    key, value = (torch.cat(all_gather(x.contiguous()), 2).repeat_interleave(times, 1) for x in (key_BGSH, value_BGSH))
+    # torch's own function passes keys around in here.
+    scores = query_BNSH @ key.mT * options["scaling"]
+    out = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ value
+    return out.transpose(1, 2).contiguous(), None
+
+
+class OwnMean(Fpdt):
+    """Each rank divides by the labels of its own part."""
+
+    def _own_part(self, ids_BS: Tensor, labels_BS: Tensor) -> dict[str, Any]:
+        part = super()._own_part(ids_BS, labels_BS)
+        return {**part, "num_items_in_batch": (part["shift_labels"] != -100).sum()}
+
+
+class LostPart(Fpdt):
+    """The last rank's labels are lost, and so its part of the loss."""
+
+    def _own_part(self, ids_BS: Tensor, labels_BS: Tensor) -> dict[str, Any]:
+        part = super()._own_part(ids_BS, labels_BS)
+        if self.world.rank == self.world.size - 1:
+            part["labels"][:, 200:] = part["shift_labels"][:, 200:] = -100
+        return part
+
+
+class NotReduced(Fpdt):
+    """Each rank keeps the gradients of its own part."""
+
+    def spread(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+        return model, optimizer
+
+
+class RingOfWrongSum(RingOnCpu):
+    """The sum over all labels, where FSDP2 takes the mean of the ranks."""
+
+    def loss_and_backward(self, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        loss = super().loss_and_backward(model, ids_BS, labels_BS)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= self.world.size
+        return loss
+
+
+class WrongOnRankOne(Fpdt):
+    """Rank 0 is right; another has one gradient that is not."""
+
+    def loss_and_backward(self, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        loss = super().loss_and_backward(model, ids_BS, labels_BS)
+        gradient: Any = next(p.grad for p in model.parameters() if p.grad is not None)
+        if self.world.rank == 1:
+            getattr(gradient, "_local_tensor", gradient).mul_(1.05)
         return loss

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from hf_fpdt.bench.parity import Parity, check, worst
 from hf_fpdt.bench.peers import HuggingFace, Liger, OffloadedHuggingFace
 from hf_fpdt.bench.report import Files
 from hf_fpdt.bench.stack import Stack, Unavailable
+from hf_fpdt.bench.world import World
 from hf_fpdt.cli import main
 from tests import bench_stacks
 from tests.app_support import run_python
@@ -78,16 +76,6 @@ def test_the_command_measures_what_is_right_and_refuses_what_is_wrong(tmp_path: 
     assert rows[broken]["result"].startswith("wrong, so no speed") and rows[broken]["tokens_per_s"] == ""
     assert [json.loads(line)["stack"] for line in files[1].read_text().splitlines()] == names
     assert "strict MFU: S" in done.stdout and "wrong, so no speed" in done.stdout
-
-
-def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
-    job(tmp_path, stack="hf").write(tmp_path / "job")
-    command = [sys.executable, "-m", "hf_fpdt.bench.child", str(tmp_path / "job"), str(tmp_path / "result")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as working:
-        assert working.stdin is not None
-        working.stdin.write(b"\n")
-        working.stdin.close()
-        assert working.wait(60) == -signal.SIGKILL and not (tmp_path / "result").exists()
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -184,7 +172,7 @@ def test_the_loss_in_chunks_is_the_loss() -> None:
 def test_what_can_be_understood_is_a_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
-    def fails(job: Job) -> dict[str, Any]:
+    def fails(job: Job, world: World) -> dict[str, Any]:
         raise error
 
     monkeypatch.setattr(child, "work", fails)

@@ -9,40 +9,78 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..accelerate import FPDTAccelerator
 from ..config import FPDTPlugin
+from ..loaders import sharding_collator
 from ..model import FPDTHandle, apply_fpdt
 from ..patch import AUTO_CHUNK_TOKENS_GPU
 from .peers import Alst, HuggingFace, Liger, OffloadedHuggingFace
 from .predicted import predicted
-from .stack import Pieces, Stack, Unavailable
+from .ring import Ring
+from .spread import accelerator_of, trains_every_weight
+from .stack import MANY_GPUS, Pieces, Stack, Unavailable
 
 
 class Fpdt(Stack):
-    """This package; settings beside the chunk are those of FPDT_* environment variables."""
+    """This package; settings beside the chunk are those of FPDT_* environment variables.
+
+    Several GPUs share every sequence, as with `FPDTAccelerator(fpdt_plugin=FPDTPlugin(sp_size=...))`: adapters under
+    DDP, every weight under FSDP2.
+    """
 
     name = "fpdt"
     about = "this package, GPU memory used for what fits"
 
+    gpus = (1, MANY_GPUS)
     settings: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     _handle: FPDTHandle
+    _accelerator: Any
 
     def prepare(self, model: nn.Module, pieces: Pieces) -> None:
-        """`apply_fpdt`, one process whatever FPDT_SP_SIZE says."""
+        """`apply_fpdt`, all processes a group whatever FPDT_SP_SIZE says."""
         logging.getLogger("hf_fpdt").setLevel(logging.INFO)
         chunk: int | Literal["auto"] = pieces.chunk_tokens or "auto"
         if pieces.most_tokens < AUTO_CHUNK_TOKENS_GPU:
-            chunk = pieces.most_tokens
+            chunk = pieces.most_tokens // self.world.size * self.world.size
+        self._plugin = FPDTPlugin(sp_size=self.world.size, chunk_tokens=chunk, **self.settings)
+        group = None
+        if self.world.size > 1:
+            sharded = trains_every_weight(model)
+            self._accelerator = accelerator_of(FPDTAccelerator, model, sharded=sharded, fpdt_plugin=self._plugin)
+            group = self._accelerator.fpdt_group
         try:
-            self._handle = apply_fpdt(model, FPDTPlugin(sp_size=1, chunk_tokens=chunk, **self.settings))
+            self._handle = apply_fpdt(model, self._plugin, group)
         except NotImplementedError as error:
             raise Unavailable(str(error)) from error
+
+    def spread(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+        if self.world.size == 1:
+            return model, optimizer
+        ready: tuple[nn.Module, Any] = self._accelerator.prepare(model, optimizer)
+        return ready
+
+    def loss_and_backward(self, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        """Each rank takes its part of the sequence, as its loader would give it."""
+        if self.world.size == 1:
+            return super().loss_and_backward(model, ids_BS, labels_BS)
+        loss: Tensor = model(**self._own_part(ids_BS, labels_BS), use_cache=False).loss
+        self._accelerator.backward(loss)
+        return self.world.mean(loss)
+
+    def _own_part(self, ids_BS: Tensor, labels_BS: Tensor) -> dict[str, Any]:
+        group, on_gpu = self._accelerator.fpdt_group, ids_BS.is_cuda
+        collator = sharding_collator(dict, self._plugin, group, on_gpu=on_gpu)
+        part: dict[str, Any] = collator({"input_ids": ids_BS, "labels": labels_BS})
+        return part
 
     def warm_up_tokens(self, pieces: Pieces) -> int:
         return 2 * (pieces.chunk_tokens or AUTO_CHUNK_TOKENS_GPU) + 1
 
     def predicted(self, model: nn.Module, n_tokens: int) -> dict[str, float]:
+        if self.world.size > 1:
+            return {}
         gpu_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         return predicted(self._handle, model, n_tokens, gpu_name)
 
@@ -61,7 +99,7 @@ class FpdtOnHost(Fpdt):
 
 
 STACKS: MappingProxyType[str, type[Stack]] = MappingProxyType(
-    {kind.name: kind for kind in (Fpdt, FpdtOnHost, HuggingFace, Liger, OffloadedHuggingFace, Alst)}
+    {kind.name: kind for kind in (Fpdt, FpdtOnHost, HuggingFace, Liger, OffloadedHuggingFace, Alst, Ring)}
 )
 
 

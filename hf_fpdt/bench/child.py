@@ -1,10 +1,10 @@
 """The process that does one job: `python -m hf_fpdt.bench.child JOB RESULT`, both files of JSON.
 
-It waits for a byte on its standard input before it reads the job or touches a GPU. Where the input ends, the parent is
-gone, and it goes too, with all that it started: nothing else may find the GPU busy.
+It waits for its job before it touches a GPU, and goes with its parent (`lifeline`).
 
 What a user can understand (out of memory, a missing package) is a result, written like any other; everything else ends
-the process with a traceback, whose last line the parent shows.
+the process with a traceback, whose last line the parent shows. Of several processes the first that fails writes the
+result, and ends with a status at which the launcher ends the others.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import json
 import logging
 import os
 import platform
-import signal
 import sys
+import time
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
-from threading import Thread
+from types import TracebackType
 from typing import Any
 
 import psutil
@@ -29,11 +29,16 @@ from ..versions import commit, versions_of
 from .catalogue import stack_named
 from .ceiling import measure_ceiling
 from .job import Job
+from .lifeline import is_wanted
 from .measure import measure
 from .parity import check
 from .stack import Unavailable
+from .world import World, join, leave, place
 
 PACKAGES = ("torch", "transformers", "peft", "flash-attn-4", "liger-kernel", "deepspeed")
+
+# The launcher takes a tenth of one to see that a process is gone, and then ends the others.
+LAUNCHER_S = 3.0
 
 
 def main(job_path: str, result_path: str) -> None:
@@ -41,9 +46,13 @@ def main(job_path: str, result_path: str) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     _go_first()
     job = Job.read(Path(job_path))
+    world = place(job.gpus)
+    if world.size > 1:
+        sys.excepthook = lambda *error: _fail(Path(result_path), world, *error)
+    join(world, job.device)
     found, reason = conditions(job), ""
     try:
-        found |= work(job)
+        found |= work(job, world)
     except torch.OutOfMemoryError as error:
         reason = f"out of GPU memory: {_first_sentence(error)}"
     except MemoryError as error:
@@ -52,14 +61,41 @@ def main(job_path: str, result_path: str) -> None:
         reason = f"cannot run: {_one_line(error)}"
     except ArithmeticError as error:
         reason = f"wrong, so no speed: {_one_line(error)}"
-    Path(result_path).write_text(json.dumps({"found": found, "reason": reason}), encoding="utf-8")
+    if reason and world.size > 1:
+        _write(Path(result_path), found, reason + world.part())
+        # Not by way of what waits for others.
+        os._exit(1)
+    leave(world)
+    if world.rank == 0:
+        _write(Path(result_path), found, reason)
 
 
-def work(job: Job) -> dict[str, Any]:
+def _write(path: Path, found: dict[str, Any], reason: str) -> None:
+    """Whole or not at all, and not over another process's."""
+    own = path.with_name(f"{path.name} {os.getpid()}")
+    own.write_text(json.dumps({"found": found, "reason": reason}), encoding="utf-8")
+    with suppress(FileExistsError):
+        os.link(own, path)
+    own.unlink()
+
+
+def _fail(
+    path: Path, world: World, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Ends one of several processes; one that fails because another is gone, the launcher ends before it says so."""
+    sys.__excepthook__(kind, error, traceback)
+    time.sleep(LAUNCHER_S)
+    _write(path, {}, f"failed: {kind.__name__}: {_first_sentence(error)}{world.part()}")
+    os._exit(1)
+
+
+def work(job: Job, world: World) -> dict[str, Any]:
     """What the job asks for."""
     if job.kind == "ceiling":
         return measure_ceiling(job)
     stack = stack_named(job.stack)
+    stack.check_gpus(world.size)
+    stack.world = world
     if job.kind == "parity":
         parity = check(stack, job)
         return {"passed": parity.passed, "parity": parity.ratio, "verdict": str(parity)}
@@ -74,12 +110,8 @@ def conditions(job: Job) -> dict[str, Any]:
         "versions": f"{versions_of(PACKAGES)}, python {platform.python_version()}",
         "commit": commit(),
         "date": str(date.today()),
+        "gpus": job.gpus,
     }
-
-
-def _go_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)
-    os.killpg(0, signal.SIGKILL)
 
 
 def _go_first() -> None:
@@ -96,6 +128,5 @@ def _first_sentence(error: BaseException) -> str:
     return ". ".join(_one_line(error).split(". ")[:2])
 
 
-if __name__ == "__main__" and os.read(sys.stdin.fileno(), 1):
-    Thread(target=_go_with_parent, daemon=True).start()
+if __name__ == "__main__" and is_wanted():
     main(*sys.argv[1:])

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType, TracebackType
 
+import psutil
+
 from .job import Job, Outcome
 
 CHILD = (sys.executable, "-m", "hf_fpdt.bench.child")
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
 # A child may use these or not. Kernels of flash-attn-4 that one child compiled are the next one's too.
 ENVIRONMENT = MappingProxyType(
     {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
@@ -22,6 +27,18 @@ ENVIRONMENT = MappingProxyType(
 OVER_THE_LIMIT = "over the limit"
 # What a traceback's last line says at most.
 REASON_LENGTH = 300
+# What torch's launcher says of the process that ended first; what it says before processes do, and after.
+FIRST_ENDED = re.compile(r"Root Cause \(first observed failure\).*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", re.DOTALL)
+LAUNCHER_WARNS = re.compile(r"\A.*^\*+$", re.DOTALL | re.MULTILINE)
+LAUNCHER_TELLS = re.compile(r"^.*torch/distributed/elastic.*\Z", re.DOTALL | re.MULTILINE)
+ENDING_S = 60
+
+
+def command_for(gpus: int) -> tuple[str, ...]:
+    """What does jobs on so many GPUs: a child, or torch's launcher with a child for each."""
+    if gpus == 1:
+        return CHILD
+    return (*LAUNCHER, "--nproc-per-node", str(gpus), *CHILD[1:])
 
 
 class Children:
@@ -85,8 +102,11 @@ class _Child:
             status = self._process.wait(limit_s)
         except subprocess.TimeoutExpired:
             return Outcome({}, f"{OVER_THE_LIMIT}: not done in {limit_s:,.0f} s (--limit)")
-        if self._result.exists() and status == 0:
-            return Outcome(**json.loads(self._result.read_text(encoding="utf-8")))
+        if self._result.exists():
+            outcome = Outcome(**json.loads(self._result.read_text(encoding="utf-8")))
+            # One of several processes that says why it failed ends the others, and so the launcher, with a status.
+            if status == 0 or outcome.reason:
+                return outcome
         return Outcome({}, _why(status, self._log.read_text(encoding="utf-8", errors="replace")))
 
     def _say_so(self) -> None:
@@ -97,18 +117,41 @@ class _Child:
             self._process.stdin.flush()
 
     def end(self) -> None:
-        """Nothing of it is left behind, whatever it does."""
+        """Nothing of it is left behind, whatever it does; torch's launcher gives each process its own session."""
         if self._process.poll() is None:
+            family = psutil.Process(self._process.pid).children(recursive=True)
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            _end_all(family)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         self._folder.cleanup()
 
 
+def _end_all(processes: list[psutil.Process]) -> None:
+    """They are gone then, with the GPU memory they had."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    until = time.monotonic() + ENDING_S
+    while any(map(_works, processes)) and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def _works(process: psutil.Process) -> bool:
+    """Not so one that has ended and that nobody has asked yet."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
 def _why(status: int, log: str) -> str:
     """Of a child without a result."""
+    first = FIRST_ENDED.search(log)
+    if first is not None:
+        of_ranks = LAUNCHER_TELLS.sub("", LAUNCHER_WARNS.sub("", log))
+        return f"{_why(int(first[2]), of_ranks)} (rank {first[1]})"
     if status == -signal.SIGKILL:
         return "killed (signal 9): the host ran out of memory, most likely"
     if status < 0:

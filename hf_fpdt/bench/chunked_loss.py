@@ -29,13 +29,18 @@ def chunked_nll(hidden_BSD: Tensor, head: Any, labels_BS: Tensor, chunk_tokens: 
     """
     hidden = hidden_BSD[:, :-1].reshape(-1, hidden_BSD.shape[-1])
     labels = labels_BS[:, 1:].reshape(-1)
-    kept = labels != IGNORED
-    hidden, labels = hidden[kept], labels[kept]
+    return chunked_sum(hidden, head, labels, chunk_tokens) / (labels != IGNORED).sum().clamp(min=1)
+
+
+def chunked_sum(hidden_TD: Tensor, head: Any, labels_T: Tensor, chunk_tokens: int) -> Tensor:
+    """The summed loss of T tokens, each with its own label; -100 does not count."""
+    kept = labels_T != IGNORED
+    hidden, labels = hidden_TD[kept], labels_T[kept]
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for start in range(0, len(labels), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         total = total + checkpoint(_chunk, hidden[part], head, labels[part], use_reentrant=False)
-    return total / max(1, len(labels))
+    return total
 
 
 def _chunk(hidden: Tensor, head: Any, labels: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Bench:
             self.say(f"{stack}: {n_tokens:,} tokens: {outcome.reason}")
             return self._row(stack, n_tokens, outcome, outcome.reason)
         peak, rates = peak_of(outcome.found["gpu"]), _rates(ceiling, n_tokens)
-        figures = self.trained.figures(n_tokens, outcome.found["step_s"], peak, rates)
+        figures = self.trained.figures(n_tokens, outcome.found["step_s"], peak, rates, gpus=self.job.gpus)
         self.say(f"{stack}: {n_tokens:,} tokens: {outcome.found['step_s']:.2f} s")
         return {**self._row(stack, n_tokens, outcome, OK), **found, **figures, **_columns(rates), "peak": peak}
 
@@ -118,6 +118,7 @@ class Bench:
             "layers": self.trained.sizes.layers,
             "trained": "every weight, AdamW" if job.full else "LoRA r=16, AdamW",
             "dtype": job.dtype,
+            "gpus": job.gpus,
             "chunk_tokens": job.chunk_tokens if stack not in PEERS else None,
             **{key: value for key, value in outcome.found.items() if key not in ("passed", "verdict")},
         }

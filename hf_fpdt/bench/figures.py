@@ -27,7 +27,9 @@ MFU with recompute (the habit of papers): the same and one more forward pass of 
 N' the layers' weights alone, whatever the stack really does twice.
 of ceiling: the least seconds a step can take, over those it took. Attention forward once and backward once (2.5 times
 the operations) at the kernel's rates, linears at the rate of large matrix products: forward, forward again and
-gradients of inputs, with weights trained their gradients too; all rates measured in the same run."""
+gradients of inputs, with weights trained their gradients too; all rates measured in the same run.
+Of several GPUs: tokens of all together, over the peaks and rates of as many; what they send each other is not in the
+ceiling. GPU GiB: the fullest; pinned and process GiB: all processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +77,16 @@ class Trained:
         """Operations of all layers' causal attention, forward."""
         return 2.0 * self.sizes.layers * n_tokens**2 * self.sizes.q_heads * self.sizes.head_dim
 
-    def figures(self, n_tokens: int, seconds: float, peak: float | None, rates: Rates | None) -> Mapping[str, float]:
-        """Columns of a row: speed, and what can be said of it where `peak` and `rates` are known."""
+    def figures(
+        self, n_tokens: int, seconds: float, peak: float | None, rates: Rates | None, gpus: int = 1
+    ) -> Mapping[str, float]:
+        """Columns of a row: speed, and what can be said of it where `peak` and `rates` of a GPU are known."""
         found = {"tokens_per_s": n_tokens / seconds}
         if peak is not None:
-            found["strict_mfu"] = self.strict(n_tokens) / seconds / peak
-            found["mfu_with_recompute"] = self.with_recompute(n_tokens) / seconds / peak
+            found["strict_mfu"] = self.strict(n_tokens) / seconds / (gpus * peak)
+            found["mfu_with_recompute"] = self.with_recompute(n_tokens) / seconds / (gpus * peak)
         if rates is not None:
-            found["ceiling_s"] = self.ceiling_seconds(n_tokens, rates)
+            found["ceiling_s"] = self.ceiling_seconds(n_tokens, rates) / gpus
             found["of_ceiling"] = found["ceiling_s"] / seconds
         return found
 

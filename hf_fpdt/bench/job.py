@@ -26,6 +26,7 @@ class Job:
         chunk_tokens: of FPDT; None: its own choice.
         device: "cuda" or "cpu".
         dtype: of every parameter, "bfloat16" or "float32".
+        gpus: that train the model together, a process each.
     """
 
     kind: Kind
@@ -39,6 +40,7 @@ class Job:
     chunk_tokens: int | None
     device: str
     dtype: str
+    gpus: int = 1
 
     @property
     def n_tokens(self) -> int:

@@ -6,6 +6,7 @@ import math
 import resource
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ LEARNING_RATE = 1e-5
 
 
 def measure(stack: Stack, job: Job) -> dict[str, Any]:
-    """Columns of a row: seconds of a step, the loss, peaks of memory.
+    """Columns of a row: seconds of a step, the loss, peaks of memory; every process of the job must call it.
 
     Raises:
         Unavailable: the stack cannot run here.
@@ -34,12 +35,32 @@ def measure(stack: Stack, job: Job) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, fused=job.device == "cuda"
     )
-    steps = Steps(stack, model, optimizer, job)
+    spread, optimizer = stack.spread(model, optimizer)
+    steps = Steps(stack, spread, optimizer, job)
     steps.run(tokens_of(job, config, min(job.n_tokens, stack.warm_up_tokens(pieces))))
     steps.forget()
     for number in range(job.steps):
         steps.run(tokens_of(job, config, job.n_tokens, number))
-    return steps.row() | stack.predicted(model, job.n_tokens)
+    return together(stack.world.gather(steps.row())) | stack.predicted(model, job.n_tokens)
+
+
+def together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row of those of all processes: the slowest and the fullest GPU, host memory of all.
+
+    No more than what every process pinned is taken off a step: meanwhile the others may have waited for one.
+    """
+    pinning = [min(each) for each in zip(*(row["pinnings_s"] for row in rows), strict=True)]
+    took = [max(each) for each in zip(*(row["took_s"] for row in rows), strict=True)]
+    seconds = [whole - pinned for whole, pinned in zip(took, pinning, strict=True)]
+    peaks = [row["peak_device_gib"] for row in rows if row["peak_device_gib"] is not None]
+    return {
+        "step_s": statistics.median(seconds[1:] or seconds),
+        "steps_s": [round(each, 3) for each in seconds],
+        "pinning_s": sum(pinning),
+        "loss": rows[0]["loss"],
+        "peak_device_gib": max(peaks, default=None),
+        **{name: sum(row[name] for row in rows) for name in ("pinned_host_gib", "peak_rss_gib")},
+    }
 
 
 class Steps:
@@ -52,7 +73,7 @@ class Steps:
 
     def forget(self) -> None:
         """Begin again: what was run so far was to warm up."""
-        self._seconds: list[float] = []
+        self._took: list[float] = []
         self._pinning: list[float] = []
         self._loss = math.nan
         if self._device.type == "cuda":
@@ -63,6 +84,7 @@ class Steps:
         """Forward, loss, backward and optimizer; host memory that is pinned meanwhile is timed apart."""
         pinned = self._stack.pinned()[1]
         finish(self._device)
+        self._stack.world.meet()
         began = time.perf_counter()
         loss = self._stack.loss_and_backward(self._model, ids_BS, ids_BS)
         self._optimizer.step()
@@ -73,15 +95,14 @@ class Steps:
         if not math.isfinite(self._loss):
             raise ArithmeticError(f"the loss is {self._loss}.")
         self._pinning.append(self._stack.pinned()[1] - pinned)
-        self._seconds.append(took - self._pinning[-1])
+        self._took.append(took)
 
     def row(self) -> dict[str, Any]:
-        """The median of the steps after the first, and peaks."""
+        """What this process's steps took, and its peaks."""
         on_gpu = self._device.type == "cuda"
         return {
-            "step_s": statistics.median(self._seconds[1:] or self._seconds),
-            "steps_s": [round(seconds, 3) for seconds in self._seconds],
-            "pinning_s": sum(self._pinning),
+            "took_s": self._took,
+            "pinnings_s": self._pinning,
             "loss": self._loss,
             "peak_device_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
             "pinned_host_gib": self._stack.pinned()[0] / GIB,

@@ -27,6 +27,7 @@ examples:
   hf-fpdt bench --seq-len 32K 64K --stacks fpdt hf liger      Llama-3.1-8B's shape, LoRA, three stacks
   hf-fpdt bench --shape llama-1b --full --seq-len 128K --csv steps.csv
   hf-fpdt bench ./my-model --layers 4 --seq-len 16K           a model folder's own shape, four layers of it
+  hf-fpdt bench --gpus 2 --seq-len 128K --stacks fpdt         two GPUs share the sequence
   hf-fpdt bench --longest --stacks fpdt hf-offload            the longest sequence that completes a step
 
 FPDT's settings beside the chunk are taken from FPDT_* variables, as in training. A stack of your own is module:Class,
@@ -60,6 +61,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--steps", type=count, default=3, help="steps, the first left out of the median (default: %(default)s)"
     )
     how.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    how.add_argument(
+        "--gpus",
+        type=count,
+        default=1,
+        metavar="N",
+        help="GPUs of this host that train one model together, a process each; with --device cpu so many processes "
+        "(default: %(default)s)",
+    )
     how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: the GPU, if any")
     how.add_argument(
         "--limit",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .job import Job
 from .models import config_of, model_of, tokens_of
+from .spread import whole
 from .stack import Pieces, Stack
 
 N_TOKENS = 1037
@@ -52,6 +53,10 @@ class Parity:
         """Whether every error is at most twice that of plain Hugging Face; a NaN is not."""
         return self.ratio <= FACTOR
 
+    def badness(self) -> float:
+        """How bad it is; a NaN is the worst."""
+        return math.inf if math.isnan(self.ratio) else self.ratio
+
     def __str__(self) -> str:
         what = "the loss" if self.name == "loss" else f"the gradient of {self.name}"
         verdict = f"the error of {what} is {self.ratio:.3g} times that of plain Hugging Face in the same dtype"
@@ -64,6 +69,7 @@ def check(stack: Stack, job: Job) -> Parity:
     Raises:
         Unavailable: the stack cannot run here.
     """
+    # Every rank compares for itself: gradients that only rank 0 has right are not right.
     config = config_of(job, most_layers=LAYERS)
     model = model_of(job, config)
     sharpen(model)
@@ -74,8 +80,11 @@ def check(stack: Stack, job: Job) -> Parity:
     truth = results(Stack(), copy.deepcopy(model).double(), ids, labels)
     naive = errors(results(Stack(), copy.deepcopy(model), ids, labels), truth)
     stack.prepare(model, Pieces(most_tokens=N_TOKENS // PIECES))
-    ours = errors(results(stack, model, ids, labels), truth)
-    return worst(ours, naive, floors(truth, getattr(torch, job.dtype)))
+    # FSDP2 is not to be had without an optimizer.
+    spread, _ = stack.spread(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
+    ours = errors(results(stack, spread, ids, labels), truth)
+    own = worst(ours, naive, floors(truth, getattr(torch, job.dtype)))
+    return max(stack.world.gather(own), key=Parity.badness)
 
 
 def sharpen(model: nn.Module) -> None:
@@ -87,9 +96,10 @@ def sharpen(model: nn.Module) -> None:
 
 
 def results(stack: Stack, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Results:
-    """The loss, and the gradient of each parameter by name."""
+    """The loss, and the whole gradient of each parameter by the name it has before DDP wraps it."""
     loss = stack.loss_and_backward(model, ids_BS, labels_BS)
-    return {"loss": loss} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss} | {name: whole(grad) for name, grad in found.items()}
 
 
 def errors(found: Results, truth: Results) -> dict[str, float]:
@@ -115,8 +125,7 @@ def worst(ours: Mapping[str, float], naive: Mapping[str, float], least: Mapping[
     """The largest ratio of two errors; a NaN counts as the largest."""
     bounds = {name: max(naive.get(name, 0.0), least.get(name, 0.0) / FACTOR) for name in ours}
     ratios = {name: error / bounds[name] if bounds[name] else math.inf for name, error in ours.items()}
-    name = max(ratios, key=lambda name: math.inf if math.isnan(ratios[name]) else ratios[name])
-    return Parity(name, ratios[name])
+    return max((Parity(name, ratio) for name, ratio in ratios.items()), key=Parity.badness)
 
 
 def _norm(tensor: Any) -> float:

@@ -23,13 +23,15 @@ TABLE = (
     ("peak_rss_gib", "process GiB", ".1f"),
     ("parity", "error / plain HF's", ".2f"),
 )
+# The table has it where there are several.
+GPUS = ("gpus", "GPUs", "d")
 # Of a CSV file, in this order; results first, conditions last.
 COLUMNS = (
     ("stack", "tokens", "result", "next")
     + tuple(key for key, _, _ in TABLE)
     + ("predicted_s", "predicted_device_gib", "predicted_pinned_gib")
     + ("steps_s", "pinning_s", "loss", "ceiling_s", "kernel", "attention_forward", "attention_backward", "matmul")
-    + ("peak", "model", "layers", "trained", "dtype", "chunk_tokens", "gpu", "host_memory_gib")
+    + ("peak", "model", "layers", "trained", "dtype", "chunk_tokens", "gpu", "gpus", "host_memory_gib")
     + ("versions", "commit", "date")
 )
 CONDITIONS = ("model", "layers", "trained", "dtype", "gpu", "host_memory_gib", "versions", "commit", "date")
@@ -38,19 +40,20 @@ OK = "ok"
 
 def as_table(rows: Sequence[Row]) -> str:
     """Lines of a table of plain text; what has no number says why in words."""
-    cells = [["stack", "tokens", *(title for _, title, _ in TABLE)], *map(_cells, rows)]
-    lasts = max(len(TABLE) + 2 for _ in cells)
+    columns = ((GPUS,) if any(row.get("gpus", 1) > 1 for row in rows) else ()) + TABLE
+    cells = [["stack", "tokens", *(title for _, title, _ in columns)], *(_cells(row, columns) for row in rows)]
+    lasts = len(columns) + 2
     widths = [max(len(line[i]) for line in cells if len(line) == lasts) for i in range(lasts)]
     widths[:2] = [max(len(line[i]) for line in cells) for i in range(2)]
     notes = [f"{row['stack']} at {row['next']}" for row in rows if row.get("next")]
     return "\n".join([*(_line(line, widths) for line in cells), *notes])
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, columns: Sequence[tuple[str, str, str]]) -> list[str]:
     head = [str(row["stack"]), f"{row['tokens']:,}" if row.get("tokens") else "-"]
     if row["result"] != OK:
         return [*head, str(row["result"])]
-    return head + ["" if row.get(key) is None else format(row[key], form) for key, _, form in TABLE]
+    return head + ["" if row.get(key) is None else format(row[key], form) for key, _, form in columns]
 
 
 def _line(cells: list[str], widths: list[int]) -> str:

@@ -8,6 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .world import World
+
+# More than one host has.
+MANY_GPUS = 1024
+
 
 class Unavailable(Exception):
     """A stack cannot run here; the message says why, and what to do."""
@@ -36,10 +41,26 @@ class Stack:
     Attributes:
         name: in tables and on the command line.
         about: what a user of it switches on.
+        gpus: the fewest and the most that it trains one model on.
+        world: the processes that do so; each has a GPU, and all are given the same sequences.
     """
 
     name: ClassVar[str] = ""
     about: ClassVar[str] = ""
+    gpus: ClassVar[tuple[int, int]] = (1, 1)
+    world = World()
+
+    @classmethod
+    def check_gpus(cls, count: int) -> None:
+        """Whether it trains on so many.
+
+        Raises:
+            Unavailable: it does not.
+        """
+        least, most = cls.gpus
+        if not least <= count <= most:
+            several = f"at least {least}" if most > 1 else "one"
+            raise Unavailable(f"--gpus {count}: the stack {cls.name or cls.__name__} is for {several}; leave it out.")
 
     def prepare(self, model: nn.Module, pieces: Pieces) -> None:
         """Change a new model in place.
@@ -52,8 +73,16 @@ class Stack:
             Unavailable: a package is missing, or the model is not for it.
         """
 
+    def spread(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
+        """The prepared model and its optimizer on all GPUs of `world`, as a user's training loop has them."""
+        return model, optimizer
+
     def loss_and_backward(self, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        """The mean loss; gradients lie in the parameters then."""
+        """The mean loss; gradients lie in the parameters then.
+
+        Args:
+            ids_BS, labels_BS: whole sequences, the same in all processes; labels not shifted.
+        """
         loss = model(input_ids=ids_BS, labels=labels_BS, use_cache=False).loss
         loss.backward()
         return loss.detach()

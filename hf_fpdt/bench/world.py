@@ -1,0 +1,71 @@
+"""The processes of one job, one a GPU: how many there are, which one this is, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..comms import GROUP_TIMEOUT
+
+
+@dataclass(frozen=True)
+class World:
+    """`size` processes, of which this is number `rank`; torch's default group is theirs where there are several."""
+
+    size: int = 1
+    rank: int = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has, in their order; every process must call it."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the processes (a new tensor)."""
+        total = value.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total / self.size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over the processes."""
+        return self.mean(value.double()) * self.size
+
+    def meet(self) -> None:
+        """Wait for the others."""
+        if self.size > 1:
+            dist.barrier()
+
+    def part(self) -> str:
+        """Which process it was, for people; nothing where there is one."""
+        return f" (rank {self.rank} of {self.size})" if self.size > 1 else ""
+
+
+def place(gpus: int) -> World:
+    """This process's in a job of so many, by the variables that torch's launcher sets; no GPU is touched."""
+    return World() if gpus == 1 else World(gpus, int(os.environ["RANK"]))
+
+
+def join(world: World, device: str) -> None:
+    """Take the GPU of this process, and make the group: NCCL, gloo for tensors of the host."""
+    if world.size == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(world.rank)
+    # A rank may wait long for one that pins memory or compiles; what hangs, --limit ends.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=GROUP_TIMEOUT)
+
+
+def leave(world: World) -> None:
+    """Together, so that none ends while another still talks to it."""
+    if world.size > 1:
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,33 @@
+"""A rank of `hf-fpdt bench` without its imports, as torch's launcher starts it: bench_rank.py JOB RESULT.
+
+It says its process id beside the job. What it does then, the job's stack says: "killed" or "ends" on rank 1, or both
+ranks wait, like one that computes.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+LIFELINE = Path(__file__).parents[2] / "hf_fpdt" / "bench" / "lifeline.py"
+
+
+def main() -> None:
+    if not runpy.run_path(str(LIFELINE))["is_wanted"]():
+        return
+    job, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    what = json.loads(job.read_text())["stack"]
+    with Path(json.loads(job.read_text())["model"]).open("a") as pids:
+        pids.write(f"{os.getpid()}\n")
+    if rank == 1 and what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and what == "ends":
+        raise SystemExit(3)
+    time.sleep(120)
+
+
+if __name__ == "__main__":
+    main()
