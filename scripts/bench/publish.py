@@ -4,7 +4,8 @@
     python scripts/bench/publish.py --check   # exit status 1 where a table is not what its CSV says
 
 A table lies between `<!-- bench NAME [stacks=A,B] [columns=C,D] -->` and `<!-- end -->`; NAME is the CSV's, without
-"bench-" and "-h100". Columns that are not named are those of one GPU. A picture compares the stacks of one CSV: tokens a second, and memory of the GPU.
+"bench-" and "-h100"; without columns they are those for one GPU. A picture compares the stacks of one CSV: tokens a
+second, and memory of the GPU.
 """
 
 import argparse
