@@ -9,7 +9,7 @@ import pytest
 from tests import app_support  # noqa: F401  (where scripts are)
 
 # isort: split
-from publish import PAGES, PICTURES, ROOT, draw, publish, read
+from publish import PAGES, PICTURES, ROOT, draw, publish, read, table
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -23,6 +23,12 @@ def test_tables_are_what_the_files_say(page: str, tmp_path: Path) -> None:
     changed.write_text(text.replace(f"| {figure} |", "| 9,999 |"), encoding="utf-8")
     assert publish(changed, check=True) and "9,999" in changed.read_text(encoding="utf-8")
     assert publish(changed, check=False) and changed.read_text(encoding="utf-8") == text
+
+
+def test_files_without_a_column_for_gpus_are_of_one() -> None:
+    header, _, first, *_ = table("full-1b", "columns=stack,gpus,tokens").splitlines()
+    assert (header, first) == ("| stack | GPUs | tokens |", "| `fpdt` | 1 | 131,072 |")
+    assert "GPUs" not in table("full-1b", "").splitlines()[0]
 
 
 def test_what_does_not_fit_says_so_and_is_drawn(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ..config import FPDTPlugin
 from ..loaders import sharding_collator
 from ..model import FPDTHandle, apply_fpdt
 from ..patch import AUTO_CHUNK_TOKENS_GPU
+from .alst_sp import AlstSp
 from .peers import Alst, HuggingFace, Liger, OffloadedHuggingFace
 from .predicted import predicted
 from .ring import Ring
@@ -99,7 +100,7 @@ class FpdtOnHost(Fpdt):
 
 
 STACKS: MappingProxyType[str, type[Stack]] = MappingProxyType(
-    {kind.name: kind for kind in (Fpdt, FpdtOnHost, HuggingFace, Liger, OffloadedHuggingFace, Alst, Ring)}
+    {kind.name: kind for kind in (Fpdt, FpdtOnHost, HuggingFace, Liger, OffloadedHuggingFace, Alst, Ring, AlstSp)}
 )
 
 

@@ -15,7 +15,7 @@ from .report import OK, Row
 
 Run = Callable[[Job], Outcome]
 # They cut nothing by --chunk-tokens.
-PEERS = frozenset({"hf", "liger", "hf-offload", "alst"})
+PEERS = frozenset({"hf", "liger", "hf-offload", "alst", "ring", "alst-sp"})
 
 
 class _TooSlow(Exception):

@@ -41,7 +41,7 @@ class Liger(HuggingFace):
 
     def prepare(self, model: nn.Module, pieces: Pieces) -> None:
         """Liger's own patch of an instance, then checkpointing."""
-        liger = _package("liger_kernel.transformers.monkey_patch", "pip install liger-kernel (it needs Triton)")
+        liger = package("liger_kernel.transformers.monkey_patch", "pip install liger-kernel (it needs Triton)")
         base = base_of(model)
         kind = base.config.model_type
         if kind not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
@@ -83,8 +83,8 @@ class Alst(Stack):
     def prepare(self, model: nn.Module, pieces: Pieces) -> None:
         """Tiles around every MLP; the context that offloads what checkpointing keeps."""
         advice = "pip install 'deepspeed>=0.19.6' einops"
-        self._alst = _package("deepspeed.runtime.sequence_parallel.ulysses_sp", advice)
-        offload = _package("deepspeed.runtime.activation_checkpointing.offload_activations", advice)
+        self._alst = package("deepspeed.runtime.sequence_parallel.ulysses_sp", advice)
+        offload = package("deepspeed.runtime.activation_checkpointing.offload_activations", advice)
         base = base_of(model)
         on_gpu = base.device.type == "cuda"
         self._offloading = offload.get_checkpoint_hidden_states_offloading_ctx_manager(
@@ -111,28 +111,30 @@ class Alst(Stack):
         mlp.forward = tiled
 
     def loss_and_backward(self, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
-        """Both passes inside of the context that offloads, the loss by TiledFusedLogitsLoss."""
-        base = base_of(model)
-        head = base.get_output_embeddings()
-        targets = labels_BS[:, 1:]
-        kept = (targets != IGNORED).sum()
+        """Both passes inside of the context that offloads."""
+        base, targets = base_of(model), labels_BS[:, 1:]
+        with self._offloading:
+            hidden = base.base_model(input_ids=ids_BS, use_cache=False).last_hidden_state[:, :-1]
+            loss = self._tiled_loss(base.get_output_embeddings(), hidden, targets, (targets != IGNORED).sum())
+            loss.backward()
+        return loss.detach()
+
+    def _tiled_loss(self, head: Any, hidden_BSD: Tensor, targets_BS: Tensor, kept: Tensor) -> Tensor:
+        """The sum over targets by TiledFusedLogitsLoss, over the number of those that count."""
 
         def mean_part(_: Any, hidden: Tensor, labels: Tensor) -> Tensor:
             # Divided in here: the head's gradient is made before anything outside could scale it.
             return summed_loss(head(hidden), labels) / kept
 
-        with self._offloading:
-            hidden = base.base_model(input_ids=ids_BS, use_cache=False).last_hidden_state[:, :-1]
-            shards = math.ceil(hidden.shape[1] / self._loss_tokens)
-            weights = list(head.parameters())
-            loss = self._alst.TiledFusedLogitsLoss.apply(
-                mean_part, head, hidden, targets, None, shards, weights, "sum"
-            )
-            loss.backward()
-        return loss.detach()
+        shards = math.ceil(hidden_BSD.shape[1] / self._loss_tokens)
+        weights = list(head.parameters())
+        loss: Tensor = self._alst.TiledFusedLogitsLoss.apply(
+            mean_part, head, hidden_BSD, targets_BS, None, shards, weights, "sum"
+        )
+        return loss
 
 
-def _package(name: str, advice: str) -> Any:
+def package(name: str, advice: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:

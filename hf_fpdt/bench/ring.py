@@ -34,10 +34,6 @@ class Ring(OffloadedHuggingFace):
         self._check_attention(model)
         super().prepare(model, pieces)
         base = base_of(model)
-        if base.get_input_embeddings().weight is base.get_output_embeddings().weight:
-            # As accelerate advises; it cannot match optimizer and model else.
-            base.config.tie_word_embeddings = False
-            base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
         base.forward = loss_inside(base, pieces.tokens(CHUNK_TOKENS))
 
     def _check_attention(self, model: nn.Module) -> None:

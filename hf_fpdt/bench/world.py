@@ -30,14 +30,14 @@ class World:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over the processes (a new tensor)."""
+        return self.sum(value) / self.size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over the processes (a new tensor)."""
         total = value.detach().clone()
         if self.size > 1:
             dist.all_reduce(total)
-        return total / self.size
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over the processes."""
-        return self.mean(value.double()) * self.size
+        return total
 
     def meet(self) -> None:
         """Wait for the others."""

@@ -4,7 +4,8 @@
     python scripts/bench/publish.py --check   # exit status 1 where a table is not what its CSV says
 
 A table lies between `<!-- bench NAME [stacks=A,B] [columns=C,D] -->` and `<!-- end -->`; NAME is the CSV's, without
-"bench-" and "-h100". A picture compares the stacks of one CSV: tokens a second, and memory of the GPU.
+"bench-" and "-h100"; without columns they are those for one GPU. A picture compares the stacks of one CSV: tokens a
+second, and memory of the GPU.
 """
 
 import argparse
@@ -31,6 +32,9 @@ COLUMNS = {
     "pinned_host_gib": ("pinned GiB", ".1f"),
     "parity": ("error / plain HF's", ".2f"),
 }
+# Where they are asked for, after those above; files from before there was one have no such column.
+MORE_COLUMNS = {"gpus": ("GPUs", ",")}
+FORMER = {"gpus": "1"}
 # Column of the CSV: title, what a label counts in, its digits.
 PANELS = (
     ("tokens_per_s", "thousand tokens a second", 1000, 1),
@@ -66,14 +70,19 @@ def table(name: str, options: str) -> str:
     wanted = dict(re.findall(r"(\w+)=(\S+)", options))
     stacks, columns = wanted.get("stacks"), wanted.get("columns", ",".join(COLUMNS)).split(",")
     rows = [row for row in read(name) if stacks is None or row["stack"] in stacks.split(",")]
-    lines = [[COLUMNS[column][0] for column in columns], ["---"] * len(columns)]
+    lines = [[heading(column)[0] for column in columns], ["---"] * len(columns)]
     lines += [cells(row, columns) for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def heading(column: str) -> tuple[str, str]:
+    """Of a column, with the format of its values."""
+    return COLUMNS.get(column) or MORE_COLUMNS[column]
+
+
 def cells(row: Row, columns: Sequence[str]) -> list[str]:
     """One line; where there are no figures, why, in the first column that has none."""
-    found = [cell(row[column], COLUMNS[column][1]) for column in columns]
+    found = [cell(row[column], heading(column)[1]) for column in columns]
     if row["result"] != "ok":
         found[found.index("")] = row["result"].partition(":")[0]
     return found
@@ -88,7 +97,7 @@ def cell(value: str, form: str) -> str:
 def read(name: str) -> list[Row]:
     """Rows of a CSV."""
     with (ROOT / f"docs/results/bench-{name}-h100.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        return [FORMER | row for row in csv.DictReader(file)]
 
 
 def draw(name: str, path: Path) -> None:
