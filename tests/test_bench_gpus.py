@@ -40,8 +40,9 @@ RIGHT: Mapping[bool, tuple[type[Stack], ...]] = {
     True: (FpdtOnHost, bench_stacks.RingOnCpu),
 }
 WRONG: Mapping[bool, tuple[type[Stack], ...]] = {
-    False: (bench_stacks.OwnMean, bench_stacks.LostPart, bench_stacks.NotReduced),
-    True: (bench_stacks.RingOfWrongSum, bench_stacks.WrongOnRankOne),
+    # FSDP2's gradients are whole again before they are compared, so what is wrong on one rank is wrong on all.
+    False: (bench_stacks.OwnMean, bench_stacks.LostPart, bench_stacks.NotReduced, bench_stacks.WrongOnRankOne),
+    True: (bench_stacks.RingOfWrongSum,),
 }
 
 
@@ -167,8 +168,11 @@ def test_ranks_end_with_the_parent(tmp_path: Path, pids: Path) -> None:
         assert all(map(works, map(int, pids.read_text().split())))
         # As when its only holder is killed: nobody sends a signal.
         launcher.stdin.close()
-        wait_until(lambda: not any(map(works, map(int, pids.read_text().split()))))
-        assert launcher.wait(30) != 0
+        try:
+            wait_until(lambda: not any(map(works, map(int, pids.read_text().split()))))
+            assert launcher.wait(30) != 0
+        finally:
+            launcher.kill()
 
 
 @pytest.fixture
