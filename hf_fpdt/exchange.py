@@ -20,7 +20,8 @@ from .rates import GPU
 GPUS_A_HOST = 8
 # Passes over device memory for the copies around exchanges, each of which reads and writes: dq, dk, dv, which go back
 # to pieces together, are copied twice (N + 2 G of 6 N + 6 G heads: a fifth), all else once.
-COPY_PASSES, ORDER_PASSES = 2, 2.4
+COPY_PASSES = 2
+ORDER_PASSES = 1.2 * COPY_PASSES
 
 
 def ulysses(step: StepSizes, kept: Kept) -> Collectives:

@@ -139,12 +139,15 @@ def build_random(
     """
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if lora:
-        from peft import LoraConfig, get_peft_model
+    return (with_lora(model) if lora else model).train()
 
-        config_of_lora = LoraConfig(r=LORA_RANK, target_modules="all-linear")
-        with warnings.catch_warnings():
-            # PEFT still asks by the old name of a property; nothing a user could change.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-            model = get_peft_model(model, config_of_lora, autocast_adapter_dtype=False)
-    return model.train()
+
+def with_lora(model: PreTrainedModel) -> Any:
+    """The model with adapters of rank 16 on every linear, of its own dtype, and all else frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        # PEFT still asks by the old name of a property; nothing a user could change.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        lora = LoraConfig(r=LORA_RANK, target_modules="all-linear")
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)

@@ -41,9 +41,8 @@ COLOURS = MappingProxyType(
 INK, MUTED, RULE, EMPTY = "#1A1A1A", "#5A5F66", "#9AA0A8", "#F1F3F5"
 # Bottom and height.
 ROWS = MappingProxyType({"compute": (1.75, 1.0), "h2d": (0.9, 0.6), "d2h": (0.0, 0.6), "peers": (-0.9, 0.6)})
-FLOORS = MappingProxyType(
-    {"compute": 0.5, "h2d": 0.02, "d2h": 0.02, "peers": 0.02}
-)  # filled less, a column stays empty
+# A column filled less stays empty.
+FLOORS = MappingProxyType({"compute": 0.5, "h2d": 0.02, "d2h": 0.02, "peers": 0.02})
 STRIP = (3.1, 0.3)  # the passes' names
 TOP = 3.5
 COLUMNS = 1459  # pixels of the axes at DPI

@@ -1,11 +1,16 @@
-"""Of what code a measurement was made: versions of packages, and the commit of this one."""
+"""Of what code and when a measurement was made: versions of packages, the commit of this one, the date."""
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 
 def version_of(package: str) -> str:
@@ -35,3 +40,13 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def conditions_of(packages: tuple[str, ...]) -> dict[str, Any]:
+    """What every row of measurements says of the machine and the code, but for the GPU."""
+    return {
+        "host_memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "versions": f"{versions_of(packages)}, python {platform.python_version()}",
+        "commit": commit(),
+        "date": str(date.today()),
+    }

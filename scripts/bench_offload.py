@@ -15,13 +15,10 @@ import argparse
 import gc
 import json
 import logging
-import os
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,7 @@ from hf_fpdt.keep import peak_bytes
 from hf_fpdt.offload import GIB
 from hf_fpdt.rates import GPUS, strict_flops
 from hf_fpdt.shapes import SHAPES, build_random, with_layers
-from hf_fpdt.versions import commit, versions_of
+from hf_fpdt.versions import conditions_of
 
 PACKAGES = ("torch", "transformers", "peft")
 PEAK_FLOPS = GPUS["h100"].peak
@@ -173,13 +170,9 @@ def run_together(cases: list[str], options: argparse.Namespace) -> Iterator[dict
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    memory = 2**-30 * resource.getpagesize() * os.sysconf("SC_PHYS_PAGES")
     return {
         "gpu": torch.cuda.get_device_name(),
-        "host_memory_gib": round(memory),
-        "versions": f"{versions_of(PACKAGES)}, python {platform.python_version()}",
-        "commit": commit(),
-        "date": str(date.today()),
+        **conditions_of(PACKAGES),
         "shape": options.shape,
         "layers": options.layers,
         "trained": "full, AdamW bf16" if options.full else "LoRA r=16",

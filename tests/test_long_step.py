@@ -55,7 +55,7 @@ def test_text_is_cut_in_order_and_too_little_is_refused(tmp_path: Path, monkeypa
 def test_what_cannot_fit_is_refused_by_the_configuration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["long_step.py", "--seq-len", "768K"])
     options = parse()
-    config = long_step.configuration(options)
+    config = long_step.config_of(options, layers=options.layers)
     found = foretell(config, options, FPDTPlugin(host_budget_gib=100), H100)
     assert found["tokens"] == 786_432 and 900 < found["seconds"] < 1400
     assert found["host_bytes"] <= 100 * 2**30

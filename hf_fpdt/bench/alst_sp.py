@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .peers import Alst, package
+from .chunked_loss import IGNORED
+from .peers import DEEPSPEED, Alst, package
 from .spread import trains_every_weight
 from .stack import MANY_GPUS, Pieces, Unavailable, base_of
-
-ADVICE = "pip install 'deepspeed>=0.19.6' einops"
 
 
 class AlstSp(Alst):
@@ -36,7 +35,7 @@ class AlstSp(Alst):
         super().prepare(model, pieces)
         base = base_of(model)
         backend = "nccl" if base.device.type == "cuda" else "gloo"
-        package("deepspeed.comm", ADVICE).init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        package("deepspeed.comm", DEEPSPEED).init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         try:
             self._alst.UlyssesSPAttentionHF.register_with_transformers(
                 base,
@@ -51,12 +50,12 @@ class AlstSp(Alst):
     def loss_and_backward(self, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """Own part of ids, positions and shifted labels, as UlyssesSPDataLoaderAdapter cuts them."""
         base, missing = base_of(model), -ids_BS.shape[1] % self.world.size
-        targets_BS = pad(labels_BS, (0, 1 + missing), value=-100)[:, 1:]
+        targets_BS = pad(labels_BS, (0, 1 + missing), value=IGNORED)[:, 1:]
         positions_BS = torch.arange(targets_BS.shape[1], device=ids_BS.device)[None].expand_as(targets_BS)
         ids, positions, targets = map(self._own_part, (pad(ids_BS, (0, missing)), positions_BS, targets_BS))
         with self._offloading:
             hidden = base.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-            kept = (targets_BS != -100).sum()
+            kept = (targets_BS != IGNORED).sum()
             loss = self._tiled_loss(base.get_output_embeddings(), hidden, targets, kept)
             loss.backward()
         self._add_up(model)

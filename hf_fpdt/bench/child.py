@@ -12,20 +12,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import sys
 import time
 from contextlib import suppress
-from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 
-from ..offload import GIB
-from ..versions import commit, versions_of
+from ..versions import conditions_of
 from .catalogue import stack_named
 from .ceiling import measure_ceiling
 from .job import Job
@@ -106,10 +102,7 @@ def conditions(job: Job) -> dict[str, Any]:
     """Of what machine and what code the numbers are."""
     return {
         "gpu": torch.cuda.get_device_name() if job.device == "cuda" else f"none ({os.cpu_count()} CPU cores)",
-        "host_memory_gib": round(psutil.virtual_memory().total / GIB),
-        "versions": f"{versions_of(PACKAGES)}, python {platform.python_version()}",
-        "commit": commit(),
-        "date": str(date.today()),
+        **conditions_of(PACKAGES),
         "gpus": job.gpus,
     }
 

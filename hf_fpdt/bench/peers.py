@@ -15,6 +15,7 @@ from .stack import Pieces, Stack, Unavailable, base_of
 
 # ALST makes fp32 logits of this many bytes at a time.
 LOGITS_SLICE = 2**30
+DEEPSPEED = "pip install 'deepspeed>=0.19.6' einops"
 
 
 class HuggingFace(Stack):
@@ -82,9 +83,8 @@ class Alst(Stack):
 
     def prepare(self, model: nn.Module, pieces: Pieces) -> None:
         """Tiles around every MLP; the context that offloads what checkpointing keeps."""
-        advice = "pip install 'deepspeed>=0.19.6' einops"
-        self._alst = package("deepspeed.runtime.sequence_parallel.ulysses_sp", advice)
-        offload = package("deepspeed.runtime.activation_checkpointing.offload_activations", advice)
+        self._alst = package("deepspeed.runtime.sequence_parallel.ulysses_sp", DEEPSPEED)
+        offload = package("deepspeed.runtime.activation_checkpointing.offload_activations", DEEPSPEED)
         base = base_of(model)
         on_gpu = base.device.type == "cuda"
         self._offloading = offload.get_checkpoint_hidden_states_offloading_ctx_manager(

@@ -17,34 +17,32 @@ import argparse
 import json
 import logging
 import os
-import platform
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_fpdt import FPDTPlugin, FPDTTrainer
 from hf_fpdt.arguments import count, tokens
 from hf_fpdt.bench.predicted import predicted
+from hf_fpdt.cli_options import config_of
 from hf_fpdt.fit import Machines, fit, machine_bytes
 from hf_fpdt.offload import GIB
 from hf_fpdt.patch import resolve_chunk_tokens
 from hf_fpdt.plan_report import as_json, training_of
 from hf_fpdt.rates import gpu_named
-from hf_fpdt.shapes import LORA_RANK, SHAPES, build_random, with_layers
-from hf_fpdt.versions import commit, versions_of
+from hf_fpdt.shapes import LORA_RANK, SHAPES, build_random, with_lora
+from hf_fpdt.versions import conditions_of
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "flash-attn-4", "liger-kernel")
 
@@ -102,11 +100,6 @@ def read_ids(options: argparse.Namespace, n_tokens: int) -> Tensor:
     sys.exit(f"error: {n_tokens:,} tokens are wanted and the text has {len(ids):,}; give more files to --text.")
 
 
-def configuration(options: argparse.Namespace) -> Any:
-    config: Any = SHAPES[options.shape]() if options.model is None else AutoConfig.from_pretrained(options.model)
-    return config if options.layers is None else with_layers(config, options.layers)
-
-
 def foretell(config: Any, options: argparse.Namespace, plugin: FPDTPlugin, gpu_name: str) -> dict[str, Any]:
     """What `hf-fpdt plan` says of the long step; nothing where the kind of GPU is not known.
 
@@ -140,8 +133,7 @@ def build(config: Any, options: argparse.Namespace) -> nn.Module:
     if options.model is None or options.random:
         return build_random(config, device, torch.bfloat16, lora=not options.full)
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, config=config, dtype=torch.bfloat16).to(device)
-    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    return model.train() if options.full else get_peft_model(model, lora, autocast_adapter_dtype=False).train()
+    return (model if options.full else with_lora(model)).train()
 
 
 def train(model: nn.Module, ids: Tensor, lengths: Sequence[int], plugin: FPDTPlugin, folder: str) -> InOrder:
@@ -185,10 +177,7 @@ def conditions(options: argparse.Namespace, plugin: FPDTPlugin, gpu_name: str) -
         "tokens": options.seq_len,
         "settings": asdict(plugin),
         "gpus": f"{PartialState().num_processes} x {gpu_name}",
-        "host_memory_gib": round(psutil.virtual_memory().total / GIB),
-        "versions": f"{versions_of(PACKAGES)}, python {platform.python_version()}",
-        "commit": commit(),
-        "date": str(date.today()),
+        **conditions_of(PACKAGES),
     }
 
 
@@ -198,7 +187,7 @@ def main() -> None:
     logging.getLogger("hf_fpdt").setLevel(logging.INFO if state.is_main_process else logging.WARNING)
     plugin = FPDTPlugin(sp_size=state.num_processes, progress=True)
     gpu_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    config = configuration(options)
+    config = config_of(options, layers=options.layers)
     result: dict[str, Any] = conditions(options, plugin, gpu_name)
     result["foretold"] = foretell(config, options, plugin, gpu_name)
     state.print(json.dumps(result, indent=1))
