@@ -94,6 +94,18 @@ def test_the_longest_is_found_to_three_percent(limit: int, start: int) -> None:
     assert len(tried) == len(set(tried)) <= 20 and all(n_tokens % 1024 == 0 for n_tokens in tried)
 
 
+def test_the_longest_is_soon_found_between_two_guesses() -> None:
+    tried: list[int] = []
+
+    def fits(n_tokens: int) -> bool:
+        tried.append(n_tokens // 1024)
+        return tried[-1] < 142
+
+    assert find_longest(fits, 152 * 1024, 136 * 1024) == 140 * 1024 and tried == [136, 152, 144, 140]
+    tried.clear()
+    assert find_longest(fits, 64 * 1024, 65 * 1024) == 140 * 1024 and tried[:4] == [64, 65, 130, 260]
+
+
 class Machine:
     """Runs no process: stacks whose name begins with "wrong" fail the comparison, lengths over `room` do not fit."""
 

@@ -80,6 +80,7 @@ def test_a_launched_step_has_one_row(tmp_path: Path) -> None:
     found = outcome.found
     assert len(found["steps_s"]) == 2 and found["step_s"] > 0 and 4 < found["loss"] < 6
     assert found["gpus"] == 2 and found["peak_rss_gib"] > 0.3 and found["peak_device_gib"] is None
+    assert found["predicted_pinned_gib"] == found["pinned_host_gib"] == 0 < found["predicted_device_gib"]
 
 
 def test_a_row_is_the_slowest_gpu_the_fullest_and_the_host_of_all() -> None:

@@ -1,8 +1,11 @@
-"""NCCL on one GPU: a world of one process runs the same groups, loaders and exchanges as many."""
+"""NCCL: a world of one process runs the same groups, loaders and exchanges as many; two equal the plain model."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +13,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_fpdt import FPDTPlugin, ShardingCollator, apply_fpdt
+from hf_fpdt.bench.children import LAUNCHER
 from hf_fpdt.comms import SequenceParallelGroup
 from tests.support import relative_error
 from tests.test_sequence_parallel import sample, stacked
 from tests.truth import loss_and_gradients, tiny
+
+RANKS = Path(__file__).parent / "launched" / "nccl_ranks.py"
 
 
 @pytest.mark.gpu
@@ -36,3 +42,15 @@ def test_gpu_one_process_over_nccl_equals_the_plain_model(monkeypatch: pytest.Mo
             assert relative_error(parameter.grad, plain[name]) < 1e-4, name
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.gpu(2)
+def test_gpu_two_processes_equal_the_plain_model(tmp_path: Path) -> None:
+    """Ulysses and data parallel, FSDP2 and DDP, few key heads and one; three broken ways are seen to be broken."""
+    out = tmp_path / "rows.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(RANKS.parents[2])}
+    subprocess.run([*LAUNCHER, "--nproc-per-node", "2", RANKS, out], check=True, env=environment, timeout=600)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 16
+    for row in rows:
+        assert row["passed"] is not row["case"].startswith("wrong"), row

@@ -45,16 +45,22 @@ class Fpdt(Stack):
         chunk: int | Literal["auto"] = pieces.chunk_tokens or "auto"
         if pieces.most_tokens < AUTO_CHUNK_TOKENS_GPU:
             chunk = pieces.most_tokens // self.world.size * self.world.size
-        self._plugin = FPDTPlugin(sp_size=self.world.size, chunk_tokens=chunk, **self.settings)
+        self._plugin = FPDTPlugin(sp_size=self._sp_size(), chunk_tokens=chunk, **self.settings)
         group = None
         if self.world.size > 1:
-            sharded = trains_every_weight(model)
+            sharded = self._is_sharded(model)
             self._accelerator = accelerator_of(FPDTAccelerator, model, sharded=sharded, fpdt_plugin=self._plugin)
             group = self._accelerator.fpdt_group
         try:
             self._handle = apply_fpdt(model, self._plugin, group)
         except NotImplementedError as error:
             raise Unavailable(str(error)) from error
+
+    def _sp_size(self) -> int:
+        return self.world.size
+
+    def _is_sharded(self, model: nn.Module) -> bool:
+        return trains_every_weight(model)
 
     def spread(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
         if self.world.size == 1:
@@ -80,10 +86,11 @@ class Fpdt(Stack):
         return 2 * (pieces.chunk_tokens or AUTO_CHUNK_TOKENS_GPU) + 1
 
     def predicted(self, model: nn.Module, n_tokens: int) -> dict[str, float]:
-        if self.world.size > 1:
+        if self.world.size > 1 and self._is_sharded(model):
             return {}
         gpu_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        return predicted(self._handle, model, n_tokens, gpu_name)
+        found = predicted(self._handle, model, n_tokens, gpu_name)
+        return found | {"predicted_pinned_gib": found["predicted_pinned_gib"] * self.world.size}
 
     def pinned(self) -> tuple[int, float]:
         others, _ = super().pinned()

@@ -99,7 +99,7 @@ class Bench:
             return bool(tried[n_tokens]["result"] == OK)
 
         try:
-            longest = find_longest(fits, self.job.tokens[0])
+            longest = find_longest(fits, *self.job.tokens)
         except _TooSlow:
             longest = max((n for n, row in tried.items() if row["result"] == OK), default=0)
         failed = {n: row for n, row in tried.items() if n > longest}

@@ -13,16 +13,17 @@ def unit_of(n_tokens: int) -> int:
     return max(UNIT, 2 ** (n_tokens.bit_length() - 1) // 32)
 
 
-def find_longest(fits: Callable[[int], bool], start: int) -> int:
+def find_longest(fits: Callable[[int], bool], *starts: int) -> int:
     """The longest length for which `fits` holds, to within `unit_of` it; 0 where not even 1K fits.
 
     Args:
         fits: runs a length; what is longer than a length that does not fit is taken not to fit either.
-        start: a length to begin with.
+        starts: lengths to begin with, a guess from below and one from above, say; doubled where all of them fit.
     """
-    low, high = 0, max(UNIT, start // UNIT * UNIT)
+    rising = iter(sorted({max(UNIT, start // UNIT * UNIT) for start in starts}))
+    low, high = 0, next(rising)
     while high <= MOST_TOKENS and fits(high):
-        low, high = high, 2 * high
+        low, high = high, next(rising, 2 * high)
     while low == 0 and high > UNIT:
         half = max(UNIT, high // 2 // UNIT * UNIT)
         low, high = (half, high) if fits(half) else (0, half)

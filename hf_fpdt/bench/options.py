@@ -50,8 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--longest",
         action="store_true",
-        help="of each stack the longest sequence that completes a step, to about 3 %%, looked for from the first "
-        "--seq-len on",
+        help="of each stack the longest sequence that completes a step, to about 3 %%, looked for among "
+        "and from the given --seq-len on",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--layers", type=count, help="layers of the model to keep (default: all)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..exchange import ulysses_seconds
 from ..model import FPDTHandle, decoder_layers, mostly_trained
 from ..offload import GIB
 from ..rates import gpu_named, step_seconds
@@ -13,19 +14,20 @@ ADAM_STATES = 2
 
 
 def predicted(handle: FPDTHandle, model: nn.Module, n_tokens: int, gpu_name: str) -> dict[str, float]:
-    """Of a step of one sequence with AdamW in the weights' dtype; nothing is measured for it.
+    """Of a step of one sequence with AdamW in the weights' dtype, all of them on each GPU; nothing is measured for it.
 
     Args:
         handle: what `apply_fpdt` gave for `model`; a step of that length was run.
         gpu_name: as its driver says it.
 
     Returns:
-        predicted_device_gib: GPU memory at its peak.
-        predicted_pinned_gib: pinned host memory.
+        predicted_device_gib: memory of this process's GPU at its peak.
+        predicted_pinned_gib: host memory that this process pins.
         predicted_s: seconds, where the kind of GPU is known.
     """
-    plans = handle.store.plans.items()
-    step, plan = next((step, plan) for (step, layers), plan in plans if layers and step.plan.n_tokens == n_tokens)
+    plans = [(step, plan) for (step, layers), plan in handle.store.plans.items() if layers]
+    # A group's ranks have parts of one length, so it may be longer by a few tokens.
+    step, plan = min(plans, key=lambda each: abs(each[0].plan.n_tokens - n_tokens))
     told = plan.foretold
     assert told is not None
     on_host = told.host_bytes > plan.kv.host_bytes
@@ -38,7 +40,7 @@ def predicted(handle: FPDTHandle, model: nn.Module, n_tokens: int, gpu_name: str
     gpu = gpu_named(gpu_name)
     if gpu is not None:
         full = mostly_trained(list(model.parameters()))
-        found["predicted_s"] = step_seconds(step, plan.kept, gpu, full=full)
+        found["predicted_s"] = step_seconds(step, plan.kept, gpu, full=full) + ulysses_seconds(step, plan.kept, gpu)
     return found
 
 
