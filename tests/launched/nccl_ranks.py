@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_fpdt.bench.catalogue import Fpdt
 from hf_fpdt.bench.parity import Results, errors, floors, results, sharpen, worst
-from hf_fpdt.bench.stack import Pieces, Stack
+from hf_fpdt.bench.stack import Pieces, Stack, base_of
 from hf_fpdt.bench.world import World, join, leave, place
 from hf_fpdt.shapes import build_random, llama_8b, with_layers
 from tests.bench_stacks import LostPart, NotReduced, OwnMean
@@ -60,6 +62,16 @@ class DataParallelDdp(DataParallelFsdp):
         return False
 
 
+def repeated_attention(
+    module: nn.Module, query_BNSH: Tensor, key_BGSH: Tensor, value_BGSH: Tensor, mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    """torch's own, with key heads repeated before: it has no float32 kernel for few of them."""
+    times = query_BNSH.shape[1] // key_BGSH.shape[1]
+    key, value = (x.repeat_interleave(times, 1) for x in (key_BGSH, value_BGSH))
+    out = scaled_dot_product_attention(query_BNSH, key, value, is_causal=True, scale=options["scaling"])
+    return out.transpose(1, 2).contiguous(), None
+
+
 class Alone(Stack):
     """One GPU, one sequence after the other, so that exact logits find room."""
 
@@ -88,7 +100,10 @@ class Case:
         self._labels = self._ids.clone()
         # More of them on rank 0 than on another.
         self._labels[:, :IGNORED_TOKENS] = -100
-        self._truth = self._results(Alone(), copy.deepcopy(self._model).to(EXACT))
+        exact = copy.deepcopy(self._model).to(EXACT)
+        base_of(exact).set_attn_implementation("repeated")
+        self._truth = self._results(Alone(), exact)
+        del exact
         self._naive = errors(self._results(Alone(), copy.deepcopy(self._model)), self._truth)
 
     def _results(self, stack: Stack, model: nn.Module) -> Results:
@@ -98,6 +113,8 @@ class Case:
         """Of all ranks, the worst."""
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        # Accelerate leaves it for the next one, which may be of DDP.
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
         stack, model = kind(), copy.deepcopy(self._model)
         stack.world = self._world
         stack.prepare(model, Pieces(most_tokens=CHUNK_TOKENS))
@@ -135,6 +152,7 @@ ADAPTERS: Mapping[str, type[Stack]] = {
 def main(out: Path) -> None:
     world = place(int(os.environ["WORLD_SIZE"]))
     join(world, DEVICE)
+    ALL_ATTENTION_FUNCTIONS.register("repeated", repeated_attention)
     for key_heads in KEY_HEADS:
         for lora, kinds in ((False, EVERY_WEIGHT), (True, ADAPTERS)):
             if lora and key_heads != KEY_HEADS[0]:
