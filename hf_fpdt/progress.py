@@ -1,17 +1,41 @@
 """One line inside a long step: which layer and chunk, how fast, how long still. Quiet where there is no terminal.
 
-The host says what it has handed to the GPU, which is a few chunks ahead of what the GPU has done: seconds of a step of
-minutes.
+The host runs ahead of the GPU, by more than a layer at times: each part is marked on the GPU's stream, and the line
+counts those that the GPU has come past. Nobody waits for a mark.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
+from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 SECONDS = 0.5  # between two looks of the line
 FORMAT = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+
+
+class _Part(NamedTuple):
+    """Work that was handed to the GPU; `next` is what comes after it, `mark` is None where there is no GPU."""
+
+    mark: torch.cuda.Event | None
+    operations: float
+    strict: float
+    next: str
+
+    def is_done(self) -> bool:
+        return self.mark is None or self.mark.query()
+
+
+def _mark() -> torch.cuda.Event | None:
+    """On the current stream, after all that was handed to it so far."""
+    if not torch.cuda.is_available():
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 class StepProgress:
@@ -24,7 +48,8 @@ class StepProgress:
     def __init__(self, peak: float | None = None) -> None:
         self._peak = peak
         self._bar: tqdm | None = None
-        self._strict = 0.0
+        self._strict = self._handed = 0.0
+        self._parts: deque[_Part] = deque()
 
     def begin(self, operations: float) -> None:
         """A step of so many operations begins; a line that is still there is of a step that was given up."""
@@ -32,18 +57,25 @@ class StepProgress:
         # disable=None: quiet where stderr is no terminal. Of several processes the first one speaks.
         quiet = True if os.environ.get("RANK", "0") != "0" else None
         self._bar = tqdm(total=operations, bar_format=FORMAT, leave=False, mininterval=SECONDS, disable=quiet)
-        self._strict = 0.0
+        self._strict = self._handed = 0.0
+        self._parts.clear()
 
     def advance(self, operations: float, strict: float, what: str) -> None:
         """So many operations were handed to the GPU, `strict` of them needed by the model; `what` is next."""
         if self._bar is None or self._bar.disable:
             return
-        self._strict += strict
-        self._bar.set_description_str(what, refresh=False)
-        self._bar.set_postfix_str(self._speed(self._bar.format_dict["elapsed"]), refresh=False)
-        self._bar.update(operations)
-        if self._bar.n >= 0.999999 * self._bar.total:
+        self._handed += operations
+        self._parts.append(_Part(_mark(), operations, strict, what))
+        while self._parts and self._parts[0].is_done():
+            self._show(self._parts.popleft(), self._bar)
+        if self._handed >= 0.999999 * self._bar.total:
             self.close()
+
+    def _show(self, part: _Part, bar: tqdm) -> None:
+        self._strict += part.strict
+        bar.set_description_str(part.next, refresh=False)
+        bar.set_postfix_str(self._speed(bar.format_dict["elapsed"]), refresh=False)
+        bar.update(part.operations)
 
     def _speed(self, seconds: float) -> str:
         rate = self._strict / max(seconds, 1e-9)

@@ -40,6 +40,23 @@ for _ in range(5000):
     line.advance(1e12, 1e12, "backward layer 1/32 chunk 1/16")
 print((time.perf_counter() - began) / 5000)
 """
+LATE = """
+import sys, time
+from hf_fpdt import progress
+class Mark:
+    done = False
+    def query(self):
+        return Mark.done
+progress.SECONDS, progress._mark = 0, Mark
+line = progress.StepProgress()
+line.begin(1000.0)
+line.advance(500.0, 500.0, "handed")
+line.advance(100.0, 100.0, "over")
+sys.stderr.write("and done")
+Mark.done = True
+line.advance(150.0, 150.0, "last")
+line.advance(250.0, 250.0, "end")
+"""
 
 
 def on_a_terminal(script: str, **environment: str) -> tuple[str, str]:
@@ -70,6 +87,12 @@ def test_a_terminal_shows_layer_chunk_speed_and_time_left() -> None:
     for phase in ("forward", "rebuild", "backward"):
         looks = rf"{phase} layer [1-4]/4 chunk \d+/16 +\d+%\|.*\d\d:\d\d<\S+, [\d.]+ GFLOP/s"
         assert re.search(looks, text), text[-2000:]
+
+
+def test_what_the_gpu_has_still_to_do_is_not_counted() -> None:
+    before, after = on_a_terminal(LATE)[0].split("and done")
+    assert "0%" in before and "handed" not in before and "over" not in before
+    assert "handed  50%" in after and "end 100%" in after
 
 
 def test_nothing_is_written_where_there_is_no_terminal_or_by_other_processes(
