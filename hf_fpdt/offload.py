@@ -41,6 +41,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class Mark:
+    """A place on the computation's stream, after all that was handed to it so far; without CUDA that is done."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+
+    def is_passed(self) -> bool:
+        """Whether the GPU has come past it; nobody waits."""
+        return self._event is None or bool(self._event.query())
+
+
 class Copy:
     """One copy under way. `source` is kept alive until the computation's stream has waited for the copy."""
 

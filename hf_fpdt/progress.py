@@ -10,32 +10,21 @@ import os
 from collections import deque
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
+
+from .offload import Mark
 
 SECONDS = 0.5  # between two looks of the line
 FORMAT = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
 
 
 class _Part(NamedTuple):
-    """Work that was handed to the GPU; `next` is what comes after it, `mark` is None where there is no GPU."""
+    """Work that was handed to the GPU, the place after it, and what is next."""
 
-    mark: torch.cuda.Event | None
+    mark: Mark
     operations: float
     strict: float
     next: str
-
-    def is_done(self) -> bool:
-        return self.mark is None or self.mark.query()
-
-
-def _mark() -> torch.cuda.Event | None:
-    """On the current stream, after all that was handed to it so far."""
-    if not torch.cuda.is_available():
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
 
 
 class StepProgress:
@@ -65,8 +54,8 @@ class StepProgress:
         if self._bar is None or self._bar.disable:
             return
         self._handed += operations
-        self._parts.append(_Part(_mark(), operations, strict, what))
-        while self._parts and self._parts[0].is_done():
+        self._parts.append(_Part(Mark(), operations, strict, what))
+        while self._parts and self._parts[0].mark.is_passed():
             self._show(self._parts.popleft(), self._bar)
         if self._handed >= 0.999999 * self._bar.total:
             self.close()

@@ -24,8 +24,9 @@ ADAPTER_PASSES, FULL_PASSES = 3.14, 4.14
 GATED_TRAFFIC, PLAIN_TRAFFIC, FULL_TRAFFIC, STEP_TRAFFIC = (24, 11), (34, 7), (14, 8), 3.48
 # A rebuilt input also makes its way to the store and back.
 REBUILD_TRAFFIC = 2
-# Of the data sheet of NVLink, what large messages get; assumed, no exchange of ours was timed yet.
-NVLINK_SHARE = 0.73
+# Of the data sheet of NVLink, what all-to-alls of 34 to 101 MB to one other GPU got between two H200 (240 to 300 GB/s
+# where neither waited for the other).
+NVLINK_SHARE = 0.6
 # Of device memory, a logit: its value twice and its gradient; and where the head trains, for every weight of it and
 # every chunk of the loss, a gradient added to a sum in fp32.
 LOGIT_BYTES, HEAD_SUM_BYTES = 7, 12

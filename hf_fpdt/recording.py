@@ -59,7 +59,7 @@ class Recording:
         plugin = self.plugin
         training = f"LoRA r={LORA_RANK}" if self.lora else "every weight trained"
         conditions = [
-            torch.cuda.get_device_name(),
+            f"{plugin.sp_size} x {torch.cuda.get_device_name()}",
             f"{self.config.get_text_config().num_hidden_layers} layers, random weights, {training}, bfloat16",
             f"sp_size {plugin.sp_size}, 1 x {self.n_tokens:,} tokens, chunk_tokens {plugin.chunk_tokens}, "
             f"checkpoints {plugin.checkpoints}",

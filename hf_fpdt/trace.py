@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 
@@ -45,6 +45,10 @@ def kernel_class(name: str) -> str:
     return "matrix products" if _MATRIX_PRODUCT.search(name) else "other kernels"
 
 
+# What NCCL was asked for: such as "all_to_allv", and how many elements of this GPU's.
+Message = tuple[str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Activity:
     """One thing the device did.
@@ -60,6 +64,7 @@ class Activity:
     stream: int
     n_bytes: int = 0
     correlation: int | None = None  # of the host's call that launched it
+    message: Message | None = None  # of "peers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +116,15 @@ class Gap:
 class Copies:
     """The copies of one direction: GB (1e9 bytes), ms in which at least one ran, ms of those without computation.
 
-    Of what GPUs send each other a trace holds no bytes.
+    Of what GPUs send each other a trace holds no bytes. NCCL's kernels wait for the GPU that comes last: `waiting_ms`
+    is how much longer they took than the shortest of the same size in the trace.
     """
 
     count: int
     gigabytes: float
     busy_ms: float
     exposed_ms: float
+    waiting_ms: float = 0.0
 
     @property
     def gb_per_s(self) -> float:
@@ -143,6 +150,7 @@ class Timeline:
     activities: tuple[Activity, ...]
     phases: tuple[Phase, ...]
     margin: float = 0.0  # how far they reach, in lengths of the pass
+    shortest_ms: Mapping[Message, float] = field(default_factory=dict)  # in the whole trace
 
     @property
     def name(self) -> str:
@@ -187,7 +195,12 @@ class Timeline:
         """The copies of one direction, "h2d", "d2h" or "peers", in numbers."""
         mine = [a for a in self.activities if a.kind == kind and total(clipped([(a.start_ms, a.end_ms)], self.window))]
         n_bytes = sum(a.n_bytes * self._part_inside(a) for a in mine)
-        return Copies(len(mine), n_bytes / 1e9, total(self.when(kind)), total(self.exposed(kind)))
+        waiting_ms = sum(self._waiting_ms(a) * self._part_inside(a) for a in mine)
+        return Copies(len(mine), n_bytes / 1e9, total(self.when(kind)), total(self.exposed(kind)), waiting_ms)
+
+    def _waiting_ms(self, activity: Activity) -> float:
+        took = activity.end_ms - activity.start_ms
+        return took - self.shortest_ms.get(activity.message, took) if activity.message else 0.0
 
     def _part_inside(self, activity: Activity) -> float:
         inside = total(clipped([(activity.start_ms, activity.end_ms)], self.window))
@@ -248,6 +261,7 @@ def _copies_text(copies: Copies) -> str:
     return (
         f"{copies.busy_ms:8.1f} ms{size}; "
         f"{copies.exposed_ms:.2f} ms not covered by computation ({copies.covered:.1%} covered)"
+        + (f", {copies.waiting_ms:.2f} ms waiting for another GPU" if copies.waiting_ms else "")
     )
 
 
@@ -306,13 +320,23 @@ class Trace:
         kernels = [a for a in self.activities if a.kind == "kernel" and a.correlation in calls]
         return (min(a.start_ms for a in kernels), max(a.end_ms for a in kernels)) if kernels else None
 
+    @cached_property
+    def shortest_ms(self) -> dict[Message, float]:
+        """Of what GPUs sent each other, by size: how long it takes where none waits for another."""
+        found: dict[Message, float] = {}
+        for activity in self.activities:
+            if activity.message is not None:
+                took = activity.end_ms - activity.start_ms
+                found[activity.message] = min(took, found.get(activity.message, took))
+        return found
+
     def timeline(self, phase: Phase, margin: float = 0.0) -> Timeline:
         """One pass, with what the device did up to `margin` times its length before and after."""
         more = margin * (phase.end_ms - phase.start_ms)
         start, end = phase.start_ms - more, phase.end_ms + more
         activities = tuple(a for a in self.activities if a.start_ms < end and a.end_ms > start)
         phases = tuple(p for p in self.phases if p.start_ms < end and p.end_ms > start)
-        return Timeline(phase, activities, phases, margin)
+        return Timeline(phase, activities, phases, margin, self.shortest_ms)
 
 
 def middle_layer(trace: Trace, margin: float = 0.07) -> list[Timeline]:

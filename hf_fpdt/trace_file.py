@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .trace import Activity, Annotation, Launch, Trace, TraceError
+from .trace import Activity, Annotation, Launch, Message, Trace, TraceError
 from .trace_intervals import Interval
 
 DEVICE_CATEGORIES = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
@@ -71,10 +71,20 @@ def _times(event: Mapping[str, Any], origin: float) -> Interval:
 def _activity(event: Mapping[str, Any], origin: float) -> Activity:
     args = event.get("args", {})
     kind = _kind(event["cat"], event["name"])
-    stream = int(args.get("stream", event.get("tid", 0)))
     return Activity(
-        kind, event["name"], *_times(event, origin), stream, int(args.get("bytes", 0)), args.get("correlation")
+        kind,
+        event["name"],
+        *_times(event, origin),
+        stream=int(args.get("stream", event.get("tid", 0))),
+        n_bytes=int(args.get("bytes", 0)),
+        correlation=args.get("correlation"),
+        message=_message(args) if kind == "peers" else None,
     )
+
+
+def _message(args: Mapping[str, Any]) -> Message | None:
+    size = args.get("In msg nelems")
+    return None if size is None else (str(args.get("Collective name")), int(size))
 
 
 def _kind(category: str, name: str) -> str:

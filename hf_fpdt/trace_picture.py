@@ -267,6 +267,7 @@ def _copies_text(copies: Copies) -> str:
     if not copies.count:
         return "no copies"
     size = f"{copies.gigabytes:.2f} GB, {copies.gb_per_s:.1f} GB/s" if copies.gigabytes else f"{copies.busy_ms:.1f} ms"
+    size += f", {copies.waiting_ms:.1f} waiting" if copies.waiting_ms else ""
     return f"{size}\n{copies.covered:.1%} covered"
 
 

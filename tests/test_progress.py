@@ -45,9 +45,9 @@ import sys, time
 from hf_fpdt import progress
 class Mark:
     done = False
-    def query(self):
+    def is_passed(self):
         return Mark.done
-progress.SECONDS, progress._mark = 0, Mark
+progress.SECONDS, progress.Mark = 0, Mark
 line = progress.StepProgress()
 line.begin(1000.0)
 line.advance(500.0, 500.0, "handed")

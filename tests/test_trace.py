@@ -95,6 +95,19 @@ def test_what_gpus_send_each_other_is_no_computation(tmp_path: Path) -> None:
     assert len(colours_of(tmp_path / "x.png")) > 20
 
 
+def test_what_takes_longer_than_the_shortest_of_its_size_waits(tmp_path: Path) -> None:
+    t = traces.small_trace()
+    t.exchange(10, 11, 1000)  # in another pass
+    t.exchange(1061.2, 1061.5, 10)
+    t.exchange(1065, 1069, 1000)
+    t.exchange(1075, 1076.5, 1000)
+    forward, backward = timelines(tmp_path, t)
+    assert forward.copies("peers").waiting_ms == pytest.approx(3 + 0.5)
+    assert "3.50 ms waiting for another GPU" in forward.summary() and "waiting" not in backward.summary()
+    assert forward.copies("h2d").waiting_ms == 0
+    trace_picture.draw([forward, backward], tmp_path / "x.png", "title", "conditions")
+
+
 def test_gaps_say_when_and_what_was_under_way(tmp_path: Path) -> None:
     forward, backward = timelines(tmp_path, traces.small_trace())
     (gap,) = forward.gaps()

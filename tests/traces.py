@@ -43,9 +43,14 @@ class TraceBuilder:
         )
         self._add(category, name, ms, (0, stream), stream=stream, device=0, correlation=self._correlation, **args)
 
-    def kernel(self, name: str, start: float, end: float, stream: int = COMPUTE) -> None:
+    def kernel(self, name: str, start: float, end: float, stream: int = COMPUTE, **args: Any) -> None:
         """One kernel."""
-        self._launched("kernel", name, (start, end), stream, grid=[1, 1, 1], block=[128, 1, 1])
+        self._launched("kernel", name, (start, end), stream, grid=[1, 1, 1], block=[128, 1, 1], **args)
+
+    def exchange(self, start: float, end: float, n_elements: int) -> None:
+        """An all-to-all of NCCL's."""
+        about = {"Collective name": "all_to_allv", "In msg nelems": n_elements}
+        self.kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", start, end, OTHER_COMPUTE, **about)
 
     def copy(self, direction: str, start: float, end: float, n_bytes: float, stream: int) -> None:
         """One copy: "HtoD", "DtoH" or "DtoD"."""
