@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,13 +16,21 @@ from .cli_trace import add_trace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 1 for a check that failed, or 2 for a mistake of the user's."""
+    """Run the command; returns its exit status.
+
+    0, 1 for a check that failed or where nobody reads on (as `rich` has it), 2 for a mistake of the user's.
+    """
     options = _parser().parse_args(arguments)
     try:
         status: int | None = options.run(options)
+        sys.stdout.flush()
     except UserMistake as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # `| head` has seen enough; what Python would still write when it ends goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status or 0
 
 

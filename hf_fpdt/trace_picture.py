@@ -230,11 +230,21 @@ def _mark_gaps(axes: Axes, gaps: Sequence[Gap], span_ms: float) -> None:
     axes.plot(middles[:GAPS_MARKED], [y] * len(middles[:GAPS_MARKED]), "v", color=colour, markersize=4.5, zorder=5)
     named: list[float] = []
     for gap, middle in zip(longest[:GAPS_NAMED], middles, strict=False):
-        if all(abs(middle - other) > 0.06 * span_ms for other in named):
+        side = _free_side(middle, middles[:GAPS_MARKED], span_ms)
+        if side and all(abs(middle - other) > 0.06 * span_ms for other in named):
             named.append(middle)
-            aside, side = (5, "left") if middle < 0.9 * span_ms else (-5, "right")
-            place: dict[str, Any] = {"xytext": (aside, 0), "textcoords": "offset points", "ha": side, "va": "center"}
+            place: dict[str, Any] = {"xytext": (5 * side, 0), "textcoords": "offset points", "va": "center"}
+            place["ha"] = "left" if side > 0 else "right"
             axes.annotate(f"{gap.length_ms:.2g} ms", (middle, y), fontsize=8, color=colour, zorder=5, **place)
+
+
+def _free_side(middle: float, marks: Sequence[float], span_ms: float) -> int:
+    """Where a few letters beside a mark touch no other mark and stay inside: right 1, left -1, nowhere 0."""
+    for side in (1, -1):
+        others = (side * (mark - middle) / span_ms for mark in marks)
+        if 0.05 < middle / span_ms + 0.05 * side < 0.95 and not any(0 < away < 0.055 for away in others):
+            return side
+    return 0
 
 
 # Numbers -------------------------------------------------------------------------------------------------------------

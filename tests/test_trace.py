@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,12 @@ def test_what_takes_longer_than_the_shortest_of_its_size_waits(tmp_path: Path) -
     assert "3.50 ms waiting for another GPU" in forward.summary() and "waiting" not in backward.summary()
     assert forward.copies("h2d").waiting_ms == 0
     trace_picture.draw([forward, backward], tmp_path / "x.png", "title", "conditions")
+
+
+def test_a_gap_is_named_beside_its_mark_where_no_other_mark_is() -> None:
+    free = trace_picture._free_side
+    assert free(50, [50], 100) == 1 and free(50, [50, 53], 100) == -1 and free(50, [47, 50, 53], 100) == 0
+    assert free(50, [40, 50, 60], 100) == 1 and free(97, [97], 100) == -1 and free(2, [2, 5], 100) == 0
 
 
 def test_gaps_say_when_and_what_was_under_way(tmp_path: Path) -> None:
@@ -275,6 +282,19 @@ def test_a_kept_trace_is_drawn_again_by_the_command(capsys: pytest.CaptureFixtur
     assert status == 0, err
     assert "Forward of layer 1" in out and "Backward of layer 1" in out
     assert len(colours_of(tmp_path / "step.png")) > 20
+
+
+def test_nobody_needs_to_read_on(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As with `| head -1`, which ends before the text does."""
+    source = traces.write(traces.small_trace().content(), tmp_path / "step.json.gz")
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", nobody)
+        assert cli.main(["trace", "--from", str(source), "--out", str(tmp_path / "step.png")]) == 1
+    assert not capfd.readouterr().err
 
 
 def test_a_missing_trace_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
