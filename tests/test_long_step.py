@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,15 @@ def test_a_long_step_follows_a_short_one_and_is_written_down(tmp_path: Path, mon
     out = tmp_path / "out" / "row.json"
     options = ["--model", str(tmp_path), "--random", "--seq-len", "1024", "--text", str(tmp_path / "text.txt")]
     monkeypatch.setattr(sys, "argv", ["long_step.py", *options, "--steps", "2", "--out", str(out)])
+    train, trained = long_step.train, []
+
+    def noted(model: Any, ids: Any, lengths: Any, *rest: Any) -> Any:
+        trained.extend(lengths)
+        return train(model, ids, lengths, *rest)
+
+    monkeypatch.setattr(long_step, "train", noted)
     long_step.main()
+    assert trained == [2 * 128 + 64, 1024, 1024]
     row = json.loads(out.read_text())
     assert row["tokens"] == 1024 and row["settings"]["chunk_tokens"] == 128 and row["settings"]["sp_size"] == 1
     steps = row["measured"]["steps"]
@@ -59,5 +68,8 @@ def test_what_cannot_fit_is_refused_by_the_configuration_alone(monkeypatch: pyte
     found = foretell(config, options, FPDTPlugin(host_budget_gib=100), H100)
     assert found["tokens"] == 786_432 and 900 < found["seconds"] < 1400
     assert found["host_bytes"] <= 100 * 2**30
+    short_chunks = foretell(config, options, FPDTPlugin(host_budget_gib=100, chunk_tokens=16_384), H100)
+    working = "activations and gradients of a step"
+    assert short_chunks["device_bytes"][working] < 0.99 * found["device_bytes"][working]
     with pytest.raises(SystemExit, match=r"error: .*GiB"):
         foretell(config, options, FPDTPlugin(host_budget_gib=10), H100)
