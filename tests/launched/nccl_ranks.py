@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_fpdt.bench.catalogue import Fpdt
-from hf_fpdt.bench.parity import Results, errors, floors, results, sharpen, worst
+from hf_fpdt.bench.parity import Parity, Results, errors, floors, results, sharpen, worst
 from hf_fpdt.bench.stack import Pieces, Stack, base_of
 from hf_fpdt.bench.world import World, join, leave, place
 from hf_fpdt.shapes import build_random, llama_8b, with_layers
@@ -121,7 +121,7 @@ class Case:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         ours = errors(self._results(stack, stack.spread(model, optimizer)[0]), self._truth)
         found = worst(ours, self._naive, floors(self._truth, DTYPE))
-        found = max(self._world.gather(found), key=lambda parity: parity.badness())
+        found = max(self._world.gather(found), key=Parity.badness)
         return {"ratio": found.ratio, "of": found.name, "passed": found.passed}
 
 
