@@ -54,13 +54,15 @@ class Available:
     disk: int
 
 
-def available(plugin: FPDTPlugin, device: torch.device, training_bytes: int) -> Available:
-    """What "auto" starts from.
+def available(plugin: FPDTPlugin, device: torch.device, training_bytes: int, step_bytes: int) -> Available:
+    """What "auto" starts from, measured when the first layer begins.
 
     Args:
         training_bytes: what gradients and optimizer will still take of the device.
+        step_bytes: what the step has on the device already; it counts among what a step takes, and not twice.
     """
-    on_device = device_bytes_available(device) - training_bytes if device.type == "cuda" else NO_LIMIT
+    still = training_bytes - step_bytes
+    on_device = device_bytes_available(device) - still if device.type == "cuda" else NO_LIMIT
     disk = 0 if plugin.disk_dir is None else free_bytes(plugin.disk_dir)
     return Available(max(0, on_device), host_bytes_available(), disk)
 

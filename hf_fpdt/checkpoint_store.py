@@ -140,7 +140,7 @@ class CheckpointStore:
         # A plan holds for the buffers that it was made with: steps of other lengths may have changed them since.
         if key not in self._plans or (layers and self._made[key] != tiers.made()):
             new = key not in self._plans
-            budgets = budgets_of(self._plugin, step, self._available(device, everywhere=sharded))
+            budgets = budgets_of(self._plugin, step, self._available(step, device, everywhere=sharded))
             plan = plan_pass(self._plugin.checkpoints, step, layers, budgets, tiers.made())
             grew = _reserve(tiers, plan, budgets, step)
             self._plans[key], self._made[key] = plan, tiers.made()
@@ -148,10 +148,10 @@ class CheckpointStore:
             logger.log(level, "hf_fpdt: %s", described(plan, step, budgets))
         return self._plans[key]
 
-    def _available(self, device: torch.device, *, everywhere: bool) -> Available:
+    def _available(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> Available:
         """Measured once, before the first pass, by all ranks together: ranks whose plans differed would hang."""
         if self._there is None:
-            own = available(self._plugin, device, self._training_bytes())
+            own = available(self._plugin, device, self._training_bytes(), step.entry_bytes)
             values = torch.tensor([own.device, own.host, own.disk], device=device)
             self._there = Available(*(low for low, _ in self._group.extremes(values, everywhere=everywhere)))
         return self._there

@@ -23,6 +23,8 @@ STEP_TOKENS = 16_384
 MOST_TOKENS = 2**27
 # Of the memory that a machine is sold with, what its system shows.
 HOST_USABLE = 0.98
+# Buffers of NCCL's communicators, Ulysses' and DDP's, as seen on four GPUs of one host.
+NCCL_BYTES = int(1.3 * GIB)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,11 +188,13 @@ def _fixed_bytes(weights: Weights, machines: Machines, layer: int) -> tuple[tupl
     ranks, size = (machines.gpus if machines.sharded else 1), weights.element_bytes
     # FSDP2 gathers the layer that runs and the next one; embeddings and head stay gathered.
     gathered = (2 * layer + weights.outside) * size if machines.sharded else 0
+    nccl = (("NCCL", NCCL_BYTES),) if machines.gpus > 1 else ()
     return (
         ("weights", weights.total * size // ranks + gathered),
         ("gradients", weights.trained * size // ranks),
         ("optimizer", weights.optimizer_states * weights.trained * size // ranks),
         ("sums of gradients over chunks", 6 * weights.largest_trained),
+        *nccl,
     )
 
 

@@ -182,12 +182,9 @@ class StepSizes:
 
     def device_rows(self, kv: KVBytes) -> Iterator[Row]:
         """The table: what lies on the device beside weights, optimizer and checkpoints, and when."""
-        unit, m = self.unit, self.model
-        tokens = self.batch * self.plan.n_tokens // self._ranks
+        unit = self.unit
         forward, backward = kv.forward_resident, kv.backward_resident
-        yield Row("input ids, labels, shifted labels, positions", PHASES, 4 * 8 * tokens, True)
-        yield Row("cos, sin", PHASES, 2 * tokens // self.batch * m.rotary_dim * self.element_bytes, True)
-        yield Row("embeddings, held by the model's own forward", ("forward",), unit, True)
+        yield from self._entry_rows()
         yield Row("a layer's input and output", ("forward",), 2 * unit, True)
         yield Row("K, V of one layer, resident chunks", ("forward",), 2 * sum(kv.parts[:forward]), True)
         yield Row("last hidden states, normed, and their gradient", ("loss",), 3 * unit, True)
@@ -195,6 +192,18 @@ class StepSizes:
         yield Row("K, V of one layer, resident chunks", ("backward",), 2 * sum(kv.parts[:backward]), True)
         yield Row("dK, dV of one layer, resident chunks", ("backward",), 2 * sum(kv.grads[:backward]), True)
         yield from self._chunk_rows(kv)
+
+    def _entry_rows(self) -> Iterator[Row]:
+        tokens = self.batch * self.plan.n_tokens // self._ranks
+        cos_sin = 2 * tokens // self.batch * self.model.rotary_dim * self.element_bytes
+        yield Row("input ids, labels, shifted labels, positions", PHASES, 4 * 8 * tokens, True)
+        yield Row("cos, sin", PHASES, cos_sin, True)
+        yield Row("embeddings, held by the model's own forward", ("forward",), self.unit, True)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Of the table, what is on the device when the first layer begins."""
+        return sum(row.nbytes for row in self._entry_rows())
 
     def _chunk_rows(self, kv: KVBytes) -> Iterator[Row]:
         m, chunk = self.model, self.plan.chunks[0]

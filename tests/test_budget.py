@@ -102,7 +102,7 @@ def test_a_step_that_does_not_fit_is_refused_before_any_layer_ran() -> None:
 
 
 def test_auto_is_without_limit_on_a_cpu_and_leaves_working_memory_on_a_gpu() -> None:
-    there = available(FPDTPlugin(), CPU, training_bytes=5 * GIB)
+    there = available(FPDTPlugin(), CPU, training_bytes=5 * GIB, step_bytes=GIB)
     assert there.device >= NO_LIMIT and there.disk == 0
     assert budgets_of(FPDTPlugin(), LONG, there).device >= NO_LIMIT
     assert budgets_of(FPDTPlugin(), LONG, there).host == there.host
@@ -112,11 +112,30 @@ def test_auto_is_without_limit_on_a_cpu_and_leaves_working_memory_on_a_gpu() -> 
     assert budgets_of(FPDTPlugin(), LONG, replace(THERE, device=GIB)).device == 0, "never below zero"
 
 
+def test_what_a_step_has_on_the_device_already_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, training = 60 * GIB, 2 * GIB
+    gpu = torch.device("cuda")
+
+    def measured(n_tokens: int, *, counted_twice: bool = False) -> int:
+        step = StepSizes(LLAMA, ChunkPlan(n_tokens, 32 * K))
+        embeddings, cos_sin, ids = 4096 * 2, 2 * 128 * 2, 4 * 8
+        there = n_tokens * (embeddings + cos_sin + ids)
+        monkeypatch.setattr("hf_fpdt.budget.device_bytes_available", lambda _: free - there)
+        return available(FPDTPlugin(), gpu, training, 0 if counted_twice else step.entry_bytes).device
+
+    def check(wrong: bool) -> None:
+        for n_tokens in (K, 128 * K, 768 * K):
+            assert measured(n_tokens, counted_twice=wrong) == free - training
+
+    check(False)
+    assert_rejects(check, {"the first step's length counts": True})
+
+
 def test_numbers_that_were_given_are_kept(tmp_path: Any) -> None:
     plugin = FPDTPlugin(device_budget_gib=1.5, host_budget_gib=0.25)
     for there in (THERE, Available(0, 0, 0)):
         assert budgets_of(plugin, LONG, there) == Budgets(GIB * 3 // 2, GIB // 4)
-    assert available(FPDTPlugin(disk_dir=str(tmp_path)), CPU, 0).disk > 0
+    assert available(FPDTPlugin(disk_dir=str(tmp_path)), CPU, 0, 0).disk > 0
 
 
 def assert_fewest_reruns(policy: str) -> None:

@@ -71,6 +71,28 @@ def test_the_peak_grows_with_the_sequence_as_the_table_says(
     assert_rejects(check, {"a tensor of hidden states more": long_growth - short_growth + unit})
 
 
+@pytest.mark.parametrize("shape", ["llama", "neox"])
+def test_what_is_there_when_the_first_layer_begins(shape: str) -> None:
+    model, n_tokens = narrow(shape), 6 * CHUNK
+    handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK))
+    ids = torch.randint(0, 128, (1, n_tokens))
+    model(input_ids=ids, labels=ids).loss.backward()
+    sizes = next(sizes for (sizes, layers) in handle.store.plans if layers)
+    begun: list[int] = []
+    first = model.get_submodule("base_model.model." + {"llama": "model", "neox": "gpt_neox"}[shape]).layers[0]
+    with live_bytes() as counter, first.register_forward_pre_hook(lambda *_: begun.append(counter.now)):
+        model(input_ids=ids, labels=ids)
+    handle.remove()
+    # The ids were there before the counter, and of what is made of them not all is kept: 32 bytes a token at most.
+    measured, ids_bytes = begun[0], 32 * n_tokens
+
+    def check(predicted: int) -> None:
+        assert predicted - ids_bytes <= measured <= predicted
+
+    check(sizes.entry_bytes)
+    assert_rejects(check, {"embeddings twice": sizes.entry_bytes + sizes.unit, "none": sizes.entry_bytes - sizes.unit})
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", ["llama", "neox"])
 @pytest.mark.parametrize("place", ["resident", "all on the host"])

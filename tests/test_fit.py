@@ -63,6 +63,11 @@ def test_nothing_promised_is_more_than_there_is() -> None:
             assert found.host <= machines.host_bytes
 
 
+def test_several_gpus_have_buffers_to_speak_through() -> None:
+    one, four = (dict(fit(WIDE, replace(ONE, gpus=gpus), 2**18).device) for gpus in (1, 4))
+    assert "NCCL" not in one and 0.5 * GIB < four["NCCL"] < 2 * GIB
+
+
 def test_more_of_anything_is_never_less_long() -> None:
     found = longest(WIDE, ONE)
     assert found is not None

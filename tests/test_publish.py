@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,15 @@ import pytest
 from tests import app_support  # noqa: F401  (where scripts are)
 
 # isort: split
-from publish import PAGES, PICTURES, ROOT, draw, publish, read, table
+from bench_pictures import PICTURES, draw, draw_scaling, read, read_step
+from publish import LONGER, PAGES, ROOT, SEVERAL, publish, steps_table, table
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_what_the_files_say(page: str, tmp_path: Path) -> None:
     assert not publish(ROOT / page, check=True)
     text = (ROOT / page).read_text(encoding="utf-8")
-    fastest = max(read("lora-8b"), key=lambda row: float(row["tokens_per_s"] or 0))
+    fastest = max(read("lora-8b-h100"), key=lambda row: float(row["tokens_per_s"] or 0))
     figure = f"{float(fastest['tokens_per_s']):,.0f}"
     assert figure in text
     changed = tmp_path / "page.md"
@@ -26,9 +28,9 @@ def test_tables_are_what_the_files_say(page: str, tmp_path: Path) -> None:
 
 
 def test_files_without_a_column_for_gpus_are_of_one() -> None:
-    header, _, first, *_ = table("full-1b", "columns=stack,gpus,tokens").splitlines()
+    header, _, first, *_ = table("full-1b-h100", "columns=stack,gpus,tokens").splitlines()
     assert (header, first) == ("| stack | GPUs | tokens |", "| `fpdt` | 1 | 131,072 |")
-    assert "GPUs" not in table("full-1b", "").splitlines()[0]
+    assert "GPUs" not in table("full-1b-h100", "").splitlines()[0]
 
 
 def test_what_does_not_fit_says_so_and_is_drawn(tmp_path: Path) -> None:
@@ -36,3 +38,23 @@ def test_what_does_not_fit_says_so_and_is_drawn(tmp_path: Path) -> None:
     for name in PICTURES:
         draw(name, tmp_path / "x.png")
         assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_a_step_has_what_was_measured_beside_what_was_foretold() -> None:
+    header, _, line = steps_table(["1m-4xh200"]).splitlines()
+    assert header.count("|") == line.count("|") and "431.3 (436.0)" in line and "0.525" in line
+    step = json.loads((ROOT / "docs/results/step-1m-4xh200.json").read_text())
+    device, host = sum(step["foretold"]["device_bytes"].values()) / 2**30, step["foretold"]["host_bytes"] / 2**30
+    assert f"({device:.1f})" in line and f"({host:.1f})" in line
+    assert line in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_scaling_is_drawn_with_the_longer_steps(tmp_path: Path) -> None:
+    step = read_step("1m-4xh200")
+    assert (step["tokens"], step["gpus"]) == ("1048576", "4")
+    assert float(step["tokens_per_s"]) * 431.3 == pytest.approx(2**20, rel=1e-3)
+    sizes = []
+    for steps in ((), LONGER):
+        draw_scaling(SEVERAL, steps, tmp_path / "x.png")
+        sizes.append((tmp_path / "x.png").stat().st_size)
+    assert 10_000 < sizes[0] < sizes[1], "more points, more ink"

@@ -149,6 +149,7 @@ def train(model: nn.Module, ids: Tensor, lengths: Sequence[int], plugin: FPDTPlu
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = InOrder(model=model, args=arguments, train_dataset=Text(ids, lengths), fpdt_plugin=plugin)
@@ -159,11 +160,13 @@ def train(model: nn.Module, ids: Tensor, lengths: Sequence[int], plugin: FPDTPlu
 def measured(trainer: InOrder, n_tokens: int, gpu_name: str) -> dict[str, Any]:
     """Of the long steps; what this process pinned, and how long that took, is in the first one's seconds."""
     store = trainer.fpdt_handle.store
+    # FSDP2's shards are foretold by `foretell` alone.
+    by_plan = {} if trainer.is_fsdp_enabled else predicted(trainer.fpdt_handle, trainer.model, n_tokens, gpu_name)
     return {
         "steps": [log for log in trainer.state.log_history if "loss" in log][1:],
         "pinning_seconds": store.pinning_seconds,
         "pinned_gib": store.used_bytes()["pinned"] / GIB,
-        **predicted(trainer.fpdt_handle, trainer.model, n_tokens, gpu_name),
+        **by_plan,
     }
 
 

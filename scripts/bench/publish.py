@@ -1,24 +1,27 @@
-"""Writes the tables of README.md and docs/benchmarks.md from docs/results/bench-*.csv, and draws their pictures.
+"""Writes the tables of README.md and docs/benchmarks.md from docs/results/, and draws their pictures.
 
     python scripts/bench/publish.py           # tables and pictures
     python scripts/bench/publish.py --check   # exit status 1 where a table is not what its CSV says
 
-A table lies between `<!-- bench NAME [stacks=A,B] [columns=C,D] -->` and `<!-- end -->`; NAME is the CSV's, without
-"bench-" and "-h100"; without columns they are those for one GPU. A picture compares the stacks of one CSV: tokens a
-second, and memory of the GPU.
+A table lies between `<!-- bench NAME [stacks=A,B] [columns=C,D] -->` and `<!-- end -->`; it is that of
+docs/results/bench-NAME.csv; without columns they are those for one GPU. `<!-- steps NAME NAME -->` begins one of
+docs/results/step-NAME.json, which long_step.py wrote.
 """
 
 import argparse
-import csv
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from bench_pictures import PICTURES, RESULTS, ROOT, Row, draw, draw_scaling, read
+
 PAGES = ("README.md", "docs/benchmarks.md")
-PICTURES = ("lora-8b", "full-1b")
-MARKER = re.compile(r"(<!-- bench ([\w-]+)([^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
+SEVERAL, LONGER = "several-h200", ("512k-4xh200", "1m-4xh200")
+MARKER = re.compile(r"(<!-- (bench|steps) ([\w-]+)([^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
+GIB = 2**30
 # Column of the CSV: heading, format.
 COLUMNS = {
     "tokens": ("tokens", ","),
@@ -32,15 +35,22 @@ COLUMNS = {
     "pinned_host_gib": ("pinned GiB", ".1f"),
     "parity": ("error / plain HF's", ".2f"),
 }
-# Where they are asked for, after those above; files from before there was one have no such column.
-MORE_COLUMNS = {"gpus": ("GPUs", ",")}
-FORMER = {"gpus": "1"}
-# Column of the CSV: title, what a label counts in, its digits.
-PANELS = (
-    ("tokens_per_s", "thousand tokens a second", 1000, 1),
-    ("peak_device_gib", "GPU memory, GiB", 1, 0),
+# Where they are asked for.
+MORE_COLUMNS = {
+    "gpus": ("GPUs", ","),
+    "predicted_s": ("foretold s", ",.2f"),
+    "predicted_device_gib": ("foretold GPU GiB", ".1f"),
+}
+STEP_HEADINGS = (
+    "tokens",
+    "trained",
+    "GPUs",
+    "step s (foretold)",
+    "tokens/s",
+    "strict MFU",
+    "GPU GiB (foretold)",
+    "pinned GiB (foretold)",
 )
-Row = Mapping[str, str]
 
 
 def main() -> None:
@@ -50,7 +60,8 @@ def main() -> None:
     stale = [page for page in PAGES if publish(ROOT / page, check=check)]
     if not check:
         for name in PICTURES:
-            draw(name, ROOT / f"docs/images/bench-{name}-h100.png")
+            draw(name, ROOT / f"docs/images/bench-{name}.png")
+        draw_scaling(SEVERAL, LONGER, ROOT / f"docs/images/scaling-{SEVERAL.rpartition('-')[2]}.png")
     for page in stale:
         print(f"{page}: {'differs from the CSV files; run scripts/bench/publish.py' if check else 'written'}")
     sys.exit(bool(stale and check))
@@ -59,10 +70,15 @@ def main() -> None:
 def publish(page: Path, *, check: bool) -> bool:
     """Whether a page's tables are not what the CSV files say; they are after it, unless `check`."""
     text = page.read_text(encoding="utf-8")
-    new = MARKER.sub(lambda found: found[1] + table(found[2], found[3]) + found[4], text)
+    new = MARKER.sub(lambda found: found[1] + filled(*found.group(2, 3, 4)) + found[5], text)
     if new != text and not check:
         page.write_text(new, encoding="utf-8")
     return new != text
+
+
+def filled(kind: str, name: str, options: str) -> str:
+    """What belongs between the marks."""
+    return table(name, options) if kind == "bench" else steps_table([name, *options.split()])
 
 
 def table(name: str, options: str) -> str:
@@ -94,45 +110,27 @@ def cell(value: str, form: str) -> str:
     return format(int(value) if form == "," else float(value), form)
 
 
-def read(name: str) -> list[Row]:
-    """Rows of a CSV."""
-    with (ROOT / f"docs/results/bench-{name}-h100.csv").open(encoding="utf-8", newline="") as file:
-        return [FORMER | row for row in csv.DictReader(file)]
+def steps_table(names: Sequence[str]) -> str:
+    """Steps of `long_step.py`, a line each, as measured and as foretold before."""
+    lines = [list(STEP_HEADINGS), ["---"] * len(STEP_HEADINGS)]
+    lines += [step_cells(json.loads((RESULTS / f"step-{name}.json").read_text(encoding="utf-8"))) for name in names]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def draw(name: str, path: Path) -> None:
-    """Tokens a second and GPU memory, a group of bars a length, a bar a stack; a cross where it does not fit."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    rows = read(name)
-    lengths, stacks = sorted({int(row["tokens"]) for row in rows}), list(dict.fromkeys(row["stack"] for row in rows))
-    figure, panels = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
-    width = 0.8 / len(stacks)
-    for panel, (column, title, unit, digits) in zip(panels, PANELS, strict=True):
-        for i, stack in enumerate(stacks):
-            mine = {int(row["tokens"]): row for row in rows if row["stack"] == stack}
-            places = [lengths.index(n) + (i - (len(stacks) - 1) / 2) * width for n in mine]
-            sizes = [float(row[column] or 0) for row in mine.values()]
-            bars = panel.bar(
-                places,
-                [size / unit for size in sizes],
-                width,
-                label=stack,
-                color=f"C{i}",
-                alpha=1 if "fpdt" in stack else 0.6,
-            )
-            panel.bar_label(bars, [f"{size / unit:.{digits}f}" if size else "×" for size in sizes], fontsize=7)
-        panel.set_xticks(range(len(lengths)), [f"{n // 1024}K tokens" for n in lengths])
-        panel.set_title(title)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False)
-    facts = rows[0]
-    figure.suptitle(f"{facts['model']}, {facts['layers']} layers, {facts['trained']}, {facts['gpu']}; × out of memory")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def step_cells(step: Mapping[str, Any]) -> list[str]:
+    """One line of `steps_table`."""
+    last, told = step["measured"]["steps"][-1], step["foretold"]
+    device, host = sum(told["device_bytes"].values()) / GIB, told["host_bytes"] / GIB
+    return [
+        f"{step['tokens']:,}",
+        step["trained"],
+        step["gpus"],
+        f"{last['step_seconds']:,.1f} ({told['seconds']:,.1f})",
+        f"{last['tokens_per_second']:,.0f}",
+        f"{last['strict_mfu']:.3f}",
+        f"{last['device_peak_gib']:.1f} ({device:.1f})",
+        f"{last['host_gib']:.1f} ({host:.1f})",
+    ]
 
 
 if __name__ == "__main__":

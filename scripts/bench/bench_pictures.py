@@ -1,0 +1,129 @@
+"""Pictures of docs/results/bench-*.csv: stacks side by side, and what more GPUs bring. `publish.py` calls them."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs/results"
+PICTURES = ("lora-8b-h100", "full-1b-h100")
+# What files from before there was such a column mean.
+FORMER = {"gpus": "1"}
+# Column of the CSV: title, what a label counts in, its digits.
+PANELS = (
+    ("tokens_per_s", "thousand tokens a second", 1000, 1),
+    ("peak_device_gib", "GPU memory, GiB", 1, 0),
+)
+STRONG = "strong scaling: thousand tokens a second (dotted: as many times one GPU's)"
+WEAK = "weak scaling: strict MFU at the same tokens a GPU"
+Row = Mapping[str, str]
+
+
+def read(name: str) -> list[Row]:
+    """Rows of a CSV."""
+    with (RESULTS / f"bench-{name}.csv").open(encoding="utf-8", newline="") as file:
+        return [FORMER | row for row in csv.DictReader(file)]
+
+
+def draw(name: str, path: Path) -> None:
+    """Tokens a second and GPU memory, a group of bars a length, a bar a stack; a cross where it does not fit."""
+    rows = read(name)
+    lengths = sorted({int(row["tokens"]) for row in rows})
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
+    for panel, (column, title, unit, digits) in zip(panels, PANELS, strict=True):
+        _bars(panel, rows, lengths, (column, unit, digits))
+        panel.set_xticks(range(len(lengths)), [f"{n // 1024}K tokens" for n in lengths])
+        panel.set_title(title)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    figure.suptitle(f"{_conditions(rows)}; × out of memory")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _bars(panel: Any, rows: list[Row], lengths: list[int], what: tuple[str, int, int]) -> None:
+    column, unit, digits = what
+    stacks = list(dict.fromkeys(row["stack"] for row in rows))
+    width = 0.8 / len(stacks)
+    for i, stack in enumerate(stacks):
+        mine = {int(row["tokens"]): row for row in rows if row["stack"] == stack}
+        places = [lengths.index(n) + (i - (len(stacks) - 1) / 2) * width for n in mine]
+        sizes = [float(row[column] or 0) for row in mine.values()]
+        bars = panel.bar(
+            places,
+            [size / unit for size in sizes],
+            width,
+            label=stack,
+            color=f"C{i}",
+            alpha=1 if "fpdt" in stack else 0.6,
+        )
+        panel.bar_label(bars, [f"{size / unit:.{digits}f}" if size else "×" for size in sizes], fontsize=7)
+
+
+def _conditions(rows: list[Row]) -> str:
+    facts = rows[0]
+    return f"{facts['model']}, {facts['layers']} layers, {facts['trained']}, {facts['gpu']}"
+
+
+def read_step(name: str) -> Row:
+    """A step of long_step.py as a row."""
+    step = json.loads((RESULTS / f"step-{name}.json").read_text(encoding="utf-8"))
+    last = step["measured"]["steps"][-1]
+    figures = {"tokens_per_s": last["tokens_per_second"], "strict_mfu": last["strict_mfu"], "tokens": step["tokens"]}
+    return {"gpus": step["gpus"].split()[0], **{column: str(value) for column, value in figures.items()}}
+
+
+def draw_scaling(name: str, steps: Sequence[str], path: Path) -> None:
+    """Left: a length on more and more GPUs, beside a straight line. Right: strict MFU, by tokens a GPU.
+
+    Args:
+        name: of the CSV.
+        steps: of long_step.py, of the same model and on the same machine.
+        path: of the picture.
+    """
+    rows = [row for row in read(name) if row["stack"] == "fpdt"]
+    conditions = _conditions(rows)
+    rows += [read_step(step) for step in steps]
+    figure, (strong, weak) = plt.subplots(1, 2, figsize=(13, 4.4), layout="constrained")
+    for i, length in enumerate(sorted({int(row["tokens"]) for row in rows if row["gpus"] == "1"})):
+        _strong(strong, [row for row in rows if int(row["tokens"]) == length], f"C{i}")
+    for i, share in enumerate(sorted({_share(row) for row in rows if row["gpus"] == "1"})):
+        _weak(weak, [row for row in rows if _share(row) == share], f"C{i}")
+    for panel, title in ((strong, STRONG), (weak, WEAK)):
+        panel.set_xticks(sorted({int(row["gpus"]) for row in rows}))
+        panel.set_xlabel("GPUs")
+        panel.set_title(title)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False)
+    weak.set_ylim(0, 0.6)
+    figure.suptitle(conditions)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _share(row: Row) -> int:
+    return int(row["tokens"]) // int(row["gpus"])
+
+
+def _strong(panel: Any, rows: list[Row], color: str) -> None:
+    gpus, speeds = [int(row["gpus"]) for row in rows], [float(row["tokens_per_s"]) / 1000 for row in rows]
+    panel.plot(gpus, speeds, "o-", color=color, label=f"{int(rows[0]['tokens']) // 1024}K tokens")
+    panel.plot(gpus, [speeds[0] * n / gpus[0] for n in gpus], ":", color=color)
+    for n, speed in zip(gpus[1:], speeds[1:], strict=True):
+        times = speed / speeds[0]
+        panel.annotate(f"{times:.2f}×", (n, speed), (4, -12), textcoords="offset points", fontsize=8)
+
+
+def _weak(panel: Any, rows: list[Row], color: str) -> None:
+    gpus, mfu = [int(row["gpus"]) for row in rows], [float(row["strict_mfu"]) for row in rows]
+    panel.plot(gpus, mfu, "o-", color=color, label=f"{_share(rows[0]) // 1024}K tokens a GPU")
+    below = -14 if color == "C0" else 6
+    for n, value in zip(gpus, mfu, strict=True):
+        panel.annotate(f"{value:.3f}", (n, value), (-8, below), textcoords="offset points", fontsize=8)
