@@ -12,11 +12,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from .config import FPDTPlugin
 from .loaders import agreed_seeds, join_group, sharding_collator
-from .model import FPDTHandle, apply_fpdt, has_fpdt
+from .model import FPDTHandle, apply_fpdt, has_fpdt, train_with
 
 
 class FPDTAccelerator(Accelerator):
@@ -43,15 +44,24 @@ class FPDTAccelerator(Accelerator):
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """As `Accelerator.prepare`; models get FPDT first."""
-        for model in args:
-            if isinstance(model, nn.Module):
-                self._apply(model)
+        models = [model for model in args if isinstance(model, nn.Module)]
+        for model in models:
+            self._apply(model)
+        for optimizer in args:
+            if isinstance(optimizer, Optimizer):
+                self._train_with(models, optimizer)
         return super().prepare(*args, **kwargs)
 
     def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         """As `Accelerator.prepare_model`; the model gets FPDT first."""
         self._apply(model)
         return super().prepare_model(model, *args, **kwargs)
+
+    def _train_with(self, models: list[nn.Module], optimizer: Optimizer) -> None:
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for model in models:
+            if any(id(parameter) in trained for parameter in model.parameters()):
+                train_with(model, optimizer)
 
     def _apply(self, model: nn.Module) -> None:
         if not has_fpdt(model, self.fpdt_plugin, self.fpdt_group):

@@ -10,7 +10,7 @@ import copy
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import MappingProxyType
@@ -27,6 +27,7 @@ from .keep import forward_bytes
 from .layout import Chunk
 from .memory import StepSizes
 from .offload import GIB, PinnedMemory, Transfers
+from .optimizers import TrainingMemory
 from .shelves import SOON, Budgets, BufferPool, ForwardOrder, Have, KVBytes, Shelves, Tier
 from .streamed_kv import HostRoom
 
@@ -83,13 +84,13 @@ class CheckpointStore:
     Args:
         plugin: policy and budgets.
         group: ranks that share a sequence, which must keep the same.
-        training_bytes: what gradients and optimizer will still take of the device.
+        training: what gradients and optimizer will still take of the device; None: nothing.
     """
 
     def __init__(
-        self, plugin: FPDTPlugin, group: SequenceParallelGroup, training_bytes: Callable[[], int] = lambda: 0
+        self, plugin: FPDTPlugin, group: SequenceParallelGroup, training: TrainingMemory | None = None
     ) -> None:
-        self._plugin, self._group, self._training_bytes = plugin, group, training_bytes
+        self._plugin, self._group, self._training = plugin, group, training
         self._tiers: _Tiers | None = None
         self._plans: dict[tuple[StepSizes, int], PassPlan] = {}
         self._made: dict[tuple[StepSizes, int], Have] = {}  # the buffers that each plan was made with
@@ -100,7 +101,12 @@ class CheckpointStore:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointStore:
         # A copied model has memory of its own: streams and pinned buffers cannot be copied.
-        return CheckpointStore(self._plugin, self._group, copy.deepcopy(self._training_bytes, memo))
+        return CheckpointStore(self._plugin, self._group, copy.deepcopy(self._training, memo))
+
+    def train_with(self, optimizer: Any) -> None:
+        """What "auto" leaves for training is what this optimizer takes."""
+        if self._training is not None:
+            self._training.optimizer = weakref.ref(optimizer)
 
     def join(self, run: Run, device: torch.device) -> tuple[LayerCheckpoint, Any]:
         """The checkpoint of a layer that runs forward now, and the run of the layer below in its pass, if any."""
@@ -151,7 +157,8 @@ class CheckpointStore:
     def _available(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> Available:
         """Measured once, before the first pass, by all ranks together: ranks whose plans differed would hang."""
         if self._there is None:
-            own = available(self._plugin, device, self._training_bytes(), step.entry_bytes)
+            training = 0 if self._training is None else self._training()
+            own = available(self._plugin, device, training, step.entry_bytes)
             values = torch.tensor([own.device, own.host, own.disk], device=device)
             self._there = Available(*(low for low, _ in self._group.extremes(values, everywhere=everywhere)))
         return self._there

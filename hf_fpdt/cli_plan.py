@@ -25,12 +25,13 @@ from .fit import (
     what_would_help,
 )
 from .offload import GIB
+from .optimizers import OPTIMIZERS
 from .patch import auto_chunk_tokens
 from .plan_curves import Reach, memory_curve, reach_by_host
 from .plan_picture import draw_plan
 from .plan_report import as_json, training_of
 from .plan_tables import WIDTH, plan_tables
-from .rates import GPU, GPUS
+from .rates import GPU, GPUS, with_memory
 from .rates_file import read_rates
 from .trace_picture import PictureError, check_matplotlib
 
@@ -49,6 +50,7 @@ PLAN_EXAMPLES = """\
 examples:
   hf-fpdt plan --shape llama-8b --host-mem 128                       the longest sequence on one H100
   hf-fpdt plan --shape llama-8b --host-mem 128 --seq-len 512K        what 512K tokens take there
+  hf-fpdt plan --shape llama-8b --gpus 4 --gpu-mem 80 --host-mem 512 --full --fsdp --optimizer adamw-8bit
   hf-fpdt plan --shape llama-8b --gpus 4 --seq-len 2M                what host memory 2M tokens need
   hf-fpdt plan meta-llama/Llama-3.1-70B --gpus 32 --host-mem 4096 --fsdp --seq-len 1M
   hf-fpdt plan ./my-model --gpu a100-80 --gpus 4 --host-mem 1024 --full --fsdp --json
@@ -70,12 +72,16 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     training = parser.add_argument_group("how")
     training.add_argument("--seq-len", type=tokens, metavar="TOKENS", help="default: the longest that fits")
     training.add_argument("--chunk-tokens", type=tokens, metavar="TOKENS", help="default: what FPDTPlugin would take")
-    training.add_argument("--full", action="store_true", help="train every weight (default: LoRA, rank 16)")
+    trained = training.add_mutually_exclusive_group()
+    trained.add_argument("--lora", action="store_true", help="train adapters of rank 16 on every linear (the default)")
+    trained.add_argument("--full", action="store_true", help="train every weight")
+    training.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="default: %(default)s")
     training.add_argument("--checkpoints", choices=CHECKPOINT_POLICIES, default="auto", help="default: %(default)s")
     machines = parser.add_argument_group("on what")
     kind = machines.add_mutually_exclusive_group()
     kind.add_argument("--gpu", choices=list(GPUS), default="h100", help="kind of GPU (default: %(default)s)")
     kind.add_argument("--rates", type=Path, metavar="FILE", help="your own GPU, from hf-fpdt check --measure --rates")
+    machines.add_argument("--gpu-mem", type=amount, metavar="GB", help="of each GPU, as sold (default: its kind's)")
     machines.add_argument("--gpus", type=count, default=1, help="all of one sequence (default: %(default)s)")
     machines.add_argument(
         "--host-mem", type=amount, metavar="GIB", help="of all machines together (left out: what --seq-len needs)"
@@ -88,10 +94,9 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _gpu(options: argparse.Namespace) -> GPU:
-    if options.rates is None:
-        return GPUS[options.gpu]
     with mistakes(ValueError, OSError):
-        return read_rates(options.rates)
+        gpu = GPUS[options.gpu] if options.rates is None else read_rates(options.rates)
+    return gpu if options.gpu_mem is None else with_memory(gpu, options.gpu_mem)
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -133,7 +138,8 @@ def _console() -> Console:
 def _training(options: argparse.Namespace) -> Training:
     training = training_of(config_of(options, layers=None), lora=not options.full)
     chunk_tokens = options.chunk_tokens or auto_chunk_tokens(options.gpus, on_gpu=True)
-    return replace(training, chunk_tokens=chunk_tokens, checkpoints=options.checkpoints)
+    weights = replace(training.weights, optimizer=options.optimizer)
+    return replace(training, weights=weights, chunk_tokens=chunk_tokens, checkpoints=options.checkpoints)
 
 
 def _machines(options: argparse.Namespace) -> Machines:

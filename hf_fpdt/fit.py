@@ -14,6 +14,7 @@ from .exchange import sharded_seconds, ulysses_seconds
 from .layout import ChunkPlan
 from .memory import ModelSizes, StepSizes
 from .offload import GIB, HOST_RESERVE
+from .optimizers import state_bytes
 from .planner import ShardedWeights
 from .rates import GPU, step_seconds, strict_flops
 from .shelves import Budgets
@@ -37,7 +38,7 @@ class Weights:
         largest_trained: the most that train in one layer, or outside of the layers: their gradients add up in fp32.
         outside: embeddings, final norm and head.
         element_bytes: of weights, gradients and optimizer states.
-        optimizer_states: numbers that the optimizer keeps for each (AdamW: 2).
+        optimizer: a kind of `OPTIMIZERS`.
     """
 
     total: int
@@ -45,7 +46,7 @@ class Weights:
     largest_trained: int
     outside: int
     element_bytes: int = 2
-    optimizer_states: int = 2
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,7 @@ def _fixed_bytes(weights: Weights, machines: Machines, layer: int) -> tuple[tupl
     return (
         ("weights", weights.total * size // ranks + gathered),
         ("gradients", weights.trained * size // ranks),
-        ("optimizer", weights.optimizer_states * weights.trained * size // ranks),
+        ("optimizer", state_bytes(weights.optimizer, weights.trained, size) // ranks),
         ("sums of gradients over chunks", 6 * weights.largest_trained),
         *nccl,
     )

@@ -29,6 +29,7 @@ from .interface import NAME
 from .layer import run_layer
 from .liger import load_liger, why_not_liger
 from .memory import ModelSizes
+from .optimizers import TrainingMemory
 from .patch import (
     Settings,
     arguments_by_name,
@@ -90,7 +91,7 @@ def _settings(
 ) -> Settings:
     config = model.config.get_text_config()
     sizes = ModelSizes.of(config, layers=len(layers), layer_parameters=max(map(_count, layers)))
-    store = CheckpointStore(plugin, group, functools.partial(training_bytes, model, layers))
+    store = CheckpointStore(plugin, group, TrainingMemory(model, layers))
     progress = StepProgress(device_peak()) if plugin.progress else None
     liger = load_liger() if plugin.fused else None
     return Settings(plugin, store, group, sizes, model.config, liger, progress)
@@ -110,21 +111,23 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def training_bytes(model: nn.Module, layers: list[nn.Module]) -> int:
-    """What gradients and an optimizer with two states (Adam) will still take of the device.
-
-    And the fp32 sums over chunks of the gradients of one layer, or of what is outside of the layers.
-    """
-    own = [(p, getattr(p, "_local_tensor", p)) for p in model.parameters() if p.requires_grad]
-    states = sum((2 + (p.grad is None)) * local.numel() * local.element_size() for p, local in own)
-    inside = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers]
-    outside = sum(p.numel() for p, _ in own) - sum(inside)
-    return states + (4 + 2) * max(outside, *inside)
-
-
 def applied_settings(model: nn.Module) -> Settings | None:
     """The settings FPDT was applied with to this model, or to the one PEFT or DDP wraps; None where it was not."""
     return next((m._fpdt_settings for m in model.modules() if isinstance(m, _ChunkedLayerMixin)), None)
+
+
+def train_with(model: nn.Module, optimizer: Any) -> None:
+    """The memory that this optimizer will take is left to it, where "auto" settles what is kept on the device.
+
+    Without this AdamW's is. `FPDTTrainer` and `FPDTAccelerator.prepare(model, optimizer)` call it.
+
+    Args:
+        model: with FPDT applied; of another one nothing happens.
+        optimizer: of its weights, before the first step.
+    """
+    settings = applied_settings(model)
+    if settings is not None:
+        settings.store.train_with(optimizer)
 
 
 def has_fpdt(model: nn.Module, plugin: FPDTPlugin, group: SequenceParallelGroup) -> bool:

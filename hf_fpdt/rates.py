@@ -7,6 +7,7 @@ derived from data sheets says so. What GPUs send each other comes on top, see `e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -27,6 +28,8 @@ REBUILD_TRAFFIC = 2
 # Of the data sheet of NVLink, what all-to-alls of 34 to 101 MB to one other GPU got between two H200 (240 to 300 GB/s
 # where neither waited for the other).
 NVLINK_SHARE = 0.6
+# Of the memory a GPU is sold with, what its driver, CUDA's context and the code of kernels leave no process.
+UNUSABLE_GIB = 1.8
 # Of device memory, a logit: its value twice and its gradient; and where the head trains, for every weight of it and
 # every chunk of the loss, a gradient added to a sum in fp32.
 LOGIT_BYTES, HEAD_SUM_BYTES = 7, 12
@@ -63,7 +66,7 @@ class GPU:
 
 _H100 = GPU(
     name="H100 80GB",
-    memory_gib=78.2,  # 78.4 were left in a training step, and a little differs from run to run
+    memory_gib=80 - UNUSABLE_GIB,  # 78.4 were left in a training step, and a little differs from run to run
     peak=989e12,
     matmul=670e12,
     attention=MappingProxyType({128: (650e12, 594e12), 64: (539e12, 546e12)}),
@@ -75,7 +78,7 @@ _H100 = GPU(
 )
 _A100 = GPU(
     name="A100 80GB",
-    memory_gib=78.2,
+    memory_gib=80 - UNUSABLE_GIB,
     peak=312e12,
     matmul=250e12,
     attention=MappingProxyType({128: (220e12, 190e12), 64: (190e12, 170e12)}),
@@ -90,9 +93,15 @@ GPUS: Mapping[str, GPU] = MappingProxyType(
         "h100": _H100,
         "h200": replace(_H100, name="H200 141GB", memory_gib=138.8, memory=4.3e12, source="the H100's, not measured"),
         "a100-80": _A100,
-        "a100-40": replace(_A100, name="A100 40GB", memory_gib=38.4, memory=1.4e12),
+        "a100-40": replace(_A100, name="A100 40GB", memory_gib=40 - UNUSABLE_GIB, memory=1.4e12),
     }
 )
+
+
+def with_memory(gpu: GPU, sold_gib: float) -> GPU:
+    """A GPU of that kind with other memory."""
+    name = re.sub(r" [\d.]+ ?GB.*", "", gpu.name)
+    return replace(gpu, name=f"{name} {sold_gib:g}GB", memory_gib=sold_gib - UNUSABLE_GIB)
 
 
 def gpu_named(gpu_name: str) -> GPU | None:

@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import find_batch_size, nested_truncate
 from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
 from .loaders import join_group, sharding_collator
-from .model import applied_settings, apply_fpdt, has_fpdt
+from .model import applied_settings, apply_fpdt, has_fpdt, train_with
 from .speed import TrainingSpeed
 
 
@@ -64,6 +64,12 @@ class FPDTTrainerMixin:
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
         applied = self._fpdt_applied
         self.fpdt_group = join_group(accelerator, self.fpdt_plugin, None if applied is None else applied.group)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; "auto" leaves the memory that this optimizer takes."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        train_with(self.model, optimizer)  # type: ignore[attr-defined]
+        return optimizer
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer's; each new model gets FPDT."""

@@ -21,7 +21,7 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("config", "ambient", "support", "trace_intervals", "shrink", "versions"), 0),
         **dict.fromkeys(("layout", "keep", "disk", "trace", "arguments"), 1),
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
-        **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory", "liger"), 3),
+        **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory", "liger", "optimizers"), 3),
         **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates", "cross_entropy_kernel", "progress"), 4),
         **dict.fromkeys(("kv_store", "budget", "cross_entropy", "rates_file", "work", "exchange"), 5),
         **dict.fromkeys(("attention", "checkpoint_store", "fit", "measure"), 6),

@@ -12,8 +12,9 @@ from transformers import LlamaConfig
 
 from hf_fpdt.cli import main
 from hf_fpdt.fit import GIB, Machines, fit, machine_bytes
+from hf_fpdt.optimizers import OPTIMIZERS
 from hf_fpdt.plan_report import as_json, training_of
-from hf_fpdt.rates import GPUS
+from hf_fpdt.rates import GPUS, UNUSABLE_GIB, with_memory
 from hf_fpdt.shapes import build_random, llama_8b, with_layers
 
 TINY = LlamaConfig(
@@ -111,3 +112,44 @@ def test_without_host_memory_it_says_what_a_length_needs(capsys: pytest.CaptureF
     assert f"the least {least}" in text
     assert f"exchanges between GPUs: {found['exchange_seconds']:.1f} s of the step" in text
     assert main(["plan", "--shape", "llama-8b"]) == 2 and "--host-mem is needed" in capsys.readouterr().err
+
+
+def device_bytes(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, int]:
+    """What a plan of 64K tokens has on the GPU."""
+    assert main(["plan", "--seq-len", "64K", "--chunk-tokens", "4K", "--host-mem", "16", "--json", *options]) == 0
+    return dict(json.loads(capsys.readouterr().out)["device_bytes"])
+
+
+def test_the_optimizer_takes_what_its_kind_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TINY.save_pretrained(tmp_path)
+    taken = {kind: device_bytes(capsys, str(tmp_path), "--full", "--optimizer", kind) for kind in OPTIMIZERS}
+    gradients = taken["sgd"]["gradients"]
+    assert gradients and {kind: row["optimizer"] / gradients for kind, row in taken.items()} == {
+        "adamw": 2,
+        "adamw-8bit": 1,
+        "lion": 1,
+        "adafactor": 0,
+        "sgd-momentum": 1,
+        "sgd": 0,
+    }
+    assert device_bytes(capsys, str(tmp_path), "--full") == taken["adamw"]
+    assert device_bytes(capsys, str(tmp_path), "--lora") == device_bytes(capsys, str(tmp_path))
+
+
+def test_a_gpu_with_other_memory_is_named_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TINY.save_pretrained(tmp_path)
+    arguments = ["plan", str(tmp_path), "--host-mem", "8", "--gpus", "2"]
+    texts = {}
+    for memory in ("40", "80"):
+        assert main([*arguments, "--gpu-mem", memory]) == 0
+        texts[memory] = capsys.readouterr().out
+    assert "2 x H100 40GB" in texts["40"] and f"{40 - UNUSABLE_GIB:.1f}" in texts["40"]
+    assert main(arguments) == 0 and capsys.readouterr().out == texts["80"], "80 is what an H100 has"
+    lengths = [int(text.split(" tokens")[0].replace(",", "")) for text in texts.values()]
+    assert lengths[0] < lengths[1]
+
+
+@pytest.mark.parametrize("name", ["H100 80GB", "NVIDIA H100 80GB HBM3", "NVIDIA L40S"])
+def test_another_memory_takes_the_place_of_the_one_in_the_name(name: str) -> None:
+    gpu = with_memory(replace(GPUS["h100"], name=name), 48)
+    assert gpu.name == f"{name.split(' 80')[0]} 48GB" and gpu.memory_gib == 48 - UNUSABLE_GIB

@@ -1,0 +1,76 @@
+"""What gradients and optimizer take of the device: by an optimizer's name for a plan, and of one that is there."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+# Of a kind of optimizer: numbers that it keeps for every weight, and the bytes of one; None: a weight's.
+OPTIMIZERS: Mapping[str, tuple[int, int | None]] = MappingProxyType(
+    {
+        "adamw": (2, None),
+        "adamw-8bit": (2, 1),
+        "lion": (1, None),
+        "adafactor": (0, None),  # a row and a column for a matrix
+        "sgd-momentum": (1, None),
+        "sgd": (0, None),
+    }
+)
+
+
+def state_bytes(kind: str, weights: int, weight_bytes: int) -> int:
+    """Of one kind of `OPTIMIZERS` for so many weights."""
+    count, element_bytes = OPTIMIZERS[kind]
+    return count * weights * (element_bytes or weight_bytes)
+
+
+def kind_of(optimizer: Any) -> str:
+    """The kind of an optimizer, by its class's name; "adamw", which keeps the most, where that says nothing.
+
+    Args:
+        optimizer: of torch, transformers or bitsandbytes, or accelerate's around it.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    name = type(inner).__name__.lower()
+    if "adam" in name and ("8bit" in name or getattr(getattr(inner, "args", None), "optim_bits", 32) == 8):
+        return "adamw-8bit"
+    if "sgd" in name:
+        return "sgd-momentum" if inner.defaults.get("momentum") else "sgd"
+    return next((kind for kind in ("adafactor", "lion") if name == kind), "adamw")
+
+
+@dataclass
+class TrainingMemory:
+    """What training one model will still take of the device, beside a step's activations.
+
+    Attributes:
+        model: with the weights that train.
+        layers: its decoder layers.
+        optimizer: of those weights, if it is known; else it is taken for AdamW. Weak: a copied model has another.
+    """
+
+    model: nn.Module
+    layers: list[nn.Module]
+    optimizer: weakref.ref[Any] | None = None
+
+    def __call__(self) -> int:
+        """Bytes of gradients and optimizer states that are not there yet, and of the sums of gradients over chunks.
+
+        These are in fp32, of one layer or of what is outside of the layers.
+        """
+        own = [(p, getattr(p, "_local_tensor", p)) for p in self.model.parameters() if p.requires_grad]
+        gradients = sum(local.numel() * local.element_size() for p, local in own if p.grad is None)
+        inside = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in self.layers]
+        outside = sum(p.numel() for p, _ in own) - sum(inside)
+        return gradients + self._states(own) + (4 + 2) * max(outside, *inside)
+
+    def _states(self, own: list[tuple[Any, Any]]) -> int:
+        optimizer = None if self.optimizer is None else self.optimizer()
+        kind = "adamw" if optimizer is None else kind_of(optimizer)
+        there = {} if optimizer is None else optimizer.state
+        return sum(state_bytes(kind, local.numel(), local.element_size()) for p, local in own if p not in there)
