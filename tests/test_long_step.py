@@ -95,5 +95,8 @@ def test_what_cannot_fit_is_refused_by_the_configuration_alone(monkeypatch: pyte
     short_chunks = foretell(config, options, FPDTPlugin(host_budget_gib=100, chunk_tokens=16_384), H100)
     working = "activations and gradients of a step"
     assert short_chunks["device_bytes"][working] < 0.99 * found["device_bytes"][working]
+    on_host = foretell(config, options, FPDTPlugin(host_budget_gib=100, device_budget_gib=20), H100)
+    kept = on_host["device_bytes"]
+    assert 0 < kept["K, V, dK, dV"] + kept["checkpoints"] <= 20 * 2**30 and on_host["seconds"] > found["seconds"]
     with pytest.raises(SystemExit, match=r"error: .*GiB"):
         foretell(config, options, FPDTPlugin(host_budget_gib=10), H100)

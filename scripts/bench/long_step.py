@@ -125,7 +125,7 @@ def foretell(config: Any, options: argparse.Namespace, plugin: FPDTPlugin, gpu_n
     Raises:
         SystemExit: it does not fit.
     """
-    gpu, gpus, budget = gpu_named(gpu_name), plugin.sp_size, plugin.host_budget_gib
+    gpu, gpus, budget, kept = gpu_named(gpu_name), plugin.sp_size, plugin.host_budget_gib, plugin.device_budget_gib
     if gpu is None:
         return {}
     there = psutil.virtual_memory().total
@@ -134,6 +134,7 @@ def foretell(config: Any, options: argparse.Namespace, plugin: FPDTPlugin, gpu_n
         gpus=gpus,
         host_bytes=there if budget == "auto" else machine_bytes(int(budget * GIB) * gpus),
         sharded=os.environ.get("ACCELERATE_USE_FSDP", "false") == "true",
+        kept_bytes=None if kept == "auto" else int(kept * GIB),
     )
     chunk_tokens = resolve_chunk_tokens(plugin, on_gpu=True)
     training = replace(
