@@ -59,6 +59,7 @@ class Machines:
         host_bytes: host memory.
         disk_bytes: free space for files.
         sharded: whether FSDP2 shards weights, gradients and optimizer over all GPUs; else each has all of them (DDP).
+        kept_bytes: the most of each GPU for K, V and checkpoints (`FPDTPlugin.device_budget_gib`); None: what is left.
     """
 
     gpu: GPU
@@ -66,6 +67,7 @@ class Machines:
     host_bytes: int
     disk_bytes: int = 0
     sharded: bool = False
+    kept_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,8 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
             f"{gpu.memory_gib:.1f}, checkpoints, K and V not counted."
         )
     host = max(0, int(HOST_USABLE * machines.host_bytes) - HOST_RESERVE) // machines.gpus
-    budgets = Budgets(room, host, machines.disk_bytes // machines.gpus)
+    kept = room if machines.kept_bytes is None else min(room, machines.kept_bytes)
+    budgets = Budgets(kept, host, machines.disk_bytes // machines.gpus)
     plan = plan_pass(training.checkpoints, step, training.model.layers, budgets, {})
     assert plan.foretold is not None
     full = weights.trained == weights.total

@@ -44,6 +44,8 @@ from hf_fpdt.rates import gpu_named
 from hf_fpdt.shapes import LORA_RANK, SHAPES, build_random, with_lora
 from hf_fpdt.versions import conditions_of
 
+# What half a step has of a step's log: no speed, no gradients.
+FORWARD_FIGURES = ("step", "loss", "step_seconds", "device_peak_gib", "host_gib")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "flash-attn-4", "liger-kernel")
 
 
@@ -60,6 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=tokens, default=tokens("128K"), help="tokens (default: 128K)")
     parser.add_argument("--steps", type=count, default=1, help="long steps (default: %(default)s)")
     parser.add_argument("--text", type=Path, nargs="+", help="files (default: Python's standard library)")
+    parser.add_argument(
+        "--forward-only", action="store_true", help="no backward pass: all that a step keeps for it is there then"
+    )
     parser.add_argument("--plan-only", action="store_true", help="say what is foretold, and end")
     parser.add_argument("--out", type=Path, help="file of JSON for what was foretold and measured")
     return parser.parse_args()
@@ -81,7 +86,21 @@ class Text(Dataset[dict[str, Tensor]]):
 
 
 class InOrder(FPDTTrainer):
-    """The short sequence is the first."""
+    """The short sequence is the first.
+
+    Attributes:
+        forward_only: whether the long ones go forward alone.
+    """
+
+    forward_only = False
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As FPDTTrainer's, or its forward half."""
+        if not self.forward_only or self.state.global_step == 0:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        return loss.detach()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
@@ -106,7 +125,7 @@ def foretell(config: Any, options: argparse.Namespace, plugin: FPDTPlugin, gpu_n
     Raises:
         SystemExit: it does not fit.
     """
-    gpu, gpus, budget = gpu_named(gpu_name), plugin.sp_size, plugin.host_budget_gib
+    gpu, gpus, budget, kept = gpu_named(gpu_name), plugin.sp_size, plugin.host_budget_gib, plugin.device_budget_gib
     if gpu is None:
         return {}
     there = psutil.virtual_memory().total
@@ -115,6 +134,7 @@ def foretell(config: Any, options: argparse.Namespace, plugin: FPDTPlugin, gpu_n
         gpus=gpus,
         host_bytes=there if budget == "auto" else machine_bytes(int(budget * GIB) * gpus),
         sharded=os.environ.get("ACCELERATE_USE_FSDP", "false") == "true",
+        kept_bytes=None if kept == "auto" else int(kept * GIB),
     )
     chunk_tokens = resolve_chunk_tokens(plugin, on_gpu=True)
     training = replace(
@@ -136,8 +156,10 @@ def build(config: Any, options: argparse.Namespace) -> nn.Module:
     return (model if options.full else with_lora(model)).train()
 
 
-def train(model: nn.Module, ids: Tensor, lengths: Sequence[int], plugin: FPDTPlugin, folder: str) -> InOrder:
-    """Steps of those lengths."""
+def train(
+    model: nn.Module, ids: Tensor, lengths: Sequence[int], plugin: FPDTPlugin, folder: str, forward_only: bool
+) -> InOrder:
+    """Steps of those lengths, or of all but the first the forward pass."""
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=len(lengths),
@@ -153,6 +175,7 @@ def train(model: nn.Module, ids: Tensor, lengths: Sequence[int], plugin: FPDTPlu
         use_cpu=not torch.cuda.is_available(),
     )
     trainer = InOrder(model=model, args=arguments, train_dataset=Text(ids, lengths), fpdt_plugin=plugin)
+    trainer.forward_only = forward_only
     trainer.train()
     return trainer
 
@@ -162,8 +185,11 @@ def measured(trainer: InOrder, n_tokens: int, gpu_name: str) -> dict[str, Any]:
     store = trainer.fpdt_handle.store
     # FSDP2's shards are foretold by `foretell` alone.
     by_plan = {} if trainer.is_fsdp_enabled else predicted(trainer.fpdt_handle, trainer.model, n_tokens, gpu_name)
+    logs = [log for log in trainer.state.log_history if "loss" in log][1:]
+    if trainer.forward_only:
+        logs = [{name: log[name] for name in FORWARD_FIGURES if name in log} for log in logs]
     return {
-        "steps": [log for log in trainer.state.log_history if "loss" in log][1:],
+        "steps": logs,
         "pinning_seconds": store.pinning_seconds,
         "pinned_gib": store.used_bytes()["pinned"] / GIB,
         **by_plan,
@@ -200,7 +226,7 @@ def main() -> None:
         lengths = [short, *[options.seq_len] * options.steps]
         ids = read_ids(options, sum(lengths))
         with tempfile.TemporaryDirectory() as folder:
-            trainer = train(build(config, options), ids, lengths, plugin, folder)
+            trainer = train(build(config, options), ids, lengths, plugin, folder, options.forward_only)
         result["measured"] = measured(trainer, options.seq_len, gpu_name)
         state.print(json.dumps(result["measured"], indent=1))
     if options.out is not None and state.is_main_process:
