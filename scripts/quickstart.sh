@@ -20,8 +20,7 @@ while [ $# -gt 0 ]; do
 done
 
 source scripts/env.sh dev
-# Two processes that spin for the same core slow each other down tenfold; waiting threads sleep in place of that.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1
 began=$SECONDS
 
 echo "[quickstart] 1 of 2: a tokenizer and a small Llama, trained on the standard library at 512 tokens"
@@ -31,7 +30,9 @@ model_seconds=$((SECONDS - began))
 length=8K size=(--chunk-tokens 2K --steps 32 --warmup 2 --eval-windows 24)
 if [ -n "$tiny" ]; then length=1K size=(--chunk-tokens 256 --steps 2 --warmup 0 --eval-windows 2); fi
 echo "[quickstart] 2 of 2: extend it to $length tokens in chunks, with attn_implementation=\"fpdt\""
-# Two processes on the CPU share every sequence, as two GPUs would.
+# Two processes on the CPU share every sequence, as two GPUs would. Those that spin for the same core slow each other down
+# tenfold; waiting threads sleep in place of that.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --main_process_port 0 scripts/finetune.py --device cpu --sp-size 2 --model "$output/small-llama-512" \
     --data "$output/data/train.jsonl" --eval-data "$output/data/held_out.jsonl" --rope-scaling yarn --lora-r 16 --lora-alpha 32 --lr 3e-3 \

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from long_text import RightPadding, WindowDataset, document_tokens, plan_windows, read_documents, tokenise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -125,6 +126,34 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     return LlamaForCausalLM(config)
 
 
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Near the orthogonal factor of a matrix, singular values 0.7 to 1.2: five Newton-Schulz steps (Jordan, 2024)."""
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
+    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` in fp32: that one goes in bfloat16, 0.32 of a step's 0.46 s on a CPU with AVX2 alone."""
+
+    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 1 - group["momentum"])
+                update = orthogonal(matrix.grad.lerp(momentum, group["momentum"]))
+                scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                matrix.add_(update, alpha=-group["lr"] * scale)
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for the layers' matrices, AdamW for embeddings and norms: it learns more from few tokens than AdamW alone.
 
@@ -135,7 +164,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         named = list(model.named_parameters())
         matrices = [parameter for name, parameter in named if parameter.ndim == 2 and "embed" not in name]
         others = [parameter for name, parameter in named if parameter.ndim != 2 or "embed" in name]
-        self.muon = torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.0)
+        self.muon = Muon(matrices, matrix_lr)
         self.adamw = torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0)
         super().__init__([*matrices, *others], {})
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]  # shared: the scheduler sets both
