@@ -30,7 +30,7 @@ def state_bytes(kind: str, weights: int, weight_bytes: int) -> int:
 
 
 def kind_of(optimizer: Any) -> str:
-    """The kind of an optimizer, by its class's name; "adamw", which keeps the most, where that says nothing.
+    """The kind of an optimizer, by its class's name; "adamw", the largest of them, where that says nothing.
 
     Args:
         optimizer: of torch, transformers or bitsandbytes, or accelerate's around it.

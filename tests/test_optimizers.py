@@ -72,7 +72,7 @@ def named(name: str, **attributes: Any) -> Any:
         (named("AcceleratedOptimizer", optimizer=torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1)), "sgd"),
     ],
 )
-def test_kinds_are_told_by_name_and_the_unknown_one_keeps_the_most(optimizer: Any, kind: str) -> None:
+def test_kinds_are_told_by_name_and_the_unknown_one_is_the_largest(optimizer: Any, kind: str) -> None:
     assert kind_of(optimizer) == kind and kind in OPTIMIZERS
     assert state_bytes(kind, 100, 2) <= state_bytes("adamw", 100, 2) == 400
 
