@@ -14,7 +14,7 @@ from .exchange import sharded_seconds, ulysses_seconds
 from .layout import ChunkPlan
 from .memory import ModelSizes, StepSizes
 from .offload import GIB, HOST_RESERVE
-from .optimizers import state_bytes
+from .optimizers import state_bytes, sum_bytes
 from .planner import ShardedWeights
 from .rates import GPU, step_seconds, strict_flops
 from .shelves import Budgets
@@ -197,7 +197,7 @@ def _fixed_bytes(weights: Weights, machines: Machines, layer: int) -> tuple[tupl
         ("weights", weights.total * size // ranks + gathered),
         ("gradients", weights.trained * size // ranks),
         ("optimizer", state_bytes(weights.optimizer, weights.trained, size) // ranks),
-        ("sums of gradients over chunks", 6 * weights.largest_trained),
+        ("sums of gradients over chunks", sum_bytes(weights.largest_trained)),
         *nccl,
     )
 

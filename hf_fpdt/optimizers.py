@@ -29,6 +29,15 @@ def state_bytes(kind: str, weights: int, weight_bytes: int) -> int:
     return count * weights * (element_bytes or weight_bytes)
 
 
+def sum_bytes(largest_trained: int) -> int:
+    """Of the gradients of so many weights, added up over chunks in fp32 and cast at the end.
+
+    Args:
+        largest_trained: the most that train in one layer, or outside of the layers.
+    """
+    return (4 + 2) * largest_trained
+
+
 def kind_of(optimizer: Any) -> str:
     """The kind of an optimizer, by its class's name; "adamw", the largest of them, where that says nothing.
 
@@ -41,7 +50,7 @@ def kind_of(optimizer: Any) -> str:
         return "adamw-8bit"
     if "sgd" in name:
         return "sgd-momentum" if inner.defaults.get("momentum") else "sgd"
-    return next((kind for kind in ("adafactor", "lion") if name == kind), "adamw")
+    return name if name in ("adafactor", "lion") else "adamw"
 
 
 @dataclass
@@ -59,15 +68,12 @@ class TrainingMemory:
     optimizer: weakref.ref[Any] | None = None
 
     def __call__(self) -> int:
-        """Bytes of gradients and optimizer states that are not there yet, and of the sums of gradients over chunks.
-
-        These are in fp32, of one layer or of what is outside of the layers.
-        """
+        """Bytes of gradients and optimizer states that are not there yet, and of the sums of gradients over chunks."""
         own = [(p, getattr(p, "_local_tensor", p)) for p in self.model.parameters() if p.requires_grad]
         gradients = sum(local.numel() * local.element_size() for p, local in own if p.grad is None)
         inside = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in self.layers]
         outside = sum(p.numel() for p, _ in own) - sum(inside)
-        return gradients + self._states(own) + (4 + 2) * max(outside, *inside)
+        return gradients + self._states(own) + sum_bytes(max(outside, *inside))
 
     def _states(self, own: list[tuple[Any, Any]]) -> int:
         optimizer = None if self.optimizer is None else self.optimizer()

@@ -128,12 +128,13 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
 
 def orthogonal(matrix: Tensor) -> Tensor:
     """Near the orthogonal factor of a matrix, singular values 0.7 to 1.2: five Newton-Schulz steps (Jordan, 2024)."""
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if tall else matrix
     wide = wide / wide.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
-    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+    return wide.T if tall else wide
 
 
 class Muon(torch.optim.Optimizer):
@@ -147,7 +148,10 @@ class Muon(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             for matrix in group["params"]:
-                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                state = self.state[matrix]
+                if not state:
+                    state["momentum"] = torch.zeros_like(matrix)
+                momentum = state["momentum"]
                 momentum.lerp_(matrix.grad, 1 - group["momentum"])
                 update = orthogonal(matrix.grad.lerp(momentum, group["momentum"]))
                 scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5

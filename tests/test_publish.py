@@ -10,8 +10,9 @@ import pytest
 from tests import app_support  # noqa: F401  (where scripts are)
 
 # isort: split
-from bench_pictures import PICTURES, draw, draw_scaling, read, read_step
-from publish import LONGER, PAGES, ROOT, SEVERAL, publish, steps_table, table
+from bench_pictures import PICTURES, draw, draw_scaling
+from bench_results import ROOT, read, read_step
+from publish import LONGER, PAGES, SEVERAL, publish, steps_table, table
 
 
 @pytest.mark.parametrize("page", PAGES)

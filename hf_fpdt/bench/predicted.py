@@ -7,10 +7,11 @@ from torch import nn
 from ..exchange import ulysses_seconds
 from ..model import FPDTHandle, decoder_layers, mostly_trained
 from ..offload import GIB
+from ..optimizers import OPTIMIZERS
 from ..rates import gpu_named, step_seconds
 from .stack import base_of
 
-ADAM_STATES = 2
+ADAM_STATES, _ = OPTIMIZERS["adamw"]
 
 
 def predicted(handle: FPDTHandle, model: nn.Module, n_tokens: int, gpu_name: str) -> dict[str, float]:

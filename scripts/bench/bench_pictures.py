@@ -1,21 +1,16 @@
 """Pictures of docs/results/bench-*.csv: stacks side by side, and what more GPUs bring. `publish.py` calls them."""
 
-import csv
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from bench_results import Row, read, read_step
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "docs/results"
 PICTURES = ("lora-8b-h100", "full-1b-h100")
-# What files from before there was such a column mean.
-FORMER = {"gpus": "1"}
 # Column of the CSV: title, what a label counts in, its digits.
 PANELS = (
     ("tokens_per_s", "thousand tokens a second", 1000, 1),
@@ -23,13 +18,6 @@ PANELS = (
 )
 STRONG = "strong scaling: thousand tokens a second (dotted: as many times one GPU's)"
 WEAK = "weak scaling: strict MFU at the same tokens a GPU"
-Row = Mapping[str, str]
-
-
-def read(name: str) -> list[Row]:
-    """Rows of a CSV."""
-    with (RESULTS / f"bench-{name}.csv").open(encoding="utf-8", newline="") as file:
-        return [FORMER | row for row in csv.DictReader(file)]
 
 
 def draw(name: str, path: Path) -> None:
@@ -43,9 +31,7 @@ def draw(name: str, path: Path) -> None:
         panel.set_title(title)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
-    figure.suptitle(f"{_conditions(rows)}; × out of memory")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, f"{_conditions(rows)}; × out of memory", path)
 
 
 def _bars(panel: Any, rows: list[Row], lengths: list[int], what: tuple[str, int, int]) -> None:
@@ -67,17 +53,15 @@ def _bars(panel: Any, rows: list[Row], lengths: list[int], what: tuple[str, int,
         panel.bar_label(bars, [f"{size / unit:.{digits}f}" if size else "×" for size in sizes], fontsize=7)
 
 
+def _save(figure: Any, title: str, path: Path) -> None:
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def _conditions(rows: list[Row]) -> str:
     facts = rows[0]
     return f"{facts['model']}, {facts['layers']} layers, {facts['trained']}, {facts['gpu']}"
-
-
-def read_step(name: str) -> Row:
-    """A step of long_step.py as a row."""
-    step = json.loads((RESULTS / f"step-{name}.json").read_text(encoding="utf-8"))
-    last = step["measured"]["steps"][-1]
-    figures = {"tokens_per_s": last["tokens_per_second"], "strict_mfu": last["strict_mfu"], "tokens": step["tokens"]}
-    return {"gpus": step["gpus"].split()[0], **{column: str(value) for column, value in figures.items()}}
 
 
 def draw_scaling(name: str, steps: Sequence[str], path: Path) -> None:
@@ -103,9 +87,7 @@ def draw_scaling(name: str, steps: Sequence[str], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False)
     weak.set_ylim(0, 0.6)
-    figure.suptitle(conditions)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, conditions, path)
 
 
 def _share(row: Row) -> int:

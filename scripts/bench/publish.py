@@ -9,14 +9,13 @@ docs/results/step-NAME.json, which long_step.py wrote.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_pictures import PICTURES, RESULTS, ROOT, Row, draw, draw_scaling, read
+from bench_results import ROOT, Row, read, read_json
 
 PAGES = ("README.md", "docs/benchmarks.md")
 SEVERAL, LONGER = "several-h200", ("512k-4xh200", "1m-4xh200")
@@ -59,6 +58,8 @@ def main() -> None:
     check = parser.parse_args().check
     stale = [page for page in PAGES if publish(ROOT / page, check=check)]
     if not check:
+        from bench_pictures import PICTURES, draw, draw_scaling  # matplotlib, for which a check has no use
+
         for name in PICTURES:
             draw(name, ROOT / f"docs/images/bench-{name}.png")
         draw_scaling(SEVERAL, LONGER, ROOT / f"docs/images/scaling-{SEVERAL.rpartition('-')[2]}.png")
@@ -87,7 +88,11 @@ def table(name: str, options: str) -> str:
     stacks, columns = wanted.get("stacks"), wanted.get("columns", ",".join(COLUMNS)).split(",")
     rows = [row for row in read(name) if stacks is None or row["stack"] in stacks.split(",")]
     lines = [[heading(column)[0] for column in columns], ["---"] * len(columns)]
-    lines += [cells(row, columns) for row in rows]
+    return markdown(lines + [cells(row, columns) for row in rows])
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of a table."""
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -113,8 +118,7 @@ def cell(value: str, form: str) -> str:
 def steps_table(names: Sequence[str]) -> str:
     """Steps of `long_step.py`, a line each, as measured and as foretold before."""
     lines = [list(STEP_HEADINGS), ["---"] * len(STEP_HEADINGS)]
-    lines += [step_cells(json.loads((RESULTS / f"step-{name}.json").read_text(encoding="utf-8"))) for name in names]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(lines + [step_cells(read_json(name)) for name in names])
 
 
 def step_cells(step: Mapping[str, Any]) -> list[str]:
