@@ -131,6 +131,24 @@ def test_what_a_step_has_on_the_device_already_is_not_counted_twice(monkeypatch:
     assert_rejects(check, {"the first step's length counts": True})
 
 
+def test_a_first_pass_says_what_it_and_training_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[int, int]] = []
+
+    def noted(plugin: FPDTPlugin, device: torch.device, training_bytes: int, step_bytes: int) -> Available:
+        said.append((training_bytes, step_bytes))
+        return available(plugin, device, training_bytes, step_bytes)
+
+    monkeypatch.setattr("hf_fpdt.checkpoint_store.available", noted)
+    model, ids = tiny(dtype=torch.float32), tokens(1, 40)
+    handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=8))
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+    ((training, there),) = said
+    (step,) = {step for step, layers in handle.store.plans if layers}
+    assert there == step.entry_bytes > ids.numel() * 32 * 4
+    assert training > 3 * 4 * sum(p.numel() for p in model.parameters()), "gradients and AdamW's two states"
+
+
 def test_numbers_that_were_given_are_kept(tmp_path: Any) -> None:
     plugin = FPDTPlugin(device_budget_gib=1.5, host_budget_gib=0.25)
     for there in (THERE, Available(0, 0, 0)):
