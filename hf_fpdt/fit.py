@@ -7,6 +7,7 @@ table of device memory (`memory`) and the rates of GPUs (`rates`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .budget import DEVICE_MARGIN, DEVICE_RESERVE, NO_LIMIT, PassPlan, plan_pass
@@ -105,7 +106,9 @@ class Fit:
     Attributes:
         step: its sizes.
         plan: where checkpoints, K and V go.
-        device: bytes on each GPU, by what they are.
+        device: bytes set aside on each GPU, by what they are, margins included.
+        peak: bytes of each GPU that PyTorch's allocator is foretold to reach, without margins; None where weights are
+            sharded, of which too little was measured.
         host: pinned bytes on the hosts, all together.
         seconds: of the step.
         strict_mfu: of all GPUs; no recomputation counted, attention at half.
@@ -118,6 +121,7 @@ class Fit:
     step: StepSizes
     plan: PassPlan
     device: tuple[tuple[str, int], ...]
+    peak: int | None
     host: int
     seconds: float
     strict_mfu: float
@@ -159,6 +163,7 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
         step=step,
         plan=plan,
         device=(*items, ("checkpoints", plan.foretold.device_bytes)),
+        peak=None if machines.sharded else _peak(step, plan, training),
         host=plan.foretold.host_bytes * machines.gpus,
         seconds=seconds,
         strict_mfu=strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=full)
@@ -169,6 +174,31 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
         exchange_seconds=exchange,
         gather_seconds=gathering,
     )
+
+
+def peak_bytes(step: StepSizes, plan: PassPlan, outside: int, layers: Sequence[int]) -> int:
+    """The most that a step puts on each GPU beside weights and optimizer states, without the margins of a plan.
+
+    Args:
+        step: its sizes.
+        plan: where checkpoints, K and V go.
+        outside: bytes of gradients outside of the layers.
+        layers: of gradients of each layer.
+    """
+    told = plan.foretold
+    assert told is not None
+    working = step.working_bytes(plan.kv, checkpoints_elsewhere=told.host_bytes > plan.kv.host_bytes, resident=True)
+    # A layer's checkpoints go when its gradients come.
+    both = max(max(layers) + told.device_bytes, sum(layers) + told.device_bytes // len(layers))
+    return working + outside + both
+
+
+def _peak(step: StepSizes, plan: PassPlan, training: Training) -> int:
+    weights, layers = training.weights, training.model.layers
+    size, outside = weights.element_bytes, weights.outside if weights.trained == weights.total else 0
+    layer = (weights.trained - outside) // layers
+    lasting = weights.total * size + state_bytes(weights.optimizer, weights.trained, size)
+    return lasting + peak_bytes(step, plan, outside * size, [layer * size] * layers)
 
 
 def sharded_weights(training: Training, ranks: int) -> ShardedWeights:

@@ -158,7 +158,8 @@ class PinnedMemory:
         total = sum(sizes)
         what = "hf_fpdt: pinning host memory" if self._pin else "hf_fpdt: host memory"
         # disable=None: quiet where there is no terminal. Small amounts are there at once.
-        with tqdm(total=round(total / GIB, 1), unit="GiB", desc=what, disable=None if total > GIB else True) as bar:
+        quiet = None if total > GIB else True
+        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=what, disable=quiet) as bar:
             while sizes:
                 part = _first(sizes, REGION_BYTES)
                 region, offset = self.buffer(sum(part)), 0
@@ -166,7 +167,7 @@ class PinnedMemory:
                     yield size, region[offset : offset + size]
                     offset += size
                 del sizes[: len(part)]
-                bar.update(round(offset / GIB, 1))
+                bar.update(offset)
 
     def _register(self, region: Tensor) -> None:
         code = torch.cuda.cudart().cudaHostRegister(region.data_ptr(), region.numel(), 0)

@@ -58,6 +58,7 @@ def as_json(found: Fit, helps: Mapping[str, int], least: Fit | None = None) -> d
         "exchange_seconds": found.exchange_seconds,
         "gather_seconds": found.gather_seconds,
         "device_bytes": dict(found.device),
+        "peak_device_bytes": found.peak,
         "host_bytes": found.host,
         "disk_bytes": told.disk_bytes * found.step.plan.sp_size,
         "inputs_kept": kept.inputs.count(True),

@@ -45,7 +45,17 @@ class StepProgress:
         self.close()
         # disable=None: quiet where stderr is no terminal. Of several processes the first one speaks.
         quiet = True if os.environ.get("RANK", "0") != "0" else None
-        self._bar = tqdm(total=operations, bar_format=FORMAT, leave=False, mininterval=SECONDS, disable=quiet)
+        # miniters: every part may show, a small one after large ones too. smoothing: the time left goes by the whole
+        # step so far, since a layer that runs again makes single seconds misleading.
+        self._bar = tqdm(
+            total=operations,
+            bar_format=FORMAT,
+            leave=False,
+            mininterval=SECONDS,
+            miniters=0,
+            smoothing=0,
+            disable=quiet,
+        )
         self._strict = self._handed = 0.0
         self._parts.clear()
 

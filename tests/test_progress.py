@@ -56,6 +56,17 @@ Mark.done = True
 line.advance(150.0, 150.0, "last")
 line.advance(250.0, 250.0, "end")
 """
+SLOWER = """
+import time
+from hf_fpdt import progress
+progress.SECONDS = 0
+line = progress.StepProgress()
+line.begin(10_000.0)
+for pause, operations, times in ((0.002, 100.0, 50), (0.2, 10.0, 6)):
+    for _ in range(times):
+        time.sleep(pause)
+        line.advance(operations, operations, "part")
+"""
 
 
 def on_a_terminal(script: str, **environment: str) -> tuple[str, str]:
@@ -98,6 +109,14 @@ def test_what_the_gpu_has_still_to_do_is_not_counted(told: tuple[str, str]) -> N
     before, after = told[0].rpartition("backward layer 1/32")[2].split("and done")
     assert "0%" in before and "handed" not in before and "over" not in before
     assert "handed  50%" in after and "end 100%" in after
+
+
+def test_the_time_left_goes_by_the_whole_step() -> None:
+    """Half of it took a second, so the other half will, whatever the last parts took."""
+    shown = re.findall(r"(\d+)%\|.{20}\| \d\d:\d\d<(\d\d):(\d\d)", on_a_terminal(SLOWER)[0])
+    assert len(shown) == 56, "small parts show too"
+    percent, minutes, seconds = map(int, shown[-1])
+    assert percent == 51 and 60 * minutes + seconds < 10, "by the last parts it would be three quarters of a minute"
 
 
 def test_nothing_is_written_where_there_is_no_terminal_or_by_other_processes(

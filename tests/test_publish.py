@@ -10,16 +10,16 @@ import pytest
 from tests import app_support  # noqa: F401  (where scripts are)
 
 # isort: split
-from bench_pictures import PICTURES, draw, draw_scaling
+from bench_pictures import PICTURES, draw, draw_reach, draw_scaling
 from bench_results import ROOT, read, read_step
-from publish import LONGER, PAGES, SEVERAL, publish, steps_table, table
+from publish import LONGER, PAGES, REACH, SEVERAL, publish, steps_table, table
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_what_the_files_say(page: str, tmp_path: Path) -> None:
     assert not publish(ROOT / page, check=True)
     text = (ROOT / page).read_text(encoding="utf-8")
-    fastest = max(read("lora-8b-h100"), key=lambda row: float(row["tokens_per_s"] or 0))
+    fastest = max(read("longest-8b-h100"), key=lambda row: float(row["tokens_per_s"] or 0))
     figure = f"{float(fastest['tokens_per_s']):,.0f}"
     assert figure in text
     changed = tmp_path / "page.md"
@@ -35,7 +35,7 @@ def test_files_without_a_column_for_gpus_are_of_one() -> None:
 
 
 def test_what_does_not_fit_says_so_and_is_drawn(tmp_path: Path) -> None:
-    assert "| `hf` | out of GPU memory |" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "| `hf` | out of GPU memory |" in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     for name in PICTURES:
         draw(name, tmp_path / "x.png")
         assert (tmp_path / "x.png").stat().st_size > 10_000
@@ -45,9 +45,29 @@ def test_a_step_has_what_was_measured_beside_what_was_foretold() -> None:
     header, _, line = steps_table(["1m-4xh200"]).splitlines()
     assert header.count("|") == line.count("|") and "431.3 (436.0)" in line and "0.525" in line
     step = json.loads((ROOT / "docs/results/step-1m-4xh200.json").read_text())
-    device, host = sum(step["foretold"]["device_bytes"].values()) / 2**30, step["foretold"]["host_bytes"] / 2**30
+    device, host = step["measured"]["predicted_device_gib"], step["foretold"]["host_bytes"] / 2**30
     assert f"({device:.1f})" in line and f"({host:.1f})" in line
     assert line in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    fewer = steps_table(["1m-8-layers-h100"])
+    assert "| llama-8b, 8 layers |" in fewer and "8 layers" not in line
+
+
+def test_long_steps_are_rows_after_those_of_the_file() -> None:
+    lines = table("longest-8b-h100", "columns=stack,tokens,step_s result=ok steps=512k-h100,768k-h100").splitlines()
+    assert lines[0] == "| stack | tokens | step s |" and len(lines) == 2 + 3 + 2
+    assert lines[-1] == "| `fpdt` | 786,432 | 1,100.21 |"
+    everything = table("longest-8b-h100", "columns=stack,tokens,step_s")
+    assert "| `hf-offload` | 258,048 | out of GPU memory |" in everything and "out of" not in "".join(lines)
+    assert len(table("longest-8b-h100", "stack=hf,liger").splitlines()) == 2 + 2
+
+
+def test_how_far_each_goes_is_drawn_with_the_longer_steps(tmp_path: Path) -> None:
+    names, steps = REACH
+    sizes = []
+    for more in (steps[:1], steps):
+        draw_reach(names, more, tmp_path / "x.png")
+        sizes.append((tmp_path / "x.png").read_bytes())
+    assert len(sizes[0]) > 10_000 and sizes[0] != sizes[1]
 
 
 def test_scaling_is_drawn_with_the_longer_steps(tmp_path: Path) -> None:

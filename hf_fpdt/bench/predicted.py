@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..exchange import ulysses_seconds
+from ..fit import peak_bytes
 from ..model import FPDTHandle, decoder_layers, mostly_trained
 from ..offload import GIB
 from ..optimizers import OPTIMIZERS
@@ -29,14 +30,12 @@ def predicted(handle: FPDTHandle, model: nn.Module, n_tokens: int, gpu_name: str
     plans = [(step, plan) for (step, layers), plan in handle.store.plans.items() if layers]
     # A group's ranks have parts of one length, so it may be longer by a few tokens.
     step, plan = min(plans, key=lambda each: abs(each[0].plan.n_tokens - n_tokens))
-    told = plan.foretold
-    assert told is not None
-    on_host = told.host_bytes > plan.kv.host_bytes
-    working = step.working_bytes(plan.kv, checkpoints_elsewhere=on_host, resident=True)
-    beside = _gradients_and_checkpoints(model, told.device_bytes)
+    assert plan.foretold is not None
+    layers = [_bytes(layer, trained=True) for layer in decoder_layers(base_of(model))]
+    beside = peak_bytes(step, plan, _bytes(model, trained=True) - sum(layers), layers)
     found = {
-        "predicted_device_gib": (_weights_and_states(model) + working + beside) / GIB,
-        "predicted_pinned_gib": told.host_bytes / GIB,
+        "predicted_device_gib": (_weights_and_states(model) + beside) / GIB,
+        "predicted_pinned_gib": plan.foretold.host_bytes / GIB,
     }
     gpu = gpu_named(gpu_name)
     if gpu is not None:
@@ -47,14 +46,6 @@ def predicted(handle: FPDTHandle, model: nn.Module, n_tokens: int, gpu_name: str
 
 def _weights_and_states(model: nn.Module) -> int:
     return _bytes(model) + ADAM_STATES * _bytes(model, trained=True)
-
-
-def _gradients_and_checkpoints(model: nn.Module, checkpoints: int) -> int:
-    """The most that both take together: a layer's checkpoints go when its gradients come."""
-    layers = decoder_layers(base_of(model))
-    inside = [_bytes(layer, trained=True) for layer in layers]
-    outside = _bytes(model, trained=True) - sum(inside)
-    return outside + max(max(inside) + checkpoints, sum(inside) + checkpoints // len(layers))
 
 
 def _bytes(module: nn.Module, *, trained: bool = False) -> int:

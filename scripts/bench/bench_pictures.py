@@ -11,6 +11,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 PICTURES = ("lora-8b-h100", "full-1b-h100")
+REACH = ("fpdt", "liger", "hf", "hf-offload")  # the stacks whose end was looked for, and ours
 # Column of the CSV: title, what a label counts in, its digits.
 PANELS = (
     ("tokens_per_s", "thousand tokens a second", 1000, 1),
@@ -32,6 +33,35 @@ def draw(name: str, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     _save(figure, f"{_conditions(rows)}; × out of memory", path)
+
+
+def draw_reach(names: Sequence[str], steps: Sequence[str], path: Path) -> None:
+    """Strict MFU by length, a line a stack, up to the longest of it that ran; a number beside each line's end.
+
+    Args:
+        names: of CSVs of one model on one kind of GPU.
+        steps: of long_step.py, of the same.
+        path: of the picture.
+    """
+    found = [row for name in names for row in read(name)]
+    rows = [row for row in found if row["result"] == "ok"] + [read_step(step) for step in steps]
+    figure, panel = plt.subplots(figsize=(10, 4.4), layout="constrained")
+    for i, stack in enumerate(REACH):
+        mine = sorted((int(row["tokens"]), float(row["strict_mfu"])) for row in rows if row["stack"] == stack)
+        ours = "fpdt" in stack
+        panel.plot(*zip(*mine, strict=True), "o-", color=f"C{i}", lw=3 if ours else 1.5, alpha=1 if ours else 0.7)
+        (tokens, mfu), above = mine[-1], 12 if stack in ("fpdt", "hf") else -4
+        panel.annotate(f"{stack} {tokens:,}", (tokens, mfu), (8, above), textcoords="offset points", color=f"C{i}")
+    panel.set_xscale("log", base=2)
+    lengths = sorted({int(row["tokens"]) for row in read(names[0])}) + [2**18, 2**19, 3 * 2**18]
+    panel.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+    panel.minorticks_off()
+    panel.set_xlim(right=2**20 * 1.3)
+    panel.set_ylim(0, 0.6)
+    panel.set_xlabel("tokens of one sequence")
+    panel.set_ylabel("strict MFU")
+    panel.spines[["top", "right"]].set_visible(False)
+    _save(figure, _conditions(found), path)
 
 
 def _bars(panel: Any, rows: list[Row], lengths: list[int], what: tuple[str, int, int]) -> None:

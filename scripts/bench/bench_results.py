@@ -8,6 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/results"
+GIB = 2**30
 # What files from before there was such a column mean.
 FORMER = {"gpus": "1"}
 Row = Mapping[str, str]
@@ -26,8 +27,21 @@ def read_json(name: str) -> dict[str, Any]:
 
 
 def read_step(name: str) -> Row:
-    """A step of long_step.py as a row."""
+    """A step of long_step.py as a row of a CSV, with what was foretold of it."""
     step = read_json(name)
-    last = step["measured"]["steps"][-1]
-    figures = {"tokens_per_s": last["tokens_per_second"], "strict_mfu": last["strict_mfu"], "tokens": step["tokens"]}
-    return {"gpus": step["gpus"].split()[0], **{column: str(value) for column, value in figures.items()}}
+    last, told = step["measured"]["steps"][-1], step["foretold"]
+    # The step's own plan: what it sets aside at most, where that plan said nothing.
+    device = step["measured"].get("predicted_device_gib", sum(told["device_bytes"].values()) / GIB)
+    figures = {
+        "tokens": step["tokens"],
+        "step_s": last["step_seconds"],
+        "tokens_per_s": last["tokens_per_second"],
+        "strict_mfu": last["strict_mfu"],
+        "peak_device_gib": last["device_peak_gib"],
+        "pinned_host_gib": last["host_gib"],
+        "predicted_s": told["seconds"],
+        "predicted_device_gib": device,
+        "predicted_pinned_gib": told["host_bytes"] / GIB,
+    }
+    facts = {"stack": "fpdt", "result": "ok", "gpus": step["gpus"].split()[0]}
+    return facts | {column: str(value) for column, value in figures.items()}

@@ -3,9 +3,10 @@
     python scripts/bench/publish.py           # tables and pictures
     python scripts/bench/publish.py --check   # exit status 1 where a table is not what its CSV says
 
-A table lies between `<!-- bench NAME [stacks=A,B] [columns=C,D] -->` and `<!-- end -->`; it is that of
-docs/results/bench-NAME.csv; without columns they are those for one GPU. `<!-- steps NAME NAME -->` begins one of
-docs/results/step-NAME.json, which long_step.py wrote.
+A table lies between `<!-- bench NAME [columns=C,D] [steps=E,F] [stack=A,B] [result=ok] -->` and `<!-- end -->`; it is
+that of docs/results/bench-NAME.csv, with docs/results/step-E.json, which long_step.py wrote, as more rows. Without
+`columns` they are those for one GPU; a column's name keeps the rows that have one of its values. A table of steps
+alone begins with `<!-- steps NAME NAME -->`.
 """
 
 import argparse
@@ -15,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_results import ROOT, Row, read, read_json
+from bench_results import ROOT, Row, read, read_json, read_step
 
 PAGES = ("README.md", "docs/benchmarks.md")
 SEVERAL, LONGER = "several-h200", ("512k-4xh200", "1m-4xh200")
+REACH = ("lora-8b-h100", "longest-8b-h100"), ("512k-h100", "768k-h100")
 MARKER = re.compile(r"(<!-- (bench|steps) ([\w-]+)([^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
-GIB = 2**30
 # Column of the CSV: heading, format.
 COLUMNS = {
     "tokens": ("tokens", ","),
@@ -37,11 +38,13 @@ COLUMNS = {
 # Where they are asked for.
 MORE_COLUMNS = {
     "gpus": ("GPUs", ","),
+    "chunk_tokens": ("chunk tokens", ","),
     "predicted_s": ("foretold s", ",.2f"),
     "predicted_device_gib": ("foretold GPU GiB", ".1f"),
 }
 STEP_HEADINGS = (
     "tokens",
+    "model",
     "trained",
     "GPUs",
     "step s (foretold)",
@@ -58,10 +61,11 @@ def main() -> None:
     check = parser.parse_args().check
     stale = [page for page in PAGES if publish(ROOT / page, check=check)]
     if not check:
-        from bench_pictures import PICTURES, draw, draw_scaling  # matplotlib, for which a check has no use
+        from bench_pictures import PICTURES, draw, draw_reach, draw_scaling  # matplotlib, for which a check has no use
 
         for name in PICTURES:
             draw(name, ROOT / f"docs/images/bench-{name}.png")
+        draw_reach(*REACH, ROOT / "docs/images/reach-h100.png")
         draw_scaling(SEVERAL, LONGER, ROOT / f"docs/images/scaling-{SEVERAL.rpartition('-')[2]}.png")
     for page in stale:
         print(f"{page}: {'differs from the CSV files; run scripts/bench/publish.py' if check else 'written'}")
@@ -84,9 +88,11 @@ def filled(kind: str, name: str, options: str) -> str:
 
 def table(name: str, options: str) -> str:
     """The table of one CSV as Markdown."""
-    wanted = dict(re.findall(r"(\w+)=(\S+)", options))
-    stacks, columns = wanted.get("stacks"), wanted.get("columns", ",".join(COLUMNS)).split(",")
-    rows = [row for row in read(name) if stacks is None or row["stack"] in stacks.split(",")]
+    wanted = {option: values.split(",") for option, values in re.findall(r"(\w+)=(\S+)", options)}
+    columns = wanted.pop("columns", list(COLUMNS))
+    rows = read(name) + [read_step(step) for step in wanted.pop("steps", [])]
+    for column, values in wanted.items():
+        rows = [row for row in rows if row[column] in values]
     lines = [[heading(column)[0] for column in columns], ["---"] * len(columns)]
     return markdown(lines + [cells(row, columns) for row in rows])
 
@@ -118,23 +124,28 @@ def cell(value: str, form: str) -> str:
 def steps_table(names: Sequence[str]) -> str:
     """Steps of `long_step.py`, a line each, as measured and as foretold before."""
     lines = [list(STEP_HEADINGS), ["---"] * len(STEP_HEADINGS)]
-    return markdown(lines + [step_cells(read_json(name)) for name in names])
+    return markdown(lines + [step_cells(read_json(name), read_step(name)) for name in names])
 
 
-def step_cells(step: Mapping[str, Any]) -> list[str]:
+def step_cells(step: Mapping[str, Any], row: Row) -> list[str]:
     """One line of `steps_table`."""
-    last, told = step["measured"]["steps"][-1], step["foretold"]
-    device, host = sum(told["device_bytes"].values()) / GIB, told["host_bytes"] / GIB
+    figure = {column: float(row[column]) for column in row if column not in ("stack", "result")}
     return [
-        f"{step['tokens']:,}",
+        f"{figure['tokens']:,.0f}",
+        of_model(step),
         step["trained"],
         step["gpus"],
-        f"{last['step_seconds']:,.1f} ({told['seconds']:,.1f})",
-        f"{last['tokens_per_second']:,.0f}",
-        f"{last['strict_mfu']:.3f}",
-        f"{last['device_peak_gib']:.1f} ({device:.1f})",
-        f"{last['host_gib']:.1f} ({host:.1f})",
+        f"{figure['step_s']:,.1f} ({figure['predicted_s']:,.1f})",
+        f"{figure['tokens_per_s']:,.0f}",
+        f"{figure['strict_mfu']:.3f}",
+        f"{figure['peak_device_gib']:.1f} ({figure['predicted_device_gib']:.1f})",
+        f"{figure['pinned_host_gib']:.1f} ({figure['predicted_pinned_gib']:.1f})",
     ]
+
+
+def of_model(step: Mapping[str, Any]) -> str:
+    """The shape, and how many of its layers where they are not all."""
+    return step["model"] + (f", {step['layers']} layers" if step["layers"] else "")
 
 
 if __name__ == "__main__":
