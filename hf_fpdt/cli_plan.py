@@ -87,7 +87,11 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--host-mem", type=amount, metavar="GIB", help="of all machines together (left out: what --seq-len needs)"
     )
     machines.add_argument("--disk", type=amount, default=0.0, metavar="GIB", help="for files (default: none)")
-    machines.add_argument("--fsdp", action="store_true", help="shard weights over the GPUs (FSDP2)")
+    machines.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="shard weights over the GPUs (FSDP2 with mixed precision: those that train are in fp32)",
+    )
     output = parser.add_argument_group("what to write")
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over a step, and how far hosts reach")

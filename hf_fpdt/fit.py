@@ -7,7 +7,6 @@ table of device memory (`memory`) and the rates of GPUs (`rates`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .budget import DEVICE_MARGIN, DEVICE_RESERVE, NO_LIMIT, PassPlan, plan_pass
@@ -25,6 +24,8 @@ STEP_TOKENS = 16_384
 MOST_TOKENS = 2**27
 # Of the memory that a machine is sold with, what its system shows.
 HOST_USABLE = 0.98
+# Of an element of a weight that trains under FSDP2: accelerate upcasts it, with its gradient and optimizer states.
+FP32_BYTES = 4
 # Buffers of NCCL's communicators, Ulysses' and DDP's, as seen on four GPUs of one host.
 NCCL_BYTES = int(1.3 * GIB)
 
@@ -59,7 +60,8 @@ class Machines:
         gpus: how many, all of one sequence-parallel group.
         host_bytes: host memory.
         disk_bytes: free space for files.
-        sharded: whether FSDP2 shards weights, gradients and optimizer over all GPUs; else each has all of them (DDP).
+        sharded: whether FSDP2 shards weights, gradients and optimizer over all GPUs, those that train in fp32, as
+            accelerate has them under mixed precision; else each has all of them (DDP).
         kept_bytes: the most of each GPU for K, V and checkpoints (`FPDTPlugin.device_budget_gib`); None: what is left.
     """
 
@@ -107,8 +109,7 @@ class Fit:
         step: its sizes.
         plan: where checkpoints, K and V go.
         device: bytes set aside on each GPU, by what they are, margins included.
-        peak: bytes of each GPU that PyTorch's allocator is foretold to reach, without margins; None where weights are
-            sharded, of which too little was measured.
+        peak: bytes of each GPU that PyTorch's allocator is foretold to reach, without margins.
         host: pinned bytes on the hosts, all together.
         seconds: of the step.
         strict_mfu: of all GPUs; no recomputation counted, attention at half.
@@ -121,7 +122,7 @@ class Fit:
     step: StepSizes
     plan: PassPlan
     device: tuple[tuple[str, int], ...]
-    peak: int | None
+    peak: int
     host: int
     seconds: float
     strict_mfu: float
@@ -137,7 +138,7 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
         MemoryError: it does not fit; the message has the arithmetic.
     """
     step, gpu, weights = training.step(n_tokens, machines.gpus), machines.gpu, training.weights
-    fixed = _fixed_bytes(weights, machines, training.model.layer_parameters)
+    fixed = _fixed_bytes(training, machines)
     working = int(DEVICE_MARGIN * step.working_bytes(step.kv_bytes(NO_LIMIT))) + DEVICE_RESERVE
     room = int(gpu.memory_gib * GIB) - sum(size for _, size in fixed) - working
     if room < 0:
@@ -163,7 +164,7 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
         step=step,
         plan=plan,
         device=(*items, ("checkpoints", plan.foretold.device_bytes)),
-        peak=None if machines.sharded else _peak(step, plan, training),
+        peak=_peak(step, plan, training, machines),
         host=plan.foretold.host_bytes * machines.gpus,
         seconds=seconds,
         strict_mfu=strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=full)
@@ -176,29 +177,31 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
     )
 
 
-def peak_bytes(step: StepSizes, plan: PassPlan, outside: int, layers: Sequence[int]) -> int:
+def peak_bytes(step: StepSizes, plan: PassPlan, outside: int, inside: int, sums: int) -> int:
     """The most that a step puts on each GPU beside weights and optimizer states, without the margins of a plan.
 
     Args:
         step: its sizes.
         plan: where checkpoints, K and V go.
         outside: bytes of gradients outside of the layers.
-        layers: of gradients of each layer.
+        inside: of gradients of all layers.
+        sums: of the gradients of one layer while they add up over chunks.
     """
     told = plan.foretold
     assert told is not None
     working = step.working_bytes(plan.kv, checkpoints_elsewhere=told.host_bytes > plan.kv.host_bytes, resident=True)
     # A layer's checkpoints go when its gradients come.
-    both = max(max(layers) + told.device_bytes, sum(layers) + told.device_bytes // len(layers))
-    return working + outside + both
+    last = told.device_bytes // max(1, plan.kept.layers)
+    return working + outside + max(sums + told.device_bytes, inside + last)
 
 
-def _peak(step: StepSizes, plan: PassPlan, training: Training) -> int:
-    weights, layers = training.weights, training.model.layers
-    size, outside = weights.element_bytes, weights.outside if weights.trained == weights.total else 0
-    layer = (weights.trained - outside) // layers
-    lasting = weights.total * size + state_bytes(weights.optimizer, weights.trained, size)
-    return lasting + peak_bytes(step, plan, outside * size, [layer * size] * layers)
+def _peak(step: StepSizes, plan: PassPlan, training: Training, machines: Machines) -> int:
+    weights, fixed = training.weights, dict(_fixed_bytes(training, machines))
+    outside = weights.outside if weights.trained == weights.total else 0
+    inside = weights.trained - outside
+    apart, within = (fixed["gradients"] * part // weights.trained for part in (outside, inside))
+    sums = sum_bytes(inside // training.model.layers)
+    return fixed["weights"] + fixed["optimizer"] + peak_bytes(step, plan, apart, within, sums)
 
 
 def sharded_weights(training: Training, ranks: int) -> ShardedWeights:
@@ -217,16 +220,21 @@ def sharded_weights(training: Training, ranks: int) -> ShardedWeights:
     )
 
 
-def _fixed_bytes(weights: Weights, machines: Machines, layer: int) -> tuple[tuple[str, int], ...]:
+def _fixed_bytes(training: Training, machines: Machines) -> tuple[tuple[str, int], ...]:
     """What lies on each GPU whatever the length."""
-    ranks, size = (machines.gpus if machines.sharded else 1), weights.element_bytes
-    # FSDP2 gathers the layer that runs and the next one; embeddings and head stay gathered.
-    gathered = (2 * layer + weights.outside) * size if machines.sharded else 0
+    weights, layer = training.weights, training.model.layer_parameters
+    ranks, size, trained = 1, weights.element_bytes, weights.element_bytes
+    gathered = 0
+    if machines.sharded:
+        ranks, trained = machines.gpus, FP32_BYTES
+        # The layer that runs and the next one; embeddings and head stay gathered.
+        gathered = (2 * layer + weights.outside) * size
+    lasting = (weights.total - weights.trained) * size + weights.trained * trained
     nccl = (("NCCL", NCCL_BYTES),) if machines.gpus > 1 else ()
     return (
-        ("weights", weights.total * size // ranks + gathered),
-        ("gradients", weights.trained * size // ranks),
-        ("optimizer", state_bytes(weights.optimizer, weights.trained, size) // ranks),
+        ("weights", lasting // ranks + gathered),
+        ("gradients", weights.trained * trained // ranks),
+        ("optimizer", state_bytes(weights.optimizer, weights.trained, trained) // ranks),
         ("sums of gradients over chunks", sum_bytes(weights.largest_trained)),
         *nccl,
     )

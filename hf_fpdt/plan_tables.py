@@ -96,8 +96,7 @@ def _memory(found: Fit, machines: Machines) -> Table:
             table.add_row(name, *map(_gib, sizes))
     table.add_row("together", *(_gib(sum(items.values())) for items, _ in places), style="bold")
     table.add_row("there is", *(_gib(size) for _, size in places))
-    if found.peak is not None:
-        table.add_row("reached, without margins", _gib(found.peak))
+    table.add_row("reached, without margins", _gib(found.peak))
     return table
 
 

@@ -30,8 +30,9 @@ def read_step(name: str) -> Row:
     """A step of long_step.py as a row of a CSV, with what was foretold of it."""
     step = read_json(name)
     last, told = step["measured"]["steps"][-1], step["foretold"]
-    # The step's own plan: what it sets aside at most, where that plan said nothing.
-    device = step["measured"].get("predicted_device_gib", sum(told["device_bytes"].values()) / GIB)
+    # By the step's own plan, else by the planner, which in older files has what it set aside alone.
+    planned = told.get("peak_device_bytes", sum(told["device_bytes"].values())) / GIB
+    device = step["measured"].get("predicted_device_gib", planned)
     figures = {
         "tokens": step["tokens"],
         "step_s": last["step_seconds"],
