@@ -7,6 +7,7 @@ table of device memory (`memory`) and the rates of GPUs (`rates`).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .budget import DEVICE_MARGIN, DEVICE_RESERVE, NO_LIMIT, PassPlan, plan_pass
@@ -164,7 +165,7 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> Fit:
         step=step,
         plan=plan,
         device=(*items, ("checkpoints", plan.foretold.device_bytes)),
-        peak=_peak(step, plan, training, machines),
+        peak=_peak(step, plan, training, dict(fixed)),
         host=plan.foretold.host_bytes * machines.gpus,
         seconds=seconds,
         strict_mfu=strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=full)
@@ -191,12 +192,11 @@ def peak_bytes(step: StepSizes, plan: PassPlan, outside: int, inside: int, sums:
     assert told is not None
     working = step.working_bytes(plan.kv, checkpoints_elsewhere=told.host_bytes > plan.kv.host_bytes, resident=True)
     # A layer's checkpoints go when its gradients come.
-    last = told.device_bytes // max(1, plan.kept.layers)
-    return working + outside + max(sums + told.device_bytes, inside + last)
+    return working + outside + max(sums + told.device_bytes, inside + told.device_bytes // plan.kept.layers)
 
 
-def _peak(step: StepSizes, plan: PassPlan, training: Training, machines: Machines) -> int:
-    weights, fixed = training.weights, dict(_fixed_bytes(training, machines))
+def _peak(step: StepSizes, plan: PassPlan, training: Training, fixed: Mapping[str, int]) -> int:
+    weights = training.weights
     outside = weights.outside if weights.trained == weights.total else 0
     inside = weights.trained - outside
     apart, within = (fixed["gradients"] * part // weights.trained for part in (outside, inside))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +36,11 @@ def sum_bytes(largest_trained: int) -> int:
         largest_trained: the most that train in one layer, or outside of the layers.
     """
     return (4 + 2) * largest_trained
+
+
+def parameter_count(parameters: Iterable[nn.Parameter], *, trained: bool = False) -> int:
+    """Numbers in all of them, or in those that train; under FSDP2 of all ranks together."""
+    return sum(p.numel() for p in parameters if p.requires_grad or not trained)
 
 
 def kind_of(optimizer: Any) -> str:
@@ -71,8 +76,8 @@ class TrainingMemory:
         """Bytes of gradients and optimizer states that are not there yet, and of the sums of gradients over chunks."""
         own = [(p, getattr(p, "_local_tensor", p)) for p in self.model.parameters() if p.requires_grad]
         gradients = sum(local.numel() * local.element_size() for p, local in own if p.grad is None)
-        inside = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in self.layers]
-        outside = sum(p.numel() for p, _ in own) - sum(inside)
+        inside = [parameter_count(layer.parameters(), trained=True) for layer in self.layers]
+        outside = parameter_count(self.model.parameters(), trained=True) - sum(inside)
         return gradients + self._states(own) + sum_bytes(max(outside, *inside))
 
     def _states(self, own: list[tuple[Any, Any]]) -> int:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from .fit import Fit, Training, Weights
 from .memory import ModelSizes
 from .model import decoder_layers
+from .optimizers import parameter_count
 from .patch import AUTO_CHUNK_TOKENS_GPU, auto_loss_tokens
 from .shapes import build_random
 
@@ -21,26 +22,22 @@ def training_of(config: PreTrainedConfig, *, lora: bool) -> Training:
     model = built.get_base_model() if lora else built
     layers = decoder_layers(model)
     inside = [list(layer.parameters()) for layer in layers]
-    total, trained = _count(model.parameters()), _count(model.parameters(), trained=True)
-    in_layers = [_count(parameters, trained=True) for parameters in inside]
+    total, trained = parameter_count(model.parameters()), parameter_count(model.parameters(), trained=True)
+    in_layers = [parameter_count(parameters, trained=True) for parameters in inside]
     text = config.get_text_config()
-    largest = max(map(_count, inside))
+    largest = max(map(parameter_count, inside))
     return Training(
         model=ModelSizes.of(text, layers=len(layers), layer_parameters=largest),
         weights=Weights(
             total=total,
             trained=trained,
             largest_trained=max(trained - sum(in_layers), *in_layers),
-            outside=total - sum(map(_count, inside)),
+            outside=total - sum(map(parameter_count, inside)),
         ),
         vocabulary=text.vocab_size,
         chunk_tokens=AUTO_CHUNK_TOKENS_GPU,
         loss_tokens=auto_loss_tokens(text.vocab_size),
     )
-
-
-def _count(parameters: Any, *, trained: bool = False) -> int:
-    return sum(p.numel() for p in parameters if p.requires_grad or not trained)
 
 
 def as_json(found: Fit, helps: Mapping[str, int], least: Fit | None = None) -> dict[str, Any]:

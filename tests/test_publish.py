@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from tests import app_support  # noqa: F401  (where scripts are)
 
 # isort: split
 from bench_pictures import PICTURES, draw, draw_reach, draw_scaling
-from bench_results import ROOT, read, read_step
+from bench_results import ROOT, read, read_json, read_step
 from publish import LONGER, PAGES, REACH, SEVERAL, publish, steps_table, table
 
 
@@ -44,7 +43,7 @@ def test_what_does_not_fit_says_so_and_is_drawn(tmp_path: Path) -> None:
 def test_a_step_has_what_was_measured_beside_what_was_foretold() -> None:
     header, _, line = steps_table(["1m-4xh200"]).splitlines()
     assert header.count("|") == line.count("|") and "431.3 (436.0)" in line and "0.525" in line
-    step = json.loads((ROOT / "docs/results/step-1m-4xh200.json").read_text())
+    step = read_json("1m-4xh200")
     device, host = step["measured"]["predicted_device_gib"], step["foretold"]["host_bytes"] / 2**30
     assert f"({device:.1f})" in line and f"({host:.1f})" in line
     assert line in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from ..exchange import ulysses_seconds
 from ..fit import peak_bytes
 from ..model import FPDTHandle, decoder_layers, mostly_trained
 from ..offload import GIB
-from ..optimizers import OPTIMIZERS, sum_bytes
+from ..optimizers import OPTIMIZERS, parameter_count, sum_bytes
 from ..rates import gpu_named, step_seconds
 from .stack import base_of
 
@@ -33,7 +33,7 @@ def predicted(handle: FPDTHandle, model: nn.Module, n_tokens: int, gpu_name: str
     assert plan.foretold is not None
     layers = decoder_layers(base_of(model))
     inside = sum(_bytes(layer, trained=True) for layer in layers)
-    sums = sum_bytes(max(sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers))
+    sums = sum_bytes(max(parameter_count(layer.parameters(), trained=True) for layer in layers))
     beside = peak_bytes(step, plan, _bytes(model, trained=True) - inside, inside, sums)
     found = {
         "predicted_device_gib": (_weights_and_states(model) + beside) / GIB,
