@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_fpdt.bench.catalogue import Fpdt
@@ -66,9 +67,20 @@ class NoGradients(Stack):
 
 
 class RingOnCpu(Ring):
-    """`ring` as it is, but that each rank gathers keys and values where torch passes them around on GPUs."""
+    """`ring` as it is, but that each rank gathers keys and values where torch passes them around on GPUs.
+
+    Attributes:
+        masks: those that transformers made for SDPA.
+    """
+
+    masks: ClassVar[list[Tensor | None]] = []
 
     def _check_attention(self, model: nn.Module) -> None:
+        def mask(*args: Any, **options: Any) -> Tensor | None:
+            self.masks.append(sdpa_mask(*args, **options))
+            return self.masks[-1]
+
+        ALL_MASK_ATTENTION_FUNCTIONS.register("gathered", mask)
         ALL_ATTENTION_FUNCTIONS.register("gathered", gathered_attention)
         base_of(model).set_attn_implementation("gathered")
 

@@ -21,7 +21,7 @@ from hf_fpdt.bench import child
 from hf_fpdt.bench.catalogue import STACKS, Fpdt, FpdtOnHost
 from hf_fpdt.bench.children import LAUNCHER, Children, _Child, command_for
 from hf_fpdt.bench.job import Job
-from hf_fpdt.bench.measure import together
+from hf_fpdt.bench.measure import measure, together
 from hf_fpdt.bench.parity import check
 from hf_fpdt.bench.report import as_table
 from hf_fpdt.bench.stack import Stack, Unavailable
@@ -69,6 +69,17 @@ def _compared(rank: int, world: int, task: Job) -> None:
 def test_right_stacks_pass_and_wrong_ones_do_not_on_two_ranks(tmp_path: Path) -> None:
     """In float32; each rank comes to the same verdict."""
     spawn(_compared, 2, job(tmp_path, gpus=2))
+
+
+def _measured(rank: int, world: int, task: Job) -> None:
+    stack = bench_stacks.RingOnCpu()
+    stack.world = World(world, rank)
+    assert measure(stack, task)["loss"] > 4
+    assert stack.masks == [None, None]  # of a short step and of the one that counts
+
+
+def test_ring_makes_no_mask_of_tokens_times_tokens(tmp_path: Path) -> None:
+    spawn(_measured, 2, job(tmp_path, gpus=2, tokens=(1024,), steps=1))
 
 
 @pytest.mark.slow

@@ -56,11 +56,15 @@ class Ring(OffloadedHuggingFace):
         kept = (shift_labels != IGNORED).sum()
         ids = pad(ids_BS, (0, missing))
         positions = torch.arange(ids.shape[1], device=ids.device)[None].repeat(ids.shape[0], 1)
-        buffers = [ids, shift_labels, positions]
+        # As a collator's. Without it transformers takes a rank's two pieces for packed sequences, by their positions,
+        # and makes a mask of a rank's tokens times as many, which accelerate then drops.
+        mask = pad(torch.ones_like(ids_BS), (0, missing))
+        buffers = [ids, shift_labels, positions, mask]
         with self._accelerator.maybe_context_parallel(
             buffers=buffers, buffer_seq_dims=[1] * len(buffers), no_restore_buffers=set(buffers)
         ):
-            summed = model(input_ids=ids, position_ids=positions, shift_labels=shift_labels, use_cache=False)
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+            summed = model(**inputs, shift_labels=shift_labels, use_cache=False)
             loss = summed * self.world.size / kept
             self._accelerator.backward(loss)
         return self.world.mean(loss)
