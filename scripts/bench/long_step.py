@@ -229,6 +229,7 @@ def main() -> None:
             trainer = train(build(config, options), ids, lengths, plugin, folder, options.forward_only)
         result["measured"] = measured(trainer, options.seq_len, gpu_name)
         state.print(json.dumps(result["measured"], indent=1))
+        trainer.accelerator.end_training()
     if options.out is not None and state.is_main_process:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
