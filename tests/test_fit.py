@@ -41,20 +41,24 @@ def test_a_plan_foretells_the_memory_of_measured_steps(n_tokens: int, device_gib
     assert found.copy_seconds < 0.05 * found.seconds
 
 
-@pytest.mark.parametrize("name", ["512k-h100", "768k-h100", "1m-8-layers-h100"])
+@pytest.mark.parametrize("name", ["512k-h100", "768k-h100", "1m-8-layers-h100", "512k-2xh100", "1m-2xh100"])
 def test_long_steps_reach_what_was_foretold(name: str) -> None:
-    """Of docs/results/, on one H100: GPU memory within 2 %, host memory 0.5 %, seconds with pinning 3 %."""
+    """Of docs/results/, on one and two H100: GPU memory within 2 %, host memory 0.5 %, seconds without pinning 5 %."""
     step = read_json(name)
     layers, measured = step["layers"] or LLAMA_8B.layers, step["measured"]["steps"][-1]
+    settings, gpus = step["settings"], int(step["gpus"].split()[0])
     shares = {"total": 8_072_204_288 - 1_050_677_248, "trained": 41_943_040}
     counts = {part: whole * layers // LLAMA_8B.layers for part, whole in shares.items()}
     weights = replace(LORA, total=counts["total"] + LORA.outside, trained=counts["trained"])
     training = replace(TRAINING, model=replace(LLAMA_8B, layers=layers), weights=weights, loss_tokens=2048)
-    host_bytes = machine_bytes(int(step["settings"]["host_budget_gib"]) * GIB)
-    found = fit(training, replace(ONE, host_bytes=host_bytes), step["tokens"])
+    host_bytes, kept = machine_bytes(int(settings["host_budget_gib"]) * GIB * gpus), settings["device_budget_gib"]
+    kept_bytes = None if kept == "auto" else int(kept * GIB)
+    machines = replace(ONE, gpus=gpus, host_bytes=host_bytes, kept_bytes=kept_bytes)
+    found = fit(training, machines, step["tokens"])
     assert found.peak / GIB == pytest.approx(measured["device_peak_gib"], rel=0.02)
     assert found.host / GIB == pytest.approx(measured["host_gib"], rel=0.005)
-    assert found.seconds == pytest.approx(measured["step_seconds"], rel=0.03)
+    seconds = measured["step_seconds"] - step["measured"]["pinning_seconds"]
+    assert found.seconds == pytest.approx(seconds, rel=0.05)
 
 
 def test_gradients_come_as_checkpoints_go() -> None:

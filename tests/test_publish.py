@@ -53,7 +53,7 @@ def test_a_step_has_what_was_measured_beside_what_was_foretold() -> None:
 
 def test_long_steps_are_rows_after_those_of_the_file() -> None:
     lines = table("longest-8b-h100", "columns=stack,tokens,step_s result=ok steps=512k-h100,768k-h100").splitlines()
-    assert lines[0] == "| stack | tokens | step s |" and len(lines) == 2 + 3 + 2
+    assert lines[0] == "| stack | tokens | step s |" and len(lines) == 2 + 4 + 2
     assert lines[-1] == "| `fpdt` | 786,432 | 1,100.21 |"
     everything = table("longest-8b-h100", "columns=stack,tokens,step_s")
     assert "| `hf-offload` | 258,048 | out of GPU memory |" in everything and "out of" not in "".join(lines)

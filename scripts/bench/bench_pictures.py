@@ -11,7 +11,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 PICTURES = ("lora-8b-h100", "full-1b-h100")
-REACH = ("fpdt", "liger", "hf", "hf-offload")  # the stacks whose end was looked for, and ours
+REACH = ("fpdt", "liger", "hf", "hf-offload", "alst")  # the stacks whose end was looked for, and ours
 # Column of the CSV: title, what a label counts in, its digits.
 PANELS = (
     ("tokens_per_s", "thousand tokens a second", 1000, 1),
