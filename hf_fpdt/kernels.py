@@ -265,7 +265,7 @@ def _fa4_backward(
 def _fa4_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     reason = _half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128)
     if reason is None and _import("flash_attn.cute.interface") is None:
-        return "the package flash-attn-4 is not installed (pip install hf_fpdt[flash])"
+        return "the package flash-attn-4 is not installed (pip install flash-attn-4)"
     return reason
 
 

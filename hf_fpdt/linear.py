@@ -11,6 +11,7 @@ only K and V are made again, nor are q, k, v, where an attention output was kept
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from .patch import Settings, is_patched, patch
 from .run import current_call
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, value: Value | None, **kwarg
     base, down, up = self.base_layer, self.lora_A[name], self.lora_B[name]
     tensors = _in_autocast_dtype(x, base.weight, down.weight, up.weight, *_present(base.bias))
     if len({tensor.dtype for tensor in tensors}) > 1:
+        _say_not_fused(down.weight.dtype, x.dtype)
         return self._fpdt.forward(x)  # PEFT computes wider adapters in their own dtype
     dropout, (x, *weights) = self.lora_dropout[name], tensors
     active = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
@@ -95,6 +99,16 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, value: Value | None, **kwarg
     if unread and not torch.is_grad_enabled():
         return _unwritten(x, weights[0])
     return _LoRALinear.apply(self.scaling[name], unread, x, x_adapter, *weights)
+
+
+@functools.cache
+def _say_not_fused(adapters: torch.dtype, inputs: torch.dtype) -> None:
+    """Once for each case."""
+    logger.warning(
+        "hf_fpdt: adapters are %s, a layer's input is %s, so PEFT's own slower code runs in place of fused LoRA: "
+        "train with bf16=True (autocast), or make them with get_peft_model(..., autocast_adapter_dtype=False).",
+        *(str(dtype).removeprefix("torch.") for dtype in (adapters, inputs)),
+    )
 
 
 def _unwritten(x: Tensor, weight: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class PictureError(RuntimeError):
 def check_matplotlib() -> None:
     """Raise PictureError, which says what to install, unless matplotlib is there."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise PictureError("the picture is drawn by matplotlib, which is not installed: pip install 'hf_fpdt[bench]'.")
+        raise PictureError("the picture is drawn by matplotlib, which is not installed: pip install matplotlib.")
 
 
 def draw(timelines: Sequence[Timeline], path: str | Path, title: str, conditions: str = "") -> None:

@@ -40,15 +40,17 @@ PEAK_FLOPS = GPUS["h100"].peak
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="llama-8b")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seq-len", type=parse_tokens, nargs="+", default=[parse_tokens("128K")])
-    parser.add_argument("--chunk-tokens", type=parse_tokens, default=parse_tokens("32K"))
-    parser.add_argument("--kernel", default="auto")
+    parser.add_argument("--shape", choices=list(SHAPES), default="llama-8b", help="random weights (%(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the shape to keep (%(default)s)")
+    parser.add_argument(
+        "--seq-len", type=parse_tokens, nargs="+", default=[parse_tokens("128K")], help="lengths (128K)"
+    )
+    parser.add_argument("--chunk-tokens", type=parse_tokens, default=parse_tokens("32K"), help="of a chunk (32K)")
+    parser.add_argument("--kernel", default="auto", help="attention kernel (%(default)s)")
     parser.add_argument("--case", action="append", required=True, help="one row, e.g. device=0,checkpoints=attention")
     parser.add_argument("--together", action="store_true", help="a model for each case, all at once; steps take turns")
     parser.add_argument("--full", action="store_true", help="train every weight with AdamW, not LoRA")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each case (%(default)s)")
     parser.add_argument("--out", type=Path, help="append one JSON object a row to this file")
     return parser.parse_args()
 

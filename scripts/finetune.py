@@ -34,7 +34,7 @@ from loss_by_position import Curve, Cut, measure, table_lines, write_csv
 from model_card import command_line, write_card
 from peft import LoraConfig, get_peft_model
 from position_figure import draw
-from rope_scaling import RopePlan, apply_rope, plan_rope
+from rope_scaling import RopePlan, apply_rope, beyond_reach, plan_rope
 from run_facts import hardware_facts, version_facts
 from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -171,12 +171,12 @@ def load_model(options: Options, group: SequenceParallelGroup) -> tuple[nn.Modul
 
 
 def _weight_dtype(options: Options) -> torch.dtype:
-    return torch.float32 if mixed_precision(options) else options.dtype
+    return torch.float32 if options.full and mixed_precision(options) else options.dtype
 
 
 def mixed_precision(options: Options) -> bool:
-    """bfloat16 weights lose updates smaller than 1/256 of a weight: full training keeps float32 ones and autocasts."""
-    return options.full and options.dtype is torch.bfloat16
+    """bfloat16 weights lose updates smaller than 1/256 of a weight: what trains is float32, under autocast."""
+    return options.dtype is torch.bfloat16
 
 
 def with_lora(model: nn.Module, options: Options) -> nn.Module:
@@ -255,6 +255,8 @@ def main() -> None:
     progress = Progress()
     config, tokenizer = load_config_and_tokenizer(options.model)
     plan = plan_rope(config, options.rope_scaling, options.rope_factor, options.max_length_tokens)
+    if warning := beyond_reach(config, plan, options.max_length_tokens):
+        progress.say(warning)
     group = build_group(options.sp_size)
     check_model(config, options, group)
     with progress.phase("data"), state.main_process_first():

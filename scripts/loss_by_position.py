@@ -192,11 +192,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="hub name or folder")
     parser.add_argument("--adapter", help="folder written by finetune.py; its config.json sets the rotary parameters")
     parser.add_argument("--eval-data", nargs="+", required=True, help="held-out documents, as for finetune.py --data")
-    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--text-column", default="text", help="of a dataset with columns (%(default)s)")
     parser.add_argument("--max-length", default="8K", help="tokens of a window; K = 1,024, M = 1,048,576")
-    parser.add_argument("--eval-windows", type=int, default=16)
+    parser.add_argument("--eval-windows", type=int, default=16, help="at most so many (%(default)s)")
     parser.add_argument("--chunk-tokens", default="auto", help="tokens of a chunk of FPDT")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the figure and the csv")
     return parser
 

@@ -53,6 +53,18 @@ def plan_rope(config: PreTrainedConfig, kind: str, factor: float | None, max_len
     return RopePlan(kind, float(factor), before, after, reach, pretrained)
 
 
+def beyond_reach(config: PreTrainedConfig, plan: RopePlan, max_length_tokens: int) -> str | None:
+    """A warning where windows are longer than the model's configuration says it reads, and nothing stretches it."""
+    if plan.changes or max_length_tokens <= config.max_position_embeddings:
+        return None
+    kind = plan.before["rope_type"]
+    what = "add --rope-scaling yarn" if kind == "default" else f"there is no other for its rope_type {kind!r} here"
+    return (
+        f"warning: windows have up to {max_length_tokens:,} tokens, the model's configuration ends at "
+        f"{config.max_position_embeddings:,} and --rope-scaling is none: {what}; see the loss by position"
+    )
+
+
 def _rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:

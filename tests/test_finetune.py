@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.app_support import ROOT, run_python, stories, write_jsonl, write_tiny_checkpoint
 
@@ -148,6 +149,17 @@ def test_the_adapter_without_its_rotary_parameters_does_not(lora: Result, inputs
     stock = AutoModelForCausalLM.from_pretrained(inputs.model)
     loss = held_out_loss(PeftModel.from_pretrained(stock, lora.output), inputs)
     assert abs(loss - lora.facts["held_out_loss"]["after"]) > 1e-4
+
+
+def test_adapters_of_a_bfloat16_model_train_in_float32_under_autocast(inputs: Inputs, tmp_path: Path) -> None:
+    done = run_python(*arguments(inputs, tmp_path / "half", "--dtype", "bfloat16"))
+    assert done.returncode == 0, done.stderr
+    adapters = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapters.values()} == {torch.float32}
+    assert "slower code" not in done.stderr, "LoRA is fused"
+    assert "warning: windows have up to 1,024 tokens" in done.stdout
+    losses = json.loads((tmp_path / "half" / "run.json").read_text())["training_losses"]
+    assert losses[1] < losses[0]
 
 
 def test_before_is_the_stock_model(lora: Result, inputs: Inputs) -> None:

@@ -165,11 +165,20 @@ def test_what_is_more_than_one_plain_adapter_is_pefts_own(case: str, patched: An
         assert not torch.allclose(exact, plain)
 
 
-def test_wider_adapters_without_autocast_are_pefts_own(patched: Any, fused_calls: list[str]) -> None:
+def test_wider_adapters_without_autocast_are_pefts_own_and_said_once(
+    patched: Any, fused_calls: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    hf_fpdt.linear._say_not_fused.cache_clear()
     layer = lora_linear(torch.float32)
     layer.base_layer.to(torch.bfloat16)
     x = torch.randn(*TOKENS, WIDTHS[0], dtype=torch.bfloat16)
-    assert torch.equal(layer(x), patched(layer)(x)) and not fused_calls
+    exact, forward = layer(x), patched(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        forward(x)
+    assert len(fused_calls) == 1 and not caplog.text
+    assert torch.equal(exact, forward(x)) and torch.equal(exact, forward(x)) and len(fused_calls) == 1
+    (said,) = caplog.messages
+    assert "adapters are float32, a layer's input is bfloat16" in said and "bf16=True" in said
 
 
 # -- products that nobody reads ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from transformers import (
 from tests import app_support  # noqa: F401  puts scripts/ on the path
 
 # isort: split
-from rope_scaling import apply_rope, plan_rope, rotary_modules
+from rope_scaling import apply_rope, beyond_reach, plan_rope, rotary_modules
 from user_error import UserError
 
 SIZES = {
@@ -104,3 +104,16 @@ def test_another_kind_on_a_stretched_model_is_refused() -> None:
 def test_a_model_with_a_set_for_each_layer_type_is_refused() -> None:
     with pytest.raises(UserError, match="layer type"):
         plan_rope(Gemma3TextConfig(num_hidden_layers=2), "yarn", None, 1024)
+
+
+def test_windows_beyond_the_models_reach_are_warned_of() -> None:
+    config = config_of("llama")
+
+    def warning(kind: str, tokens: int) -> str | None:
+        return beyond_reach(config, plan_rope(config, kind, None, tokens), tokens)
+
+    assert warning("none", 128) is None and warning("yarn", 129) is None
+    said = warning("none", 129)
+    assert said is not None and "129 tokens" in said and "ends at 128" in said and "add --rope-scaling yarn" in said
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": 2.0}
+    assert "no other for its rope_type 'linear'" in (warning("none", 129) or "")

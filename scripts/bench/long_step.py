@@ -10,7 +10,7 @@ weights and tokenizer. Text is the given files, or the sources of Python's stand
 long one compiles kernels. FPDT's settings are those of FPDT_* variables: FPDT_HOST_BUDGET_GIB=112 ...
 
 What is foretold comes from the configuration alone, before the weights are there. --plan-only ends there; a sequence
-that cannot fit is refused there.
+that cannot fit is refused there. Without a GPU nothing is foretold: `hf-fpdt plan` needs none.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--forward-only", action="store_true", help="no backward pass: all that a step keeps for it is there then"
     )
-    parser.add_argument("--plan-only", action="store_true", help="say what is foretold, and end")
+    parser.add_argument(
+        "--plan-only", action="store_true", help="say what is foretold, and end (on the GPUs to be used)"
+    )
     parser.add_argument("--out", type=Path, help="file of JSON for what was foretold and measured")
     return parser.parse_args()
 
