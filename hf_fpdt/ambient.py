@@ -1,4 +1,4 @@
-"""Ambient state that a replay must find as the forward pass did: random generators and autocast."""
+"""Ambient state that a replay must find as the forward pass did: random generators, autocast, modules' modes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# Of a module and of PEFT's layers.
+_MODES = ("training", "_active_adapter", "_disable_adapters", "merged_adapters")
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,11 @@ class Autocast:
                 yield
         finally:
             torch.clear_autocast_cache()
+
+
+def modes_of(layer: nn.Module) -> tuple[object, ...]:
+    """What says how a layer's modules compute: whether they train, and which of PEFT's adapters act."""
+    found = (
+        (vars(module).get(name, getattr(type(module), name, None))) for module in layer.modules() for name in _MODES
+    )
+    return tuple(tuple(mode) if isinstance(mode, list) else mode for mode in found)

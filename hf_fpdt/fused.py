@@ -38,17 +38,16 @@ REST = frozenset({"rest"})
 
 
 def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings) -> None:
-    """Patch what can be replaced in a decoder layer whose own forward is `forward`; what is patched stays as it is.
+    """Patch what can be replaced in a decoder layer whose own forward is `forward`.
 
-    It is called at every use of a layer: PEFT may have put adapters into it since the last.
+    It is called at every use of a layer: PEFT may have put adapters into it since the last, or around its linears.
     """
     values = {id(value.readers[0]): value for value in _known_values(layer, forward)}
     for module in list(layer.modules()):
-        if not is_patched(module):
-            patch_linear(module, settings, values.get(id(module)))
-            twin = None if settings.liger is None else _twin_of(module)
-            if twin is not None:
-                patch(module, twin, settings)
+        patch_linear(module, settings, values.get(id(module)))
+        twin = None if settings.liger is None or is_patched(module) else _twin_of(module)
+        if twin is not None:
+            patch(module, twin, settings)
 
 
 def _known_values(layer: Any, forward: Callable[..., Any]) -> Iterator[Value]:

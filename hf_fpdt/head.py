@@ -70,6 +70,7 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if call is not None and call.outputs is not None:
         return call.outputs
     arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
+    _check_router(self.config, arguments)
     # With a cache it is generation, in which every rank has the whole of a sequence.
     sharded = self._fpdt.settings.group.size > 1 and arguments.get("past_key_values") is None
     if sharded:
@@ -82,6 +83,13 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     call.outputs = outputs
     # One token is enough for the model to make its output object; that token's logits are dropped.
     return _with(call.outputs, last_hidden_state=call.outputs[0][:, :1])
+
+
+def _check_router(config: Any, arguments: dict[str, Any]) -> None:
+    if arguments.get("output_router_logits") or getattr(config.get_text_config(), "output_router_logits", False):
+        raise NotImplementedError(
+            "fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False."
+        )
 
 
 def _check_shard(arguments: dict[str, Any], sample_B: Tensor | None, settings: Settings) -> None:
@@ -137,10 +145,7 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
     if self.training and torch.is_grad_enabled():
         arguments["use_cache"] = False
-    if arguments.get("output_router_logits") or getattr(self.config.get_text_config(), "output_router_logits", False):
-        raise NotImplementedError(
-            "fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False."
-        )
+    _check_router(self.config, arguments)
     if arguments.get("labels") is None:
         return self._fpdt.forward(**arguments)
     if self.loss_function is not ForCausalLMLoss:

@@ -68,6 +68,7 @@ class _ChunkedLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         run, parameters = ctx.run, ctx.saved_tensors
+        run.check_modes()
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed]
         sums = GradientSums(wanted)
         with record_function(f"fpdt::backward {run.name}"), untouched_random_state(d_output.device):

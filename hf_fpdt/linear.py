@@ -50,13 +50,18 @@ class Value:
 
 
 def patch_linear(module: nn.Module, settings: Settings, value: Value | None = None) -> None:
-    """Patch a PEFT LoRA linear; and any linear of whose output it is known what becomes of it."""
+    """Patch a PEFT LoRA linear; and any linear of whose output it is known what becomes of it.
+
+    Again it says what that is now: a linear may have become the base of a wrapper, which reads all of it.
+    """
+    if not is_patched(module):
+        if is_plain_lora(module):
+            patch(module, _lora_forward, settings)
+        elif value is not None and type(module) is nn.Linear:
+            patch(module, _linear_forward, settings)
     if is_patched(module):
-        return
-    if is_plain_lora(module):
-        patch(module, functools.partial(_lora_forward, value=value), settings)
-    elif value is not None and type(module) is nn.Linear:
-        patch(module, functools.partial(_linear_forward, value=value), settings)
+        patched: Any = module
+        patched._fpdt.value = value
 
 
 def is_plain_lora(module: nn.Module) -> bool:
@@ -76,14 +81,19 @@ def _peft_layers() -> Any:
     return sys.modules.get("peft.tuners.lora.layer")
 
 
-def _linear_forward(self: Any, x: Tensor, *, value: Value) -> Tensor:
-    if not value.unread:
+def _unread(module: Any) -> bool:
+    value: Value | None = module._fpdt.value
+    return value is not None and value.unread
+
+
+def _linear_forward(self: Any, x: Tensor) -> Tensor:
+    if not _unread(self):
         return self._fpdt.forward(x)
     x, weight, *bias = _in_autocast_dtype(x, self.weight, *_present(self.bias))
     return _UnreadLinear.apply(x, weight, *bias) if torch.is_grad_enabled() else _unwritten(x, weight)
 
 
-def _lora_forward(self: Any, x: Tensor, *args: Any, value: Value | None, **kwargs: Any) -> Tensor:
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     name = None if args or kwargs else _only_adapter(self)
     if name is None:
         return self._fpdt.forward(x, *args, **kwargs)
@@ -95,7 +105,7 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, value: Value | None, **kwarg
     dropout, (x, *weights) = self.lora_dropout[name], tensors
     active = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     x_adapter = dropout(x) if active else None  # drawn whether or not it is used: what follows draws after it
-    unread = value is not None and value.unread
+    unread = _unread(self)
     if unread and not torch.is_grad_enabled():
         return _unwritten(x, weights[0])
     return _LoRALinear.apply(self.scaling[name], unread, x, x_adapter, *weights)

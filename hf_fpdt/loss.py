@@ -52,14 +52,17 @@ def chunked_loss(
 
     Args:
         shift_labels_BS: the next token of each position, `head.ignore_index` where there is none.
-        num_items: what the sum is divided by; None: the labels that count, as `CrossEntropyLoss` with "mean" does
-            (no label at all gives NaN, likewise).
+        num_items: what the sum is divided by; None: the labels that count, as `CrossEntropyLoss` with "mean" does.
+            Where no label counts the loss is NaN and gradients are zero, likewise.
     """
     labels = shift_labels_BS.to(hidden_BSD.device)
     total = _ChunkedLoss.apply(head, torch.is_grad_enabled(), labels, hidden_BSD, *head.parameters)
     if num_items is None:
         num_items = (labels != head.ignore_index).sum()
-    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+    # Filled in on the device: a number that is copied there would make the host wait.
+    counted = num_items.to(total.device) if isinstance(num_items, Tensor) else torch.full_like(total, num_items)
+    nothing = (counted == 0) & (total == 0)  # over 0 the gradients' factor would be infinite, and 0 times that NaN
+    return torch.where(nothing, torch.nan, total / torch.where(nothing, 1, counted))
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .ambient import modes_of
 from .checkpoint_store import CheckpointStore
 from .comms import SequenceParallelGroup, build_group, check_heads
 from .config import FPDTPlugin
@@ -41,7 +41,7 @@ from .patch import (
 from .progress import StepProgress
 from .rates import peak_of
 from .run import LayerRun
-from .support import why_unsupported
+from .support import check_adapters, why_not_shared, why_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,10 @@ def apply_fpdt(
         raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
     group = build_group(plugin.sp_size) if group is None else group
     check_heads(target.config.get_text_config().num_attention_heads, group.size)
+    if group.size > 1 and (reasons := why_not_shared(target)):
+        raise NotImplementedError(
+            f"FPDT cannot run {type(target).__name__} with sp_size above 1: {'; '.join(reasons)}."
+        )
     return FPDTHandle(target, layers, _settings(target, layers, plugin, group))
 
 
@@ -171,13 +175,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def why_refused(model: PreTrainedModel) -> list[str]:
     """Reasons why `apply_fpdt` will not have this model, each with the way out; [] if it will."""
-    return [*why_unsupported(model, decoder_layers(model)), *_loss_reasons(model)]
-
-
-def _loss_reasons(model: PreTrainedModel) -> list[str]:
-    if model.get_output_embeddings() is None or model.loss_function is ForCausalLMLoss:
-        return []
-    return ["its loss function is not transformers' ForCausalLMLoss, which is the one FPDT computes in chunks"]
+    return why_unsupported(model, decoder_layers(model))
 
 
 class FPDTHandle:
@@ -272,6 +270,7 @@ class _ChunkedLayerMixin(nn.Module):
         if _needs_whole_sequence(self, arguments):
             return raw(self, hidden, **arguments)
         _check_arguments(arguments, hidden, self._fpdt_name)
+        check_adapters(self, self._fpdt_name)
         settings, parameters = self._fpdt_settings, list(self.parameters())
         if settings.plugin.fused:
             fuse_layer(self, raw, settings)
@@ -285,6 +284,7 @@ class _ChunkedLayerMixin(nn.Module):
             store=settings.store,
             group=settings.group,
             weights=functools.partial(_whole_weights, self),
+            modes=functools.partial(modes_of, self),
             sharded=hasattr(self, "unshard"),
             progress=settings.progress,
             full=settings.progress is not None and mostly_trained(parameters),

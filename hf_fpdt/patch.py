@@ -89,12 +89,17 @@ def auto_chunk_tokens(sp_size: int, *, on_gpu: bool) -> int:
 
 @dataclass
 class Patch:
-    """Left on a patched module as `_fpdt`: what its new forward needs, and what was there before."""
+    """Left on a patched module as `_fpdt`: what its new forward needs, and what was there before.
+
+    Attributes:
+        value: of a linear, what becomes of its output (`linear.Value`), where that is known now.
+    """
 
     settings: Settings
     forward: Callable[..., Any]
     signature: inspect.Signature
     instance_forward: Callable[..., Any] | None
+    value: Any = None
 
 
 def patch(module: Any, forward: Callable[..., Any], settings: Settings) -> None:

@@ -72,6 +72,7 @@ class LayerRun:
         store: where K, V and checkpoints go.
         group: the ranks that share the sequence.
         weights: makes the layer's weights whole while it is entered.
+        modes: those of the layer's modules now.
         sharded: whether FSDP2 shards them between uses.
         progress: the line that is told of every chunk, if any.
         full: for progress, whether most of the layer's weights train, not adapters alone.
@@ -88,6 +89,7 @@ class LayerRun:
     store: CheckpointStore
     group: SequenceParallelGroup
     weights: Callable[[], AbstractContextManager[None]]
+    modes: Callable[[], tuple[object, ...]]
     sharded: bool
     progress: StepProgress | None = None
     full: bool = False
@@ -95,6 +97,7 @@ class LayerRun:
     below: LayerRun | None = field(init=False, default=None)
     random_states: list[RandomState] = field(init=False, default_factory=list)
     autocast: Autocast = field(init=False)
+    _modes: tuple[object, ...] = field(init=False, default=())
     _output: tuple[StorageWeakRef, tuple[object, ...]] | None = field(init=False, default=None)
 
     @property
@@ -112,6 +115,7 @@ class LayerRun:
         """Join the pass of the layer below, or start one."""
         self.autocast = Autocast.now(hidden_BSD.device)
         if differentiable:
+            self._modes = self.modes()
             self.checkpoint, below = self.store.join(self, hidden_BSD.device)
             self.below = below if below is not None and below.made(hidden_BSD) else None
             self.checkpoint.keeps_input |= self.below is None
@@ -126,6 +130,14 @@ class LayerRun:
     def made(self, hidden_BSD: Tensor) -> bool:
         """Whether `hidden_BSD` is this layer's output, untouched; then running the layer again gives it again."""
         return self._output == (StorageWeakRef(hidden_BSD.untyped_storage()), _reading(hidden_BSD))
+
+    def check_modes(self) -> None:
+        """Raise RuntimeError unless the layer would compute in backward what it computed in forward."""
+        if self.modes() != self._modes:
+            raise RuntimeError(
+                f"fpdt: adapters or training mode of {self.name} changed between forward and backward, which runs the "
+                "layer again: call backward first (inside of disable_adapter(), before set_adapter() or eval())."
+            )
 
     def advance(self, phase: WorkPhase, chunk: Chunk, *, attends: bool = True) -> None:
         """One chunk of a pass with a backward pass was handed to the device; see `work.chunk_work`."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 # Wrappers that would run around our layers, by class name: importing them would pull in the distributed package.
 _REFUSED_WRAPPERS = (
@@ -16,6 +17,12 @@ _REFUSED_WRAPPERS = (
         "(fsdp_activation_checkpointing: false)",
     ),
 )
+
+
+# Kinds of PEFT's layers, by the name of their package, that need the whole sequence or a whole forward pass.
+_SEQUENCE_TUNERS = ("lily", "poly")
+# Transformers takes the frequencies of these from the largest position that it is given.
+_ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
 
 def why_unsupported(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
@@ -30,8 +37,29 @@ def why_unsupported(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
         *_registry_reasons(model, layers),
         *_config_reasons(config),
         *_attention_reasons(config, layers),
+        *_loss_reasons(model),
         *_wrapper_reasons(model, layers),
+        *sorted({reason for layer in layers for reason in _adapter_reasons(layer)}),
     ]
+
+
+def why_not_shared(model: Any) -> list[str]:
+    """Reasons why ranks that hold a part of the sequence each would compute something else than one process; or []."""
+    reasons = []
+    if kinds := sorted(_rope_kinds(model.config.get_text_config()) & _ROPE_BY_LENGTH):
+        reasons.append(
+            f"its rotary embedding ({', '.join(kinds)}) takes its frequencies from how long the sequence is, of which "
+            "a rank sees a part"
+        )
+    if model.base_model is not model and model.get_output_embeddings() is None:
+        reasons.append("labels are shifted to the next token before they are cut, and its head is no language model's")
+    return reasons
+
+
+def check_adapters(layer: nn.Module, name: str) -> None:
+    """Raise NotImplementedError where PEFT's adapters in a layer look at more tokens than one."""
+    if reasons := _adapter_reasons(layer):
+        raise NotImplementedError(f"fpdt: {name} cannot be run in chunks: {'; '.join(reasons)}.")
 
 
 def _registry_reasons(model: Any, layers: Sequence[nn.Module]) -> list[str]:
@@ -79,6 +107,42 @@ def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
     if any(getattr(m, "is_causal", True) is False for m in (config, *modules)):
         reasons.append("its attention is not causal")
     return reasons
+
+
+def _loss_reasons(model: Any) -> list[str]:
+    if model.get_output_embeddings() is None:
+        return []
+    reasons = []
+    if model.loss_function is not ForCausalLMLoss:
+        reasons.append(
+            "its loss function is not transformers' ForCausalLMLoss, which is the one FPDT computes in chunks"
+        )
+    if not type(model).forward.__module__.startswith("transformers."):
+        reasons.append(
+            f"its forward ({type(model).forward.__module__}) is not one of transformers' own, so the loss that it "
+            "makes of labels is not known; let it inherit forward, or train it without apply_fpdt"
+        )
+    return reasons
+
+
+def _rope_kinds(config: Any) -> set[Any]:
+    """Of the model, or of each type of its layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {each.get("rope_type") for each in (parameters, *nested)}
+
+
+def _adapter_reasons(layer: nn.Module) -> list[str]:
+    reasons = set()
+    for module in layer.modules():
+        kind = type(module).__module__.partition("peft.tuners.")[2].partition(".")[0]
+        if kind in _SEQUENCE_TUNERS:
+            reasons.add(f"PEFT's adapters of type {kind} look at all tokens of a sequence")
+        if "ALoraLinearVariant" in {
+            type(variant).__name__ for variant in vars(module).get("lora_variant", {}).values()
+        }:
+            reasons.add("activated LoRA (aLoRA) looks for its tokens in the whole sequence")
+    return sorted(reasons)
 
 
 def _wrapper_reasons(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:

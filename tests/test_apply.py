@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LilyConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,13 +20,16 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoModelForTokenClassification,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     PreTrainedModel,
 )
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.comms import SequenceParallelGroup
 from hf_fpdt.patch import auto_chunk_tokens
 from tests.models import (
     PLUGIN,
@@ -55,8 +58,10 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     return {**modules, "config": copy.deepcopy(base.config.to_dict()), "more": copy.deepcopy(vars(base.config))}
 
 
-def lora(model: PreTrainedModel) -> nn.Module:
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+def lora(model: PreTrainedModel, **changes: Any) -> nn.Module:
+    return get_peft_model(
+        model, LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
+    )
 
 
 def checkpointing_off_again(model: PreTrainedModel) -> PreTrainedModel:
@@ -219,9 +224,21 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "masked language model": (lambda: tiny("modernbert", auto=AutoModelForMaskedLM), "ForCausalLMLoss"),
     "causality off": (lambda: causality_off(tiny()), "not causal"),
     "own loss": (lambda: own_loss(tiny()), "ForCausalLMLoss"),
+    "own forward": (lambda: OwnForward(LlamaConfig(**SIZES)), "not one of transformers' own"),
+    "aLoRA": (lambda: lora(tiny(), alora_invocation_tokens=[7, 8], target_modules=["q_proj"]), "aLoRA"),
+    "Lily": (lambda: get_peft_model(tiny(), LilyConfig(r=4, target_modules=["q_proj"])), "type lily"),
     "several devices": (lambda: dispatched(tiny()), "load the model on one device"),
     "checkpoint wrapper": (lambda: checkpoint_wrapped(tiny()), "fsdp_activation_checkpointing: false"),
 }
+
+
+class OwnForward(LlamaForCausalLM):
+    """Its loss is its own affair."""
+
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.loss = output.logits.square().mean()
+        return output
 
 
 def causality_off(model: PreTrainedModel) -> PreTrainedModel:
@@ -257,6 +274,28 @@ def test_a_model_that_cannot_be_exact_is_refused_unchanged(case: str) -> None:
         apply_fpdt(model, PLUGIN)
     assert reason in str(refused.value)
     assert state_of(model) == before
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 2.0}
+NOT_SHARED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "dynamic": (lambda: tiny(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "dynamic"),
+    "longrope": (
+        lambda: tiny(rope_parameters=LONGROPE | {"rope_theta": 1e4, "original_max_position_embeddings": 16}),
+        "longrope",
+    ),
+    "token labels": (lambda: tiny(auto=AutoModelForTokenClassification), "no language model's"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_SHARED)
+def test_what_ranks_cannot_share_is_refused_for_them_alone(case: str) -> None:
+    make, reason = NOT_SHARED[case]
+    model = make()
+    before = state_of(model)
+    with pytest.raises(NotImplementedError, match="with sp_size above 1") as refused:
+        apply_fpdt(model, FPDTPlugin(sp_size=2, chunk_tokens=16), SequenceParallelGroup(size=2))
+    assert reason in str(refused.value) and state_of(model) == before
+    apply_fpdt(model, PLUGIN).remove()
 
 
 def test_every_reason_is_named_at_once() -> None:
@@ -390,6 +429,45 @@ def test_settings_that_change_after_apply_are_refused_at_the_call() -> None:
     model.config.output_router_logits = True
     with pytest.raises(NotImplementedError, match="output_router_logits=False"):
         model(input_ids=IDS, labels=IDS)
+
+
+def test_adapters_that_look_at_the_sequence_are_refused_when_they_come_later() -> None:
+    model = lora(applied(), alora_invocation_tokens=[7, 8], target_modules=["q_proj"])
+    with pytest.raises(NotImplementedError, match="layer 0 .* cannot be run in chunks: activated LoRA"):
+        model(input_ids=IDS, labels=IDS)
+
+
+def test_fragments_of_router_logits_are_refused_of_the_base_model_too() -> None:
+    model = applied("mixtral", dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="output_router_logits=False"):
+        model.model(input_ids=IDS, output_router_logits=True)
+
+
+MODES: dict[str, Callable[[Any], Any]] = {
+    "adapters off": lambda model: model.base_model.disable_adapter_layers(),
+    "another adapter": lambda model: model.set_adapter("other"),
+    "evaluation": lambda model: model.eval(),
+    "merged": lambda model: model.merge_adapter(),
+}
+
+
+@pytest.mark.parametrize("case", MODES)
+def test_modes_that_change_before_backward_are_refused(case: str) -> None:
+    model = lora(applied())
+    model.add_adapter("other", model.peft_config["default"])
+    loss = model(input_ids=IDS, labels=IDS).loss
+    MODES[case](model)
+    with pytest.raises(RuntimeError, match=r"layer 1 .* changed between forward and backward"):
+        loss.backward()
+
+
+def test_modes_that_are_as_before_are_not() -> None:
+    model = lora(applied())
+    loss = model(input_ids=IDS, labels=IDS).loss
+    with model.disable_adapter():
+        model.eval()
+    model.train()
+    loss.backward()
 
 
 def test_prefix_tuning_is_refused() -> None:

@@ -18,7 +18,7 @@ from hf_fpdt.memory import ModelSizes, StepSizes
 from tests.offloaded import least_host_bytes
 from tests.support import assert_as_accurate, assert_rejects
 from tests.test_layer import assert_equal, batch, with_fpdt, with_lora
-from tests.truth import in_double, tiny, truth
+from tests.truth import in_double, loss_and_gradients, tiny, truth
 
 RANK, WIDTHS, TOKENS = 4, (48, 80), (2, 33)
 
@@ -276,6 +276,24 @@ def test_adapters_put_in_after_apply_are_found(fused_calls: list[str]) -> None:
     fused_calls.clear()
     with_adapters(input_ids=ids, labels=labels).loss.backward()
     assert not fused_calls
+
+
+def test_a_linear_that_is_wrapped_later_gives_its_value(fused_calls: list[str]) -> None:
+    """DoRA reads what its base computes, which nobody read before."""
+    ids, labels = batch(64, 1)
+    steps = []
+    for evaluated in (False, True):
+        model = tiny("llama")
+        handle = applied(model)
+        if evaluated:
+            with torch.no_grad():
+                model(input_ids=ids, labels=labels)
+        torch.manual_seed(1)
+        config = LoraConfig(r=RANK, target_modules="all-linear", use_dora=True, init_lora_weights=False)
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=False).double()
+        steps.append(loss_and_gradients(wrapped, ids, labels))
+        handle.remove()
+    assert_equal(steps[1], steps[0], 1e-12)
 
 
 def test_fused_can_be_switched_off(fused_calls: list[str]) -> None:

@@ -307,7 +307,12 @@ def test_an_argument_of_the_loss_acts_as_in_transformers(case: str) -> None:
 def test_without_any_label_the_loss_is_nan_as_in_transformers() -> None:
     ids = tokens(1, 23)
     nothing = torch.full_like(ids, -100)
-    assert all(model(input_ids=ids, labels=nothing).loss.isnan() for model in (applied(), tiny()))
+    for items in ({}, {"num_items_in_batch": torch.tensor(0)}, {"num_items_in_batch": 0}):
+        step = train_step(applied(), ids, nothing, **items)
+        assert step.loss.isnan() and step.grads and not any(grad.any() for grad in step.grads.values())
+    theirs = train_step(tiny(), ids, nothing)
+    assert theirs.loss.isnan() and not any(grad.any() for grad in theirs.grads.values())
+    assert train_step(applied(), ids, num_items_in_batch=0).loss.isinf(), "labels that count, over nothing"
 
 
 @pytest.mark.parametrize("factor", [0.25, 1024.0])
