@@ -7,6 +7,7 @@ environment. Sizes in tokens take the suffixes K and M (1K = 1024) in the enviro
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -112,6 +113,10 @@ class FPDTPlugin:
             _check_gib(name, getattr(self, name))
         _check_choice("kernel", self.kernel, KERNEL_NAMES)
         _check_choice("checkpoints", self.checkpoints, CHECKPOINT_POLICIES)
+        for name in ("fused", "progress"):
+            _check_flag(name, getattr(self, name))
+        if self.disk_dir is not None and not isinstance(self.disk_dir, (str, os.PathLike)):
+            raise ValueError(f"FPDTPlugin(disk_dir={self.disk_dir!r}): a folder or None is expected.")
         if self.chunk_tokens != "auto" and self.chunk_tokens % self.sp_size:
             raise ValueError(
                 f"FPDTPlugin(chunk_tokens={self.chunk_tokens}): it is cut in sp_size={self.sp_size} equal pieces; "
@@ -127,8 +132,13 @@ def _check_count(name: str, value: object) -> None:
 def _check_gib(name: str, value: object) -> None:
     if value == "auto":
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f'FPDTPlugin({name}={value!r}): "auto" or a number of GiB from 0 is expected.')
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"FPDTPlugin({name}={value!r}): True or False is expected.")
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

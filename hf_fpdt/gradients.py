@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,25 @@ class GradientSums:
             if grad is not None:
                 self._add(id(parameter), grad)
         return list(grads[: len(inputs)])
+
+    def check_complete(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """Raise RuntimeError where `outputs` depend on a leaf that is neither an input nor one of the parameters."""
+        known = {id(leaf) for leaf in (*inputs, *self._parameters)}
+        nodes: list[Any] = [output.grad_fn for output in outputs]
+        seen: set[Any] = set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [source for source, _ in node.next_functions]
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                raise RuntimeError(
+                    f"fpdt: a layer computes with a tensor of shape {tuple(leaf.shape)} that wants a gradient and is "
+                    "no parameter of it (a forward hook's?), so its gradient would be lost: make it a parameter of "
+                    "one of the layer's modules."
+                )
 
     def _add(self, key: int, grad: Tensor) -> None:
         total = self._sums.get(key)

@@ -153,15 +153,16 @@ def _backward_chunk(
     x = run.kept.take("input", chunk).detach().requires_grad_(dx is not None)
     call = ReplayCall(run, chunk, store)
     y = run.on_chunk(chunk, x, call)
-    inputs = [] if dx is None else [x]
+    inputs, qkv = [] if dx is None else [x], call.qkv
+    assert qkv is not None
+    if chunk is run.plan.chunks[-1]:
+        sums.check_complete([y, *qkv], [x, call.leaf])
 
     # out-projection, MLP, residual. Some layers share nodes between this part and q, k, v, so the graph is kept; it
     # goes with y, and the MLP's activations are gone before attention runs.
     *dx_parts, d_leaf = sums.differentiate([y], [dy], [*inputs, call.leaf], retain_graph=True)
     del y
 
-    qkv = call.qkv
-    assert qkv is not None
     differentiable = [t.requires_grad for t in qkv]
     if d_leaf is not None and any(differentiable):
         d_qkv = compress(call.row_backward(d_leaf, call.row), differentiable)

@@ -260,15 +260,23 @@ def _pad_token_id(trainer: Any) -> int:
     return 0
 
 
+def _metrics_need_logits(trainer: Any) -> bool:
+    """Of every token: not those of a classification head, and not where metrics are of generated text."""
+    if getattr(trainer.args, "predict_with_generate", False):
+        return False
+    return trainer.model is None or trainer.model.get_output_embeddings() is not None
+
+
 def _refused_options(trainer: Any, sp_size: int) -> list[str]:
     args = trainer.args
     liger = args.liger_kernel_config or {}
     checks = (
         (args.label_smoothing_factor, "label_smoothing_factor needs whole logits; set it to 0"),
         (
-            trainer.compute_metrics is not None,
+            trainer.compute_metrics is not None and _metrics_need_logits(trainer),
             "compute_metrics needs whole logits; evaluate them in a script of your own",
         ),
+        (args.torch_compile, "torch_compile cannot trace a layer that is run in chunks; leave it out"),
         (
             trainer.compute_loss_func is not None,
             "compute_loss_func needs whole logits; the loss is computed in chunks",

@@ -106,8 +106,15 @@ def options(**changes: Any) -> SimpleNamespace:
         "train_sampling_strategy": "random",
         "neftune_noise_alpha": None,
         "n_gpu": 1,
+        "torch_compile": False,
     }
-    return SimpleNamespace(args=SimpleNamespace(**(args | changes)), compute_metrics=None, compute_loss_func=None)
+    compute_metrics, model = changes.pop("compute_metrics", None), changes.pop("model", None)
+    return SimpleNamespace(
+        args=SimpleNamespace(**(args | changes)), compute_metrics=compute_metrics, compute_loss_func=None, model=model
+    )
+
+
+CLASSIFIER = SimpleNamespace(get_output_embeddings=lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +128,10 @@ def options(**changes: Any) -> SimpleNamespace:
         ({"train_sampling_strategy": "batch_rebalance"}, 1, None),
         ({"neftune_noise_alpha": 5.0}, 2, "neftune_noise_alpha"),
         ({"neftune_noise_alpha": 5.0}, 1, None),
+        ({"torch_compile": True}, 1, "torch_compile"),
+        ({"compute_metrics": print}, 1, "compute_metrics needs whole logits"),
+        ({"compute_metrics": print, "predict_with_generate": True}, 1, None),
+        ({"compute_metrics": print, "model": CLASSIFIER}, 1, None),
         ({}, 4, None),
     ],
 )

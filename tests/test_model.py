@@ -491,6 +491,24 @@ def test_transformers_checkpointing_costs_nothing_and_changes_nothing(when: str,
     assert runs == 2 * chunks, "once forward and once in backward for each chunk"
 
 
+def test_a_gradient_that_would_be_lost_is_refused() -> None:
+    """Of a tensor that a hook brings into a layer; where it is a parameter of a module there, nothing is lost."""
+    ids, steps = tokens(2, 37), []
+    for fpdt, registered in ((False, True), (True, True), (True, False)):
+        model = applied() if fpdt else tiny()
+        mlp, shift = model.model.layers[1].mlp, nn.Parameter(torch.full_like(model.model.norm.weight, 0.1))
+        if registered:
+            mlp.shift = shift
+        mlp.register_forward_hook(lambda module, args, output, shift=shift: output + shift)
+        if registered:
+            steps.append(train_step(model, ids))
+        else:
+            with pytest.raises(RuntimeError, match=r"tensor of shape \(.*its gradient would be lost"):
+                train_step(model, ids)
+    assert_same_step(steps[1], steps[0])
+    assert steps[0].grads["model.layers.1.mlp.shift"].any()
+
+
 # -- life of a model --------------------------------------------------------------------------------------------------
 
 
