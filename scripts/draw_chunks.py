@@ -1,9 +1,6 @@
-"""Draws docs/images/chunks.png: which keys a row of queries reads, in which order, in the forward and backward pass.
+"""Draws docs/images/chunks.png: which keys a row of queries reads, in which order, forward and backward."""
 
-python scripts/draw_chunks.py [FILE]
-"""
-
-import sys
+import argparse
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -42,6 +39,9 @@ def panel(axes: Axes, title: str, order: list[int], under: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, nargs="?", default=WHERE, help="where to write it (default: %(default)s)")
+    where = parser.parse_args().file
     figure = Figure(figsize=(9.6, 5.2), dpi=130, facecolor="white", layout="constrained")
     left, right = figure.subplots(1, 2)
     panel(
@@ -68,7 +68,7 @@ def main() -> None:
         ncols=3,
         frameon=False,
     )
-    figure.savefig(sys.argv[1] if len(sys.argv) > 1 else WHERE)
+    figure.savefig(where)
 
 
 if __name__ == "__main__":
