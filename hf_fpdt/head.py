@@ -22,6 +22,23 @@ from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, patch
 
 
+def loss_reasons(model: Any) -> list[str]:
+    """Reasons why the loss that the model makes of labels is not the one computed here; [] if it is."""
+    if model.get_output_embeddings() is None:
+        return []
+    reasons = []
+    if model.loss_function is not ForCausalLMLoss:
+        reasons.append(
+            "its loss function is not transformers' ForCausalLMLoss, which is the one FPDT computes in chunks"
+        )
+    if not type(model).forward.__module__.startswith("transformers."):
+        reasons.append(
+            f"its forward ({type(model).forward.__module__}) is not one of transformers' own, so the loss that it "
+            "makes of labels is not known; let it inherit forward, or train it without apply_fpdt"
+        )
+    return reasons
+
+
 def patch_head(model: Any, settings: Settings) -> None:
     """Patch the final norm and, where the model has a head, its base model and itself."""
     for child in model.get_decoder().children():

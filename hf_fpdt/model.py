@@ -24,7 +24,7 @@ from .checkpoint_store import CheckpointStore
 from .comms import SequenceParallelGroup, build_group, check_heads
 from .config import FPDTPlugin
 from .fused import fuse_layer
-from .head import patch_head
+from .head import loss_reasons, patch_head
 from .interface import NAME
 from .layer import run_layer
 from .liger import load_liger, why_not_liger
@@ -175,7 +175,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def why_refused(model: PreTrainedModel) -> list[str]:
     """Reasons why `apply_fpdt` will not have this model, each with the way out; [] if it will."""
-    return why_unsupported(model, decoder_layers(model))
+    return [*why_unsupported(model, decoder_layers(model)), *loss_reasons(model)]
 
 
 class FPDTHandle:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 # Wrappers that would run around our layers, by class name: importing them would pull in the distributed package.
 _REFUSED_WRAPPERS = (
@@ -37,7 +36,6 @@ def why_unsupported(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
         *_registry_reasons(model, layers),
         *_config_reasons(config),
         *_attention_reasons(config, layers),
-        *_loss_reasons(model),
         *_wrapper_reasons(model, layers),
         *sorted({reason for layer in layers for reason in _adapter_reasons(layer)}),
     ]
@@ -106,22 +104,6 @@ def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
         reasons.append("attention sinks are not served by a kernel yet")
     if any(getattr(m, "is_causal", True) is False for m in (config, *modules)):
         reasons.append("its attention is not causal")
-    return reasons
-
-
-def _loss_reasons(model: Any) -> list[str]:
-    if model.get_output_embeddings() is None:
-        return []
-    reasons = []
-    if model.loss_function is not ForCausalLMLoss:
-        reasons.append(
-            "its loss function is not transformers' ForCausalLMLoss, which is the one FPDT computes in chunks"
-        )
-    if not type(model).forward.__module__.startswith("transformers."):
-        reasons.append(
-            f"its forward ({type(model).forward.__module__}) is not one of transformers' own, so the loss that it "
-            "makes of labels is not known; let it inherit forward, or train it without apply_fpdt"
-        )
     return reasons
 
 
