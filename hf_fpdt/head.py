@@ -118,7 +118,8 @@ def _check_shard(arguments: dict[str, Any], sample_B: Tensor | None, settings: S
     if arguments.get("position_ids") is None or arguments.get("attention_mask") is not None:
         raise ValueError(
             "fpdt: with sp_size above 1 the model takes a rank's part of a sequence, with position_ids and without "
-            "attention_mask, as hf_fpdt.ShardingCollator makes it (FPDTTrainer and FPDTAccelerator use one)."
+            "attention_mask, as hf_fpdt.ShardingCollator makes it (FPDTTrainer and FPDTAccelerator use one). PEFT's "
+            "prompt tuning drops position_ids: take LoRA."
         )
     ids = arguments.get("input_ids")
     tokens = ids if ids is not None else arguments["inputs_embeds"]
