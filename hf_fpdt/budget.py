@@ -15,7 +15,7 @@ from .disk import free_bytes
 from .entries import STAGING_BUFFERS
 from .keep import Kept, LayerBytes, candidates, least_bytes, peak_bytes
 from .memory import StepSizes
-from .offload import GIB, device_bytes_available, host_bytes_available
+from .offload import GIB, device_bytes_available, host_bytes_available, local_processes
 from .shelves import Budgets, Forecast, Have, KVBytes, forecast, without_kv
 
 NO_LIMIT = 2**62
@@ -63,7 +63,7 @@ def available(plugin: FPDTPlugin, device: torch.device, training_bytes: int, ste
     """
     still = training_bytes - step_bytes
     on_device = device_bytes_available(device) - still if device.type == "cuda" else NO_LIMIT
-    disk = 0 if plugin.disk_dir is None else free_bytes(plugin.disk_dir)
+    disk = 0 if plugin.disk_dir is None else free_bytes(plugin.disk_dir) // local_processes()
     return Available(max(0, on_device), host_bytes_available(), disk)
 
 

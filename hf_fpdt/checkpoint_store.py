@@ -28,7 +28,7 @@ from .layout import Chunk
 from .memory import StepSizes
 from .offload import GIB, PinnedMemory, Transfers
 from .optimizers import TrainingMemory
-from .shelves import SOON, Budgets, BufferPool, ForwardOrder, Have, KVBytes, Shelves, Tier
+from .shelves import SOON, Budgets, BufferPool, ForwardOrder, Have, KVBytes, Place, Shelves, Tier
 from .streamed_kv import HostRoom
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class CheckpointStore:
             plan = plan_pass(self._plugin.checkpoints, step, layers, budgets, tiers.made())
             grew = _reserve(tiers, plan, budgets, step)
             self._plans[key], self._made[key] = plan, tiers.made()
-            level = logging.INFO if new and (grew or len(self._plans) <= 2) else logging.DEBUG
+            level = logging.INFO if grew or (new and len(self._plans) <= 2) else logging.DEBUG
             logger.log(level, "hf_fpdt: %s", described(plan, step, budgets))
         return self._plans[key]
 
@@ -192,13 +192,13 @@ class CheckpointStore:
         place = tiers.shelves.place(nbytes, order)
         if place is None:
             raise MemoryError(_no_room(nbytes, tiers.shelves))
-        if place.tier == "device":
-            value = value.clone() if alone and value.untyped_storage().nbytes() > nbytes else value
-            return DeviceEntry(value, place, tiers.shelves, name)
-        if place.tier == "host":
-            return HostEntry(value, place, tiers.shelves, tiers.transfers)
-        assert tiers.files is not None
-        return DiskTierEntry(value, place, tiers.shelves, tiers.files)
+        entry = None
+        try:
+            entry = _entry(tiers, value, name, place, alone=alone)
+        finally:
+            if entry is None:  # out of memory, a full disk: who goes on after it finds the place free
+                tiers.shelves.leave(place)
+        return entry
 
     def expect(self, reads: Iterable[Entry]) -> None:
         """The entries that will be read next, in order: the first few are brought to the device from now on."""
@@ -247,6 +247,16 @@ class CheckpointStore:
             if self._tiers.files is not None:
                 self._tiers.files.close()
         self._tiers = None
+
+
+def _entry(tiers: _Tiers, value: Tensor, name: str, place: Place[Tensor], *, alone: bool) -> Entry:
+    if place.tier == "device":
+        value = value.clone() if alone and value.untyped_storage().nbytes() > place.nbytes else value
+        return DeviceEntry(value, place, tiers.shelves, name)
+    if place.tier == "host":
+        return HostEntry(value, place, tiers.shelves, tiers.transfers)
+    assert tiers.files is not None
+    return DiskTierEntry(value, place, tiers.shelves, tiers.files)
 
 
 def _reserve(tiers: _Tiers, plan: PassPlan, budgets: Budgets, step: StepSizes) -> bool:

@@ -81,9 +81,10 @@ class FPDTPlugin:
             least time of all that fit.
         device_budget_gib: GPU memory that K, V and checkpoints may fill: 0 puts all of it on the host, "auto" takes
             what a step leaves (on a CPU: no limit).
-        host_budget_gib: Pinned host memory that they may fill; "auto": what is available, less 6 GiB, shared by the
-            processes of the machine.
-        disk_dir: Folder for what neither holds; a local SSD. Nothing is left there, however the process ends.
+        host_budget_gib: Pinned host memory that they may fill, in GiB of EACH process; "auto": what is available, less
+            6 GiB, shared by the processes of the machine.
+        disk_dir: Folder for what neither holds; a local SSD, shared likewise. Nothing is left there, however the
+            process ends.
         loss_chunk_tokens: Tokens whose logits exist at a time. "auto": as many as make 1 GiB of fp32 logits.
         fused: Run faster twins of a layer's own pieces: LoRA without passes of its own, no product whose value nobody
             reads, and Liger's norm, SwiGLU and RoPE on a GPU where `liger-kernel` is installed.

@@ -84,9 +84,15 @@ class GradientSums:
             self._own.add(key)
 
     def totals(self, factor: Tensor | None = None) -> dict[int, Tensor]:
-        """Gradient by id of its parameter, times `factor`, rounded once to the parameter's dtype.
+        """Gradient by id of its parameter, times `factor`, rounded once to the parameter's dtype; the sums are gone.
 
         Parameters that no chunk used are absent.
         """
-        scaled = {key: total if factor is None else total * factor for key, total in self._sums.items()}
-        return {id(p): scaled[id(p)].to(p.dtype) for p in self._parameters if id(p) in scaled}
+        return {id(p): self._total(p, factor) for p in self._parameters if id(p) in self._sums}
+
+    def _total(self, parameter: Tensor, factor: Tensor | None) -> Tensor:
+        # One by one, so that there are no two sums of everything.
+        total = self._sums.pop(id(parameter))
+        if factor is not None:
+            total = total.mul_(factor) if id(parameter) in self._own else total * factor
+        return total.to(parameter.dtype)

@@ -190,7 +190,7 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
 
     def logits_of(hidden: Tensor, **kept: int | Tensor) -> Tensor:
         """Logits of hidden states [B, S, D] by the model's own forward."""
-        with _as_head_call(_HeadCall(_with(call.outputs, last_hidden_state=hidden))), _without_hooks(_heads(self)):
+        with _as_head_call(_HeadCall(_with(call.outputs, last_hidden_state=hidden))), _without_fsdp(_heads(self)):
             return self._fpdt.forward(**arguments, **kept).logits
 
     hidden = call.outputs[0]
@@ -207,17 +207,28 @@ def _heads(model: Any) -> list[nn.Module]:
 
 
 @contextmanager
-def _without_hooks(modules: list[nn.Module]) -> Iterator[None]:
-    """Forward hooks saw the head's one whole pass; on every chunk FSDP2's would end its unit's backward pass early."""
+def _without_fsdp(modules: list[nn.Module]) -> Iterator[None]:
+    """FSDP2's hooks saw the head's one whole pass; on every chunk they would end their unit's backward pass early."""
     inner = [module for outer in modules for module in outer.modules()]
     hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in inner]
     for module in inner:
-        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+        module._forward_pre_hooks, module._forward_hooks = (
+            _others(module._forward_pre_hooks),
+            _others(module._forward_hooks),
+        )
     try:
         yield
     finally:
         for module, before, after in hooks:
             module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def _others(hooks: Any) -> Any:
+    return OrderedDict(
+        (key, hook)
+        for key, hook in hooks.items()
+        if not getattr(hook, "__module__", "").startswith("torch.distributed.")
+    )
 
 
 def _loss(

@@ -60,13 +60,13 @@ def select_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim:
         ValueError: `name` is not in the table.
         NotImplementedError: the named kernel, or every kernel, cannot serve; the reasons are in the message.
     """
-    return _select(name, device.type, dtype, head_dim)
+    return _select(name, device.type, dtype, head_dim, torch.are_deterministic_algorithms_enabled())
 
 
 @functools.lru_cache
-def _select(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> Kernel:
+def _select(name: str, device_type: str, dtype: torch.dtype, head_dim: int, deterministic: bool) -> Kernel:
     device = torch.device(device_type)
-    case = f"{device_type}, {dtype}, head_dim {head_dim}"
+    case = f"{device_type}, {dtype}, head_dim {head_dim}{', deterministic' if deterministic else ''}"
     if name != "auto" and name not in KERNELS:
         raise ValueError(f'kernel={name!r} is not known; "auto" or one of {", ".join(KERNELS)} is expected.')
     reasons: list[str] = []
@@ -84,6 +84,11 @@ def _select(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> K
 
 def _passed_over(reasons: list[str]) -> str:
     return f" (passed over: {'; '.join(reasons)})" if reasons else ""
+
+
+def _deterministic() -> dict[str, bool]:
+    """For kernels that have to be asked; PyTorch's own look for themselves."""
+    return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
 
 
 def _import(name: str) -> ModuleType | None:
@@ -242,6 +247,8 @@ def _cudnn_backward(
 def _cudnn_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type == "cuda" and not torch.backends.cudnn.is_available():
         return "this PyTorch was built without cuDNN"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward pass is not deterministic, and deterministic algorithms are asked for"
     return _half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128)
 
 
@@ -258,7 +265,9 @@ def _fa4_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     fa4 = importlib.import_module("flash_attn.cute.interface")
-    dq, dk, dv = fa4._flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=scale, causal=causal)[:3]
+    dq, dk, dv = fa4._flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, **_deterministic())[
+        :3
+    ]
     return dq, dk, dv
 
 
@@ -284,7 +293,8 @@ def _fa2_backward(
     fa2 = importlib.import_module("flash_attn.flash_attn_interface")
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     fa2._flash_attn_backward(
-        dout.contiguous(), q, k, v, out, lse, dq, dk, dv, 0.0, scale, causal, -1, -1, 0.0, None, False
+        *(dout.contiguous(), q, k, v, out, lse, dq, dk, dv, 0.0, scale, causal, -1, -1, 0.0, None),
+        torch.are_deterministic_algorithms_enabled(),
     )
     return dq, dk, dv
 
@@ -312,7 +322,7 @@ def _fa3_backward(
     fa3 = importlib.import_module("flash_attn_interface")
     grads = SimpleNamespace(dq=torch.empty_like(q), dk=torch.empty_like(k), dv=torch.empty_like(v))
     fa3._flash_attn_backward(
-        dout.contiguous(), q, k, v, out, lse, **vars(grads), softmax_scale=scale, is_causal=causal
+        dout.contiguous(), q, k, v, out, lse, **vars(grads), softmax_scale=scale, is_causal=causal, **_deterministic()
     )
     return grads.dq, grads.dk, grads.dv
 

@@ -83,6 +83,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     logits.flatten(0, 1), labels[:, tokens].flatten(), head.ignore_index, wants_gradient=grad_needed
                 )
                 if d_logits is not None:
+                    if total is None:
+                        sums.check_complete([logits], [x])
                     dx = sums.differentiate([logits], [d_logits.view_as(logits)], [] if d_hidden is None else [x])
                     _write(d_hidden, tokens, dx)
                 total = loss if total is None else total + loss

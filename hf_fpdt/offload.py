@@ -17,7 +17,8 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,8 @@ class PinnedMemory:
         self._pin = device.type == "cuda"
         self._regions: list[Tensor] = []
         self.seconds = 0.0  # spent on it so far
+        # A model that is simply dropped gives its memory back too. At exit the driver does so.
+        weakref.finalize(self, _unregister, self._regions, pinned=self._pin).atexit = False
 
     def buffer(self, nbytes: int) -> Tensor:
         """One page-aligned buffer (uint8)."""
@@ -179,11 +182,14 @@ class PinnedMemory:
 
     def release(self) -> None:
         """Give everything back to the system; buffers that somebody still holds stay valid but are not pinned."""
-        for region in self._regions:
-            if self._pin:
-                # The driver waits for copies that still use it.
-                torch.cuda.cudart().cudaHostUnregister(region.data_ptr())
-        self._regions = []
+        _unregister(self._regions, pinned=self._pin)
+
+
+def _unregister(regions: list[Tensor], *, pinned: bool) -> None:
+    for region in regions if pinned else ():
+        # The driver waits for copies that still use it.
+        torch.cuda.cudart().cudaHostUnregister(region.data_ptr())
+    regions.clear()
 
 
 def _first(sizes: list[int], limit: int) -> list[int]:
@@ -197,20 +203,40 @@ def _first(sizes: list[int], limit: int) -> list[int]:
 
 def host_bytes_available() -> int:
     """Host memory that this process may still take: the system's, or the container's where that is less."""
-    available = int(psutil.virtual_memory().available)
-    available = min(available, _container_bytes_available(Path("/sys/fs/cgroup")) or available)
-    # Processes of one machine share it; launchers say how many there are.
-    return max(0, available - HOST_RESERVE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own = Path("/proc/self/cgroup")
+    limits = _container_bytes_available(Path("/sys/fs/cgroup"), own.read_text() if own.exists() else "")
+    available = min([int(psutil.virtual_memory().available), *limits])
+    return max(0, available - HOST_RESERVE) // local_processes()
 
 
-def _container_bytes_available(folder: Path) -> int | None:
-    """What a control group (version 2) leaves; None where it sets no limit."""
-    if not (folder / "memory.max").exists() or (folder / "memory.max").read_text().strip() == "max":
-        return None
-    limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-    counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    # Files that were read and may be dropped again count as used.
-    return limit - used + int(counts.get("inactive_file", 0))
+def local_processes() -> int:
+    """Processes that share this machine's memory and disks; launchers say how many there are."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _container_bytes_available(root: Path, own: str) -> Iterator[int]:
+    """What each control group around this process leaves of its limit, where it has one.
+
+    Args:
+        root: where control groups are mounted.
+        own: the process's, a line for each hierarchy: number, controllers (none in version 2), path.
+    """
+    lines = [line.split(":", 2) for line in own.splitlines()] or [["0", "", "/"]]
+    for _, controllers, path in lines:
+        top = root / "memory" if "memory" in controllers.split(",") else root
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if top != root else ("memory.max", "memory.current")
+        inside = top / path.lstrip("/")
+        for folder in (inside, *inside.parents):
+            if folder.is_relative_to(top) and not (controllers and top == root):
+                yield from _left(folder, *names)
+
+
+def _left(folder: Path, limit: str, used: str) -> Iterator[int]:
+    texts = [(folder / name).read_text().strip() if (folder / name).exists() else "max" for name in (limit, used)]
+    if "max" not in texts:
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        # Files that were read and may be dropped again count as used.
+        yield int(texts[0]) - int(texts[1]) + int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
 
 def device_bytes_available(device: torch.device) -> int:

@@ -72,7 +72,10 @@ class FPDTTrainerMixin:
         return optimizer
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """As Trainer's; each new model gets FPDT."""
+        """As Trainer's; each new model gets FPDT, and the last one's host memory."""
+        previous = getattr(self, "fpdt_handle", None)
+        if previous is not None:
+            previous.store.close()
         model: nn.Module = super().call_model_init(trial)  # type: ignore[misc]
         self.fpdt_handle = apply_fpdt(model, self.fpdt_plugin, self.fpdt_group)
         return model

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import hf_fpdt.budget
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.budget import Available, available, budgets_of, described, plan_pass
 from hf_fpdt.entries import STAGING_BUFFERS
@@ -154,6 +155,15 @@ def test_numbers_that_were_given_are_kept(tmp_path: Any) -> None:
     for there in (THERE, Available(0, 0, 0)):
         assert budgets_of(plugin, LONG, there) == Budgets(GIB * 3 // 2, GIB // 4)
     assert available(FPDTPlugin(disk_dir=str(tmp_path)), CPU, 0, 0).disk > 0
+
+
+def test_processes_of_a_machine_share_its_disk(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_fpdt.budget, "free_bytes", lambda folder: 1000)
+    for count, share in ((None, 1000), ("8", 125)):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if count is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
+        assert available(FPDTPlugin(disk_dir=str(tmp_path)), CPU, 0, 0).disk == share
 
 
 def assert_fewest_reruns(policy: str) -> None:

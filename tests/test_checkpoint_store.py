@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_fpdt.checkpoint_store import CheckpointStore, LayerCheckpoint
-from hf_fpdt.entries import LOOKAHEAD, STAGING_BUFFERS, DeviceEntry, DiskTierEntry, HostEntry
+from hf_fpdt.entries import LOOKAHEAD, STAGING_BUFFERS, DeviceEntry, DiskTierEntry, Files, HostEntry
 from hf_fpdt.keep import forward_bytes
+from hf_fpdt.offload import Transfers
 from hf_fpdt.shelves import PAGE
 from tests.stores import CPU, NO_LIMIT, TINY, FakeRun, checkpoint_store, step_of
 from tests.support import assert_rejects
@@ -97,6 +98,24 @@ def test_tiers_hold_what_the_budgets_say(tmp_path: Path) -> None:
 
     assert_spread(3)
     assert_rejects(assert_spread, {"device alone": 0, "host alone": 1, "no files": 2})
+
+
+@pytest.mark.parametrize(("case", "tier"), [(1, "to_host"), (3, "write")])
+def test_a_copy_that_fails_leaves_no_place_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: int, tier: str
+) -> None:
+    """Out of memory, or a full disk: who catches it may run another step."""
+
+    def fail(*_: Tensor) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    with checkpoint_store(**budgets(tmp_path)[case]) as store:  # type: ignore[arg-type]
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(Transfers if tier == "to_host" else Files, tier, fail)
+            forward_pass(store)
+        gc.collect()
+        assert not any(store.used_bytes()[name] for name in ("device", "host", "disk"))
+        forward_pass(store)
 
 
 def test_a_pass_that_is_dropped_gives_its_bytes_back() -> None:

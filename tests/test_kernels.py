@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -177,3 +180,39 @@ def test_math_is_not_narrowed_by_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         narrowed = KERNELS["math"].forward(*qkv, causal=True, scale=0.25)
     assert all(torch.equal(a, b) for a, b in zip(plain, narrowed, strict=True))
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_kernels_are_asked_to_be_deterministic(deterministic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that have to be asked; one that cannot is passed over."""
+    asked: list[Any] = []
+    package = SimpleNamespace(_flash_attn_bwd=lambda *args, **options: asked.append(options["deterministic"]) or args)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", package)
+    KERNELS["fa4"].backward(*[torch.zeros(1)] * 6, causal=True, scale=1.0)
+    torch.use_deterministic_algorithms(False)
+    with pytest.raises(KeyError, match="deterministic"):
+        KERNELS["fa4"].backward(*[torch.zeros(1)] * 6, causal=True, scale=1.0)
+    assert asked == [True]
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    case = torch.device("cuda"), torch.bfloat16, 64
+    assert KERNELS["cudnn"].why_not(*case) is None
+    torch.use_deterministic_algorithms(True)
+    assert "not deterministic" in (KERNELS["cudnn"].why_not(*case) or "")
+
+
+def test_the_choice_is_made_again_for_deterministic_algorithms(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="hf_fpdt"):
+        select_kernel("auto", torch.device("cpu"), torch.float32, 40)
+        torch.use_deterministic_algorithms(True)
+        try:
+            select_kernel("auto", torch.device("cpu"), torch.float32, 40)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert len(caplog.records) == 2 and "deterministic" in caplog.messages[1]

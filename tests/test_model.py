@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -507,6 +508,30 @@ def test_a_gradient_that_would_be_lost_is_refused() -> None:
                 train_step(model, ids)
     assert_same_step(steps[1], steps[0])
     assert steps[0].grads["model.layers.1.mlp.shift"].any()
+
+
+HEAD_HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "after": lambda head: head.register_forward_hook(lambda module, args, output: output * 0.5),
+    "before": lambda head: head.register_forward_pre_hook(lambda module, args: (args[0] * 2.0,)),
+}
+
+
+@pytest.mark.parametrize("case", HEAD_HOOKS)
+def test_hooks_of_the_head_act_on_every_chunk(case: str) -> None:
+    ids, (model, reference) = tokens(2, 37), (applied(), tiny())
+    plain = train_step(reference, ids)
+    for each in (model, reference):
+        HEAD_HOOKS[case](each.lm_head)
+    truth = train_step(reference, ids)
+    assert_same_step(train_step(model, ids), truth)
+    assert_rejects(lambda s: assert_same_step(s, truth), {"hook not run": plain})
+
+
+def test_a_gradient_that_the_head_would_lose_is_refused() -> None:
+    model, shift = applied(), nn.Parameter(torch.ones((), dtype=torch.float64))
+    model.lm_head.register_forward_hook(lambda module, args, output: output * shift)
+    with pytest.raises(RuntimeError, match="its gradient would be lost"):
+        train_step(model, tokens(2, 37))
 
 
 # -- life of a model --------------------------------------------------------------------------------------------------
