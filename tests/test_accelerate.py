@@ -361,3 +361,8 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     runner = FPDTAccelerator(cpu=True)
     model = runner.prepare(tiny("llama"))
     assert runner.fpdt_plugin.chunk_tokens == 8 and applied_settings(model)
+
+
+def test_compiled_models_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="dynamo_backend"):
+        FPDTAccelerator(cpu=True, dynamo_backend="eager")
