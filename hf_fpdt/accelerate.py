@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -39,10 +38,6 @@ class FPDTAccelerator(Accelerator):
 
     def __init__(self, *args: Any, fpdt_plugin: FPDTPlugin | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.state.dynamo_plugin.backend != DynamoBackend.NO:
-            raise NotImplementedError(
-                "FPDTAccelerator: dynamo_backend cannot trace a layer that is run in chunks; leave it out."
-            )
         self.fpdt_plugin = FPDTPlugin() if fpdt_plugin is None else fpdt_plugin
         self.fpdt_group = join_group(self, self.fpdt_plugin)
         self.fpdt_handles: list[FPDTHandle] = []

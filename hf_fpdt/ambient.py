@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Of a module and of PEFT's layers.
-_MODES = ("training", "_active_adapter", "_disable_adapters", "merged_adapters")
+# Of PEFT's layers, and of what it wraps around modules that are saved with adapters.
+_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ class Autocast:
 
 def modes_of(layer: nn.Module) -> tuple[object, ...]:
     """What says how a layer's modules compute: whether they train, and which of PEFT's adapters act."""
-    found = (
-        (vars(module).get(name, getattr(type(module), name, None))) for module in layer.modules() for name in _MODES
-    )
+    found: list[object] = []
+    for module in layer.modules():
+        found.append(module.training)
+        if "_active_adapter" in vars(module) or hasattr(type(module), "_active_adapter"):
+            found += [getattr(module, name, None) for name in _ADAPTERS]
     return tuple(tuple(mode) if isinstance(mode, list) else mode for mode in found)

@@ -212,10 +212,8 @@ def _without_fsdp(modules: list[nn.Module]) -> Iterator[None]:
     inner = [module for outer in modules for module in outer.modules()]
     hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in inner]
     for module in inner:
-        module._forward_pre_hooks, module._forward_hooks = (
-            _others(module._forward_pre_hooks),
-            _others(module._forward_hooks),
-        )
+        module._forward_pre_hooks = _not_fsdps(module._forward_pre_hooks)
+        module._forward_hooks = _not_fsdps(module._forward_hooks)
     try:
         yield
     finally:
@@ -223,12 +221,12 @@ def _without_fsdp(modules: list[nn.Module]) -> Iterator[None]:
             module._forward_pre_hooks, module._forward_hooks = before, after
 
 
-def _others(hooks: Any) -> Any:
-    return OrderedDict(
-        (key, hook)
-        for key, hook in hooks.items()
-        if not getattr(hook, "__module__", "").startswith("torch.distributed.")
-    )
+def _not_fsdps(hooks: Any) -> Any:
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not _is_fsdps(hook))
+
+
+def _is_fsdps(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.")
 
 
 def _loss(

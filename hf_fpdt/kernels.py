@@ -265,9 +265,8 @@ def _fa4_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     fa4 = importlib.import_module("flash_attn.cute.interface")
-    dq, dk, dv = fa4._flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, **_deterministic())[
-        :3
-    ]
+    grads = fa4._flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, **_deterministic())
+    dq, dk, dv = grads[:3]
     return dq, dk, dv
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import get_sampler
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import DistributedType, DynamoBackend, broadcast
 from torch.utils.data import DataLoader, RandomSampler
 
 from .comms import SequenceParallelGroup, build_group
@@ -112,6 +112,10 @@ def _refused_options(accelerator: Accelerator) -> list[str]:
         reasons.append("FSDP version 1 is not supported; set fsdp_version: 2")
     if fsdp is not None and fsdp.activation_checkpointing:
         reasons.append("FSDP's activation checkpointing would keep and recompute everything twice; switch it off")
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        reasons.append(
+            "torch.compile (dynamo_backend, torch_compile) cannot trace a layer that is run in chunks; leave it out"
+        )
     if accelerator.dispatch_batches:
         reasons.append("dispatch_batches=True gives every rank other samples; leave it off")
     parallelism = getattr(accelerator, "parallelism_config", None)

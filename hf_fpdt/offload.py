@@ -223,11 +223,15 @@ def _container_bytes_available(root: Path, own: str) -> Iterator[int]:
     """
     lines = [line.split(":", 2) for line in own.splitlines()] or [["0", "", "/"]]
     for _, controllers, path in lines:
-        top = root / "memory" if "memory" in controllers.split(",") else root
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if top != root else ("memory.max", "memory.current")
+        if not controllers:
+            top, names = root, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
         inside = top / path.lstrip("/")
         for folder in (inside, *inside.parents):
-            if folder.is_relative_to(top) and not (controllers and top == root):
+            if folder.is_relative_to(top):
                 yield from _left(folder, *names)
 
 

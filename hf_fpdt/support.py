@@ -37,7 +37,7 @@ def why_unsupported(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
         *_config_reasons(config),
         *_attention_reasons(config, layers),
         *_wrapper_reasons(model, layers),
-        *sorted({reason for layer in layers for reason in _adapter_reasons(layer)}),
+        *_adapter_reasons(layers),
     ]
 
 
@@ -56,7 +56,7 @@ def why_not_shared(model: Any) -> list[str]:
 
 def check_adapters(layer: nn.Module, name: str) -> None:
     """Raise NotImplementedError where PEFT's adapters in a layer look at more tokens than one."""
-    if reasons := _adapter_reasons(layer):
+    if reasons := _adapter_reasons([layer]):
         raise NotImplementedError(f"fpdt: {name} cannot be run in chunks: {'; '.join(reasons)}.")
 
 
@@ -114,15 +114,17 @@ def _rope_kinds(config: Any) -> set[Any]:
     return {each.get("rope_type") for each in (parameters, *nested)}
 
 
-def _adapter_reasons(layer: nn.Module) -> list[str]:
+def _adapter_reasons(layers: Sequence[nn.Module]) -> list[str]:
     reasons = set()
-    for module in layer.modules():
-        kind = type(module).__module__.partition("peft.tuners.")[2].partition(".")[0]
+    for module in (module for layer in layers for module in layer.modules()):
+        package = type(module).__module__
+        if not package.startswith("peft.tuners."):
+            continue
+        kind = package.split(".")[2]
         if kind in _SEQUENCE_TUNERS:
             reasons.add(f"PEFT's adapters of type {kind} look at all tokens of a sequence")
-        if "ALoraLinearVariant" in {
-            type(variant).__name__ for variant in vars(module).get("lora_variant", {}).values()
-        }:
+        variants = vars(module).get("lora_variant", {}).values()
+        if any(type(variant).__name__ == "ALoraLinearVariant" for variant in variants):
             reasons.add("activated LoRA (aLoRA) looks for its tokens in the whole sequence")
     return sorted(reasons)
 

@@ -279,7 +279,6 @@ def _refused_options(trainer: Any, sp_size: int) -> list[str]:
             trainer.compute_metrics is not None and _metrics_need_logits(trainer),
             "compute_metrics needs whole logits; evaluate them in a script of your own",
         ),
-        (args.torch_compile, "torch_compile cannot trace a layer that is run in chunks; leave it out"),
         (
             trainer.compute_loss_func is not None,
             "compute_loss_func needs whole logits; the loss is computed in chunks",

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedType,
+    DynamoBackend,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     set_seed,
@@ -303,10 +304,10 @@ def test_fsdp2_without_resharding_and_beside_data_parallelism_equals_one_process
 
 def stub(**changes: Any) -> Any:
     """What `_refused_options` reads of an Accelerator; nothing is refused without `changes`."""
-    fsdp = changes.pop("fsdp", None)
+    fsdp, dynamo = changes.pop("fsdp", None), SimpleNamespace(backend=changes.pop("dynamo", DynamoBackend.NO))
     chosen: dict[str, Any] = {
         "distributed_type": DistributedType.MULTI_GPU,
-        "state": SimpleNamespace(fsdp_plugin=fsdp),
+        "state": SimpleNamespace(fsdp_plugin=fsdp, dynamo_plugin=dynamo),
         "dispatch_batches": None,
         "parallelism_config": None,
     }
@@ -328,6 +329,7 @@ def fsdp(version: int = 2, checkpointing: bool = False) -> SimpleNamespace:
         ({"fsdp": fsdp(1)}, ["set fsdp_version: 2"]),
         ({"fsdp": fsdp(2, True)}, ["activation checkpointing would"]),
         ({"fsdp": fsdp(1, True)}, ["set fsdp_version: 2", "activation checkpointing would"]),
+        ({"dynamo": DynamoBackend.INDUCTOR}, ["dynamo_backend"]),
         ({"dispatch_batches": True}, ["dispatch_batches=True"]),
         (
             {"parallelism_config": SimpleNamespace(tp_size=2, cp_size=2, sp_size=2)},

@@ -96,6 +96,12 @@ def test_every_option_that_cannot_be_honoured_is_named_at_once(tmp_path: Path) -
         assert name in str(refusal.value)
 
 
+def test_compiling_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments write there; taken back after the test
+    with pytest.raises(NotImplementedError, match="torch_compile"):
+        trainer(tmp_path, changes={"torch_compile": True, "torch_compile_backend": "eager"})
+
+
 def options(**changes: Any) -> SimpleNamespace:
     """What `_refused_options` reads of a trainer; nothing is refused without `changes`."""
     args: dict[str, Any] = {
@@ -106,7 +112,6 @@ def options(**changes: Any) -> SimpleNamespace:
         "train_sampling_strategy": "random",
         "neftune_noise_alpha": None,
         "n_gpu": 1,
-        "torch_compile": False,
     }
     compute_metrics, model = changes.pop("compute_metrics", None), changes.pop("model", None)
     return SimpleNamespace(
@@ -128,7 +133,6 @@ CLASSIFIER = SimpleNamespace(get_output_embeddings=lambda: None)
         ({"train_sampling_strategy": "batch_rebalance"}, 1, None),
         ({"neftune_noise_alpha": 5.0}, 2, "neftune_noise_alpha"),
         ({"neftune_noise_alpha": 5.0}, 1, None),
-        ({"torch_compile": True}, 1, "torch_compile"),
         ({"compute_metrics": print}, 1, "compute_metrics needs whole logits"),
         ({"compute_metrics": print, "predict_with_generate": True}, 1, None),
         ({"compute_metrics": print, "model": CLASSIFIER}, 1, None),

@@ -183,17 +183,18 @@ def test_math_is_not_narrowed_by_autocast() -> None:
 
 
 @pytest.fixture
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
+def as_before() -> Iterator[None]:
+    """Deterministic algorithms are off again after the test."""
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def test_kernels_are_asked_to_be_deterministic(deterministic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_asked_to_be_deterministic(as_before: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those that have to be asked; one that cannot is passed over."""
     asked: list[Any] = []
     package = SimpleNamespace(_flash_attn_bwd=lambda *args, **options: asked.append(options["deterministic"]) or args)
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", package)
+    torch.use_deterministic_algorithms(True)
     KERNELS["fa4"].backward(*[torch.zeros(1)] * 6, causal=True, scale=1.0)
     torch.use_deterministic_algorithms(False)
     with pytest.raises(KeyError, match="deterministic"):
@@ -207,12 +208,11 @@ def test_kernels_are_asked_to_be_deterministic(deterministic: None, monkeypatch:
     assert "not deterministic" in (KERNELS["cudnn"].why_not(*case) or "")
 
 
-def test_the_choice_is_made_again_for_deterministic_algorithms(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_choice_is_made_again_for_deterministic_algorithms(
+    as_before: None, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO", logger="hf_fpdt"):
-        select_kernel("auto", torch.device("cpu"), torch.float32, 40)
-        torch.use_deterministic_algorithms(True)
-        try:
+        for on in (False, True):
+            torch.use_deterministic_algorithms(on)
             select_kernel("auto", torch.device("cpu"), torch.float32, 40)
-        finally:
-            torch.use_deterministic_algorithms(False)
     assert len(caplog.records) == 2 and "deterministic" in caplog.messages[1]

@@ -170,31 +170,28 @@ def limits(root: Path, own: str) -> list[int]:
     return list(offload._container_bytes_available(root, own))
 
 
-def group(folder: Path, limit: str, files: dict[str, str]) -> None:
+def group(folder: Path, **files: str) -> None:
+    """Files `memory.NAME`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in {
-        "memory.stat": "anon 1\nfile 2",
-        **files,
-        **({} if not limit else {"memory.max": limit}),
-    }.items():
-        (folder / name).write_text(f"{text}\n")
+    for name, text in {"stat": "anon 1\nfile 2", **files}.items():
+        (folder / f"memory.{name}").write_text(f"{text}\n")
 
 
 def test_limits_of_the_groups_around_a_process_count(tmp_path: Path) -> None:
     """As Slurm sets them: on a group of the job, above the process's own."""
     (tmp_path / "memory.stat").write_text("anon 1\n")  # the root has no limit
-    group(tmp_path / "job", "1000", {"memory.current": "300", "memory.stat": "inactive_file 50"})
-    group(tmp_path / "job" / "step", "max", {"memory.current": "100"})
-    group(tmp_path / "other", "10", {"memory.current": "0"})
+    group(tmp_path / "job", max="1000", current="300", stat="inactive_file 50")
+    group(tmp_path / "job" / "step", max="max", current="100")
+    group(tmp_path / "other", max="10", current="0")
     assert limits(tmp_path, "0::/job/step\n") == [750]
     assert limits(tmp_path, "0::/\n") == limits(tmp_path, "") == []
-    group(tmp_path / "job" / "step", "200", {"memory.current": "200"})
+    group(tmp_path / "job" / "step", max="200", current="200")
     assert sorted(limits(tmp_path, "0::/job/step\n")) == [0, 750], "nothing left is a limit"
 
 
 def test_limits_of_control_groups_of_version_1_count(tmp_path: Path) -> None:
-    old = {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "300", "memory.stat": "total_inactive_file 20"}
-    group(tmp_path / "memory" / "slurm" / "job", "", old)
+    job = tmp_path / "memory" / "slurm" / "job"
+    group(job, limit_in_bytes="1000", usage_in_bytes="300", stat="total_inactive_file 20")
     own = "12:cpu,cpuacct:/slurm/job\n5:memory:/slurm/job\n1:name=systemd:/\n0::/\n"
     assert limits(tmp_path, own) == [720]
 
