@@ -68,6 +68,8 @@ def _job(options: argparse.Namespace, shape: str) -> Job:
     if options.device == "cuda" and not has_gpu:
         raise UserMistake("--device cuda: torch finds no CUDA GPU here; leave the option out, or take --device cpu.")
     device = options.device if options.device != "auto" else "cuda" if has_gpu else "cpu"
+    if options.held_gib and device == "cpu":
+        raise UserMistake("--held-gib: it holds memory of a GPU, and this is a CPU; leave the option out.")
     found = torch.cuda.device_count() if device == "cuda" else options.gpus
     if options.gpus > found:
         raise UserMistake(f"--gpus {options.gpus}: torch finds {found} here; take as many at most.")
@@ -84,4 +86,5 @@ def _job(options: argparse.Namespace, shape: str) -> Job:
         device=device,
         dtype=options.dtype,
         gpus=options.gpus,
+        held_gib=options.held_gib,
     )

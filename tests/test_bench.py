@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_fpdt.bench import child
 from hf_fpdt.bench.catalogue import STACKS, Fpdt, stack_named
 from hf_fpdt.bench.chunked_loss import chunked_nll
 from hf_fpdt.bench.job import Job
+from hf_fpdt.bench.measure import measure
 from hf_fpdt.bench.parity import Parity, check, worst
 from hf_fpdt.bench.peers import HuggingFace, Liger, OffloadedHuggingFace
 from hf_fpdt.bench.report import Files
@@ -207,3 +209,10 @@ def test_mistakes_are_named_before_anything_runs(
     except SystemExit as error:
         status = int(str(error.code))
     assert status == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_steps_do_without_memory_that_is_held(tmp_path: Path) -> None:
+    task = job(tmp_path, kind="step", tokens=(512,), device="cuda", dtype="bfloat16")
+    peaks = [measure(HuggingFace(), replace(task, held_gib=held))["peak_device_gib"] for held in (0.0, 1.5)]
+    assert peaks[1] - peaks[0] == pytest.approx(1.5, abs=0.05)

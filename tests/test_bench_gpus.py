@@ -253,5 +253,6 @@ def test_the_command_refuses_them_before_anything_runs(
         (["--gpus", "2", "--device", "cpu", "--stacks", "fpdt", "liger"], "--gpus 2: the stack liger is for one"),
         (["--stacks", "ring", "fpdt"], "--gpus 1: the stack ring is for at least 2"),
         (["--gpus", "2", "--stacks", "fpdt"], "--gpus 2: torch finds 1 here"),
+        (["--held-gib", "1", "--device", "cpu", "--stacks", "fpdt"], "--held-gib: it holds memory of a GPU"),
     ):
         assert main(["bench", *options]) == 2 and message in capsys.readouterr().err

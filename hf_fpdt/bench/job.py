@@ -27,6 +27,7 @@ class Job:
         device: "cuda" or "cpu".
         dtype: of every parameter, "bfloat16" or "float32".
         gpus: that train the model together, a process each.
+        held_gib: memory of each GPU that steps do without.
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class Job:
     device: str
     dtype: str
     gpus: int = 1
+    held_gib: float = 0.0
 
     @property
     def n_tokens(self) -> int:

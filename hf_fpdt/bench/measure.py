@@ -28,6 +28,7 @@ def measure(stack: Stack, job: Job) -> dict[str, Any]:
         Unavailable: the stack cannot run here.
         torch.OutOfMemoryError, MemoryError: the step does not fit.
     """
+    held = torch.empty(int(job.held_gib * GIB), dtype=torch.uint8, device=job.device)
     config = config_of(job)
     model = model_of(job, config)
     pieces = Pieces(chunk_tokens=job.chunk_tokens)
@@ -41,6 +42,7 @@ def measure(stack: Stack, job: Job) -> dict[str, Any]:
     steps.forget()
     for number in range(job.steps):
         steps.run(tokens_of(job, config, job.n_tokens, number))
+    del held
     return together(stack.world.gather(steps.row())) | stack.predicted(model, job.n_tokens)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..arguments import count, tokens
+from ..arguments import amount, count, tokens
 from .catalogue import STACKS
 
 LIMIT_S = 1800
@@ -68,6 +68,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="GPUs of this host that train one model together, a process each; with --device cpu so many processes "
         "(default: %(default)s)",
+    )
+    how.add_argument(
+        "--held-gib",
+        type=amount,
+        default=0.0,
+        metavar="GIB",
+        help="memory of each GPU to take away first, as that of the layers left out by --layers (default: none)",
     )
     how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: the GPU, if any")
     how.add_argument(

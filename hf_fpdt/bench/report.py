@@ -31,10 +31,15 @@ COLUMNS = (
     + tuple(key for key, _, _ in TABLE)
     + ("predicted_s", "predicted_device_gib", "predicted_pinned_gib")
     + ("steps_s", "pinning_s", "loss", "ceiling_s", "kernel", "attention_forward", "attention_backward", "matmul")
-    + ("peak", "model", "layers", "trained", "dtype", "chunk_tokens", "gpu", "gpus", "host_memory_gib")
-    + ("versions", "commit", "date")
+    + ("peak", "model", "layers", "trained", "dtype", "chunk_tokens", "held_gib", "gpu", "gpus")
+    + ("host_memory_gib", "versions", "commit", "date")
 )
-CONDITIONS = ("model", "layers", "trained", "dtype", "gpu", "host_memory_gib", "versions", "commit", "date")
+CONDITIONS = ("model", "layers", "trained", "dtype", "held_gib", "gpu") + (
+    "host_memory_gib",
+    "versions",
+    "commit",
+    "date",
+)
 OK = "ok"
 
 
@@ -66,7 +71,8 @@ def _line(cells: list[str], widths: list[int]) -> str:
 def conditions_line(rows: Iterable[Row]) -> str:
     """Under what conditions the rows were measured, once."""
     known = {key: row[key] for row in rows for key in CONDITIONS if row.get(key) is not None}
-    words = {"layers": "{} layers", "host_memory_gib": "{} GiB of host memory", "commit": "commit {}"}
+    words = {"layers": "{} layers", "held_gib": "{} GiB of a GPU held", "commit": "commit {}"}
+    words["host_memory_gib"] = "{} GiB of host memory"
     return ", ".join(words.get(key, "{}").format(known[key]) for key in CONDITIONS if key in known)
 
 
