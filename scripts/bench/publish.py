@@ -38,6 +38,8 @@ COLUMNS = {
 # Where they are asked for.
 MORE_COLUMNS = {
     "gpus": ("GPUs", ","),
+    "layers": ("layers", ","),
+    "held_gib": ("held GiB", ".1f"),
     "chunk_tokens": ("chunk tokens", ","),
     "predicted_s": ("foretold s", ",.2f"),
     "predicted_device_gib": ("foretold GPU GiB", ".1f"),
