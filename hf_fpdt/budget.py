@@ -31,11 +31,13 @@ class PassPlan:
     Attributes:
         kv: K and V by chunk, and which chunks are resident.
         budgets: what checkpoints may take, without K and V.
+        pinned: the most that all host buffers may be, those of K and V among them.
         foretold: what the step will take; None for a pass without a backward pass.
     """
 
     kv: KVBytes
     budgets: Budgets
+    pinned: int
     foretold: Forecast | None
 
     @property
@@ -85,7 +87,7 @@ def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have:
     Args:
         policy: `FPDTPlugin.checkpoints`.
         layers: layers with a backward pass; 0: none.
-        have: the pinned buffers that exist, see `forecast`.
+        have: the pinned buffers that stay, see `forecast`.
 
     Raises:
         MemoryError: there is none; the message has the arithmetic and the ways out.
@@ -96,19 +98,17 @@ def plan_pass(policy: str, step: StepSizes, layers: int, budgets: Budgets, have:
     )
     have = have if isinstance(have, Have) else Have(have)
     if not layers:
-        return PassPlan(kv, without_kv(rest, kv, have), None)
+        return PassPlan(kv, without_kv(rest, kv, have), rest.host, None)
     room = without_kv(rest, kv, Have()).total if rest.host >= kv.host_buffer_bytes else -1
     if room < least_bytes(policy, layers, sizes):
         raise MemoryError(_too_much(policy, step, layers, budgets, kv))
     for kept in candidates(policy, layers, sizes, room, step.attention_over_rest()):
         # Without regard to the buffers there are, in which ranks may differ: they must keep the same.
-        found, pool = forecast(kept, sizes, kv, rest, Have()), Have()
+        found = forecast(kept, sizes, kv, rest, Have())
         if found is not None and have:
-            reusing = forecast(kept, sizes, kv, rest, have)
-            # Buffers of other lengths may be in the way; those that are in use stay there.
-            found, pool = (reusing, have) if reusing is not None or have.in_use else (found, pool)
+            found = forecast(kept, sizes, kv, rest, have)
         if found is not None:
-            return PassPlan(kv, without_kv(rest, kv, pool), found)
+            return PassPlan(kv, without_kv(rest, kv, have), rest.host, found)
     raise MemoryError(_too_much(policy, step, layers, budgets, kv))
 
 

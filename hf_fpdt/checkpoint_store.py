@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,8 +26,9 @@ from .entries import LOOKAHEAD, DeviceEntry, DiskTierEntry, Entry, Files, HostEn
 from .keep import forward_bytes
 from .layout import Chunk
 from .memory import StepSizes
-from .offload import GIB, PinnedMemory, Transfers
+from .offload import GIB, Transfers
 from .optimizers import TrainingMemory
+from .pinned import PinnedMemory
 from .shelves import SOON, Budgets, BufferPool, ForwardOrder, Have, KVBytes, Place, Shelves, Tier
 from .streamed_kv import HostRoom
 
@@ -43,10 +44,16 @@ class _Tiers:
     shelves: Shelves[Tensor]
     files: Files | None
 
-    def made(self) -> Have:
-        """The host buffers that exist now."""
-        pools = self.shelves.pool, self.shelves.kv_pool
-        return Have(dict(pools[0].made), dict(pools[1].made), any(pool.used_bytes for pool in pools))
+    @property
+    def pools(self) -> tuple[BufferPool[Tensor], BufferPool[Tensor]]:
+        """Host buffers of checkpoints, and of K and V."""
+        return self.shelves.pool, self.shelves.kv_pool
+
+    def in_the_way(self) -> Have:
+        """The host buffers that a pass must do with: all there are where some hold something, else none."""
+        if not any(pool.used_bytes for pool in self.pools):
+            return Have()
+        return Have(*(dict(pool.made) for pool in self.pools))
 
 
 class Pass:
@@ -93,7 +100,7 @@ class CheckpointStore:
         self._plugin, self._group, self._training = plugin, group, training
         self._tiers: _Tiers | None = None
         self._plans: dict[tuple[StepSizes, int], PassPlan] = {}
-        self._made: dict[tuple[StepSizes, int], Have] = {}  # the buffers that each plan was made with
+        self._had: dict[tuple[StepSizes, int], Have] = {}  # the buffers that were in the way of each plan
         self._there: Available | None = None
         self._reads: deque[Entry] = deque()
         self._pass: Pass | None = None
@@ -134,7 +141,7 @@ class CheckpointStore:
         return self._plan(run.step, 0, device, sharded=run.sharded).kv
 
     def _plan(self, step: StepSizes, layers: int, device: torch.device, *, sharded: bool) -> PassPlan:
-        """What a pass of this step does with its memory; made, said and allocated for once.
+        """What a pass of this step does with its memory: made and said once, and its buffers are there.
 
         Args:
             layers: layers with a backward pass; 0 for a pass without.
@@ -143,16 +150,24 @@ class CheckpointStore:
             MemoryError: no plan fits.
         """
         tiers, key = self._on(device), (step, layers)
-        # A plan holds for the buffers that it was made with: steps of other lengths may have changed them since.
-        if key not in self._plans or (layers and self._made[key] != tiers.made()):
-            new = key not in self._plans
-            budgets = budgets_of(self._plugin, step, self._available(step, device, everywhere=sharded))
-            plan = plan_pass(self._plugin.checkpoints, step, layers, budgets, tiers.made())
-            grew = _reserve(tiers, plan, budgets, step)
-            self._plans[key], self._made[key] = plan, tiers.made()
-            level = logging.INFO if grew or (new and len(self._plans) <= 2) else logging.DEBUG
+        have, new = tiers.in_the_way() if layers else Have(), key not in self._plans
+        if new or self._had[key] != have:
+            budgets = self._budgets(step, device, everywhere=sharded)
+            tiers.shelves.kv_pool.limit = budgets.host
+            # What is free between buffers in use may be too short for any other.
+            left = replace(budgets, host=budgets.host - tiers.pinned.gap_bytes) if have else budgets
+            self._plans[key] = plan_pass(self._plugin.checkpoints, step, layers, left, have)
+            self._had[key] = have
+        plan = self._plans[key]
+        grew = layers > 0 and _reserve(tiers, plan, step)
+        if new or grew:
+            level = logging.INFO if grew or len(self._plans) <= 2 else logging.DEBUG
+            budgets = self._budgets(step, device, everywhere=sharded)
             logger.log(level, "hf_fpdt: %s", described(plan, step, budgets))
-        return self._plans[key]
+        return plan
+
+    def _budgets(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> Budgets:
+        return budgets_of(self._plugin, step, self._available(step, device, everywhere=everywhere))
 
     def _available(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> Available:
         """Measured once, before the first pass, by all ranks together: ranks whose plans differed would hang."""
@@ -220,11 +235,11 @@ class CheckpointStore:
             entry.begin()
 
     def used_bytes(self) -> dict[str, int]:
-        """Bytes in use on each tier, and "pinned": all host buffers, used or free."""
+        """Bytes in use on each tier, and "pinned": all host memory that is, used or free."""
         if self._tiers is None:
             return {}
         shelves = self._tiers.shelves
-        return {**{tier: shelves.used[tier] for tier in SOON}, "pinned": shelves.pool.nbytes + shelves.kv_pool.nbytes}
+        return {**{tier: shelves.used[tier] for tier in SOON}, "pinned": self._tiers.pinned.nbytes}
 
     @property
     def pinning_seconds(self) -> float:
@@ -240,7 +255,7 @@ class CheckpointStore:
         """Give all memory back: host buffers, files. The next pass starts anew."""
         self._reads.clear()
         self._plans.clear()
-        self._made.clear()
+        self._had.clear()
         self._there, self._pass, self._last = None, None, None
         if self._tiers is not None:
             self._tiers.pinned.release()
@@ -259,33 +274,29 @@ def _entry(tiers: _Tiers, value: Tensor, name: str, place: Place[Tensor], *, alo
     return DiskTierEntry(value, place, tiers.shelves, tiers.files)
 
 
-def _reserve(tiers: _Tiers, plan: PassPlan, budgets: Budgets, step: StepSizes) -> bool:
-    """Allocate the pinned buffers that the plan needs and that are not there; whether there were any."""
-    pools = tiers.shelves.pool, tiers.shelves.kv_pool
-    pools[1].limit = budgets.host
+def _reserve(tiers: _Tiers, plan: PassPlan, step: StepSizes) -> bool:
+    """Have the pinned buffers that the plan needs beside those in the way; whether memory was pinned for them.
+
+    Where none are, what is pinned gets cut anew, so that a step has the buffers it was foretold to have.
+    """
     foretold = plan.foretold
-    if foretold is None:
-        return False
-    needed = foretold.new_buffers, foretold.new_kv_buffers
-    new_bytes = sum(map(_total, needed))
-    if foretold.host_bytes < sum(pool.nbytes for pool in pools) + new_bytes:
-        # It fits without the buffers of other lengths alone, see `plan_pass`.
-        if any(pool.used_bytes for pool in pools):
-            raise MemoryError(_no_room(new_bytes, tiers.shelves))
-        tiers.pinned.release()
-        for pool in pools:
+    assert foretold is not None
+    needed, needed_kv = Counter(foretold.new_buffers), Counter(foretold.new_kv_buffers)
+    if not tiers.in_the_way():
+        if [pool.made for pool in tiers.pools] == [needed, needed_kv]:
+            return False
+        for pool in tiers.pools:
             pool.clear()
-    for pool, counts in zip(pools, needed, strict=True):
-        for size, buffer in tiers.pinned.buffers(counts):
-            pool.add(size, buffer)
+        tiers.pinned.recut()
+    tiers.pinned.limit, before = plan.pinned + tiers.pinned.gap_bytes, tiers.pinned.seconds
+    for size, buffer in tiers.pinned.buffers(needed + needed_kv):
+        of_kv = not needed[size]
+        tiers.pools[of_kv].add(size, buffer)
+        needed[size] -= not of_kv
     if foretold.disk_bytes:
         assert tiers.files is not None
         tiers.files.stage_for(step.layer_bytes().longest)
-    return new_bytes > 0
-
-
-def _total(counts: Mapping[int, int]) -> int:
-    return sum(size * count for size, count in counts.items())
+    return tiers.pinned.seconds > before
 
 
 def _no_room(nbytes: int, shelves: Shelves[Tensor]) -> str:

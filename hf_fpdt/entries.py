@@ -15,7 +15,8 @@ from typing import Protocol
 from torch import Tensor
 
 from .disk import DiskEntry, DiskFile, Transfer
-from .offload import Copy, Fetch, PinnedMemory, Transfers
+from .offload import Copy, Fetch, Transfers
+from .pinned import PinnedMemory
 from .shelves import Place, Shelves
 
 # Reads under way at a time: one chunk's input, attention output and lse.

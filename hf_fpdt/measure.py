@@ -14,7 +14,8 @@ from types import MappingProxyType
 import torch
 
 from .kernels import Kernel, select_kernel
-from .offload import GIB, PinnedMemory, Transfers, device_bytes_available
+from .offload import GIB, Transfers, device_bytes_available
+from .pinned import PinnedMemory
 from .rates import BACKWARD_OPERATIONS, GPU, gpu_named
 from .rates_file import HEAD_DIMS
 

@@ -1,4 +1,4 @@
-"""Streams, events and pinned memory: the only file that knows them. Everything else asks a store.
+"""Streams and events: the only file that knows them; and how much memory there is. Everything else asks a store.
 
 Copies run beside the computation, one stream each way. Device memory always belongs to the computation's stream: a
 copy waits for what was computed before it was asked for, and nothing that a copy reads or writes is let go of before
@@ -13,28 +13,18 @@ Threads that fill a buffer from a file are on no stream: they wait for the copy 
 
 from __future__ import annotations
 
-import logging
-import mmap
 import os
 import time
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
-from tqdm import tqdm
-
-from .shelves import page_rounded
-
-logger = logging.getLogger(__name__)
 
 GIB = 2**30
-REGION_BYTES = 4 * GIB  # memory is pinned in parts of this size, so that progress shows
 HOST_RESERVE = 6 * GIB  # what "auto" leaves to Python, CUDA, data loaders
-NEVER_WRITTEN = 255  # NaN in every floating type: what nobody wrote shows
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -125,80 +115,6 @@ class Transfers:
 def typed(buffer: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The first bytes of a byte buffer as a tensor."""
     return buffer[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
-
-
-class PinnedMemory:
-    """Host memory in regions of exact size, registered with the driver where there is a GPU.
-
-    PyTorch's own pinned allocator rounds every block up to a power of two, which costs up to half of the host.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._pin = device.type == "cuda"
-        self._regions: list[Tensor] = []
-        self.seconds = 0.0  # spent on it so far
-        # A model that is simply dropped gives its memory back too. At exit the driver does so.
-        weakref.finalize(self, _unregister, self._regions, pinned=self._pin).atexit = False
-
-    def buffer(self, nbytes: int) -> Tensor:
-        """One page-aligned buffer (uint8)."""
-        began = time.perf_counter()
-        # MAP_PRIVATE: huge pages for shared memory are off on most systems.
-        pages = mmap.mmap(-1, page_rounded(nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)  # pinning is counted in pages
-        region = torch.frombuffer(pages, dtype=torch.uint8)
-        region.fill_(NEVER_WRITTEN)  # on all cores; the driver would touch page after page on one
-        if self._pin:
-            self._register(region)
-        self._regions.append(region)
-        self.seconds += time.perf_counter() - began
-        return region
-
-    def buffers(self, counts: Mapping[int, int]) -> Iterable[tuple[int, Tensor]]:
-        """(size, buffer) for `counts` buffers of each size, with a progress line."""
-        sizes = [size for size, count in sorted(counts.items(), reverse=True) for _ in range(count)]
-        total = sum(sizes)
-        what = "hf_fpdt: pinning host memory" if self._pin else "hf_fpdt: host memory"
-        # disable=None: quiet where there is no terminal. Small amounts are there at once.
-        quiet = None if total > GIB else True
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=what, disable=quiet) as bar:
-            while sizes:
-                part = _first(sizes, REGION_BYTES)
-                region, offset = self.buffer(sum(part)), 0
-                for size in part:
-                    yield size, region[offset : offset + size]
-                    offset += size
-                del sizes[: len(part)]
-                bar.update(offset)
-
-    def _register(self, region: Tensor) -> None:
-        code = torch.cuda.cudart().cudaHostRegister(region.data_ptr(), region.numel(), 0)
-        if int(code):
-            raise RuntimeError(
-                f"hf_fpdt: the driver could not pin {region.numel() / GIB:.1f} GiB of host memory (CUDA error "
-                f"{int(code)}); lower FPDTPlugin(host_budget_gib=...) or raise the limit on locked memory (ulimit -l)."
-            )
-
-    def release(self) -> None:
-        """Give everything back to the system; buffers that somebody still holds stay valid but are not pinned."""
-        _unregister(self._regions, pinned=self._pin)
-
-
-def _unregister(regions: list[Tensor], *, pinned: bool) -> None:
-    for region in regions if pinned else ():
-        # The driver waits for copies that still use it.
-        torch.cuda.cudart().cudaHostUnregister(region.data_ptr())
-    regions.clear()
-
-
-def _first(sizes: list[int], limit: int) -> list[int]:
-    """The first sizes that fill at most `limit` together, at least one."""
-    count, total = 1, sizes[0]
-    while count < len(sizes) and total + sizes[count] <= limit:
-        total += sizes[count]
-        count += 1
-    return sizes[:count]
 
 
 def host_bytes_available() -> int:

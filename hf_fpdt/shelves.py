@@ -70,8 +70,8 @@ class BufferPool(Generic[T]):
     def take(self, nbytes: int) -> tuple[int, T] | None:
         """(size, buffer): the smallest free one that holds `nbytes`, else a new one; None where it would be too much.
 
-        A somewhat longer buffer serves too, so that the odd last chunks of other lengths do not add up; a much longer
-        one, which something else will need, only where there is no room for a new one.
+        A somewhat longer buffer serves too; a much longer one, which something else will need, only where there is no
+        room for a new one.
         """
         size = page_rounded(nbytes)
         free = min((free for free, buffers in self._free.items() if buffers and free >= nbytes), default=None)
@@ -220,12 +220,10 @@ class Have:
     """Sizes of the pinned buffers that exist, and how many of each: of checkpoints, and of K and V.
 
     Attributes:
-        in_use: whether some hold something, so that none can be given up for others.
     """
 
     checkpoints: Mapping[int, int] = field(default_factory=dict)
     kv: Mapping[int, int] = field(default_factory=dict)
-    in_use: bool = field(default=False, compare=False)
 
     def __bool__(self) -> bool:
         return bool(self.checkpoints or self.kv)

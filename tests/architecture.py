@@ -21,7 +21,8 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("config", "ambient", "support", "trace_intervals", "shrink", "versions"), 0),
         **dict.fromkeys(("layout", "keep", "disk", "trace", "arguments"), 1),
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
-        **dict.fromkeys(("kernels", "offload", "comms", "reference", "planner", "memory", "liger", "optimizers"), 3),
+        **dict.fromkeys(("kernels", "offload", "pinned", "comms", "reference", "planner", "memory"), 3),
+        **dict.fromkeys(("liger", "optimizers"), 3),
         **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates", "cross_entropy_kernel", "progress"), 4),
         **dict.fromkeys(("kv_store", "budget", "cross_entropy", "rates_file", "work", "exchange"), 5),
         **dict.fromkeys(("attention", "checkpoint_store", "fit", "measure"), 6),
@@ -57,7 +58,7 @@ MUTABLE_LITERALS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast
 MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"})
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
 HOT_PATH = frozenset(
-    ["attention", "layer", "run", "offload", "kernels", "loss", "streamed_kv", "kv_store", "entries"]
+    ["attention", "layer", "run", "offload", "pinned", "kernels", "loss", "streamed_kv", "kv_store", "entries"]
     + ["checkpoint_store", "linear", "fused", "liger", "cross_entropy", "cross_entropy_kernel"]
 )
 HF_ROOMS = frozenset(

@@ -16,7 +16,8 @@ from hf_fpdt.comms import build_group
 from hf_fpdt.keep import Kept, LayerBytes
 from hf_fpdt.layout import ChunkPlan
 from hf_fpdt.memory import ModelSizes, StepSizes
-from hf_fpdt.offload import GIB, PinnedMemory, Transfers
+from hf_fpdt.offload import GIB, Transfers
+from hf_fpdt.pinned import PinnedMemory
 from hf_fpdt.shelves import Budgets, BufferPool, Shelves
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hf_fpdt import offload
-from hf_fpdt.offload import GIB, HOST_RESERVE, PinnedMemory, accumulation_dtype, host_bytes_available, typed
+from hf_fpdt.offload import GIB, HOST_RESERVE, accumulation_dtype, host_bytes_available, typed
+from hf_fpdt.pinned import NEVER_WRITTEN, PinnedMemory
 from hf_fpdt.shelves import PAGE
 from tests.stores import CPU, transfers
 from tests.support import assert_rejects
@@ -87,58 +88,8 @@ def test_a_source_may_change_once_its_copy_was_settled() -> None:
 def test_only_the_first_bytes_of_a_longer_buffer_are_touched() -> None:
     buffer = PinnedMemory(CPU).buffer(2 * PAGE)
     transfers().to_host(torch.zeros(3, 5), buffer)
-    assert not buffer[:60].any() and (buffer[60:] == offload.NEVER_WRITTEN).all()
+    assert not buffer[:60].any() and (buffer[60:] == NEVER_WRITTEN).all()
     assert typed(buffer, torch.Size((3, 5)), torch.float32).data_ptr() == buffer.data_ptr()
-
-
-def test_buffers_start_on_a_page_and_have_whole_pages() -> None:
-    pinned = PinnedMemory(CPU)
-    for nbytes in (1, PAGE, PAGE + 1, 3 * PAGE - 1):
-        buffer = pinned.buffer(nbytes)
-        assert (buffer.dtype, buffer.dim(), buffer.data_ptr() % PAGE) == (torch.uint8, 1, 0)
-        assert buffer.numel() == -(-nbytes // PAGE) * PAGE
-    assert pinned.seconds > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_what_nobody_wrote_is_nan_in_every_floating_type(dtype: torch.dtype) -> None:
-    pinned = PinnedMemory(CPU)
-    for buffer in (pinned.buffer(PAGE), *(made for _, made in pinned.buffers({PAGE: 3}))):
-        assert typed(buffer, torch.Size((8, 17)), dtype).isnan().all()
-
-
-def test_many_buffers_come_from_few_regions_each_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "REGION_BYTES", 8 * PAGE)
-    regions: list[int] = []
-    make = PinnedMemory.buffer
-
-    def counted(self: PinnedMemory, nbytes: int) -> Tensor:
-        regions.append(nbytes)
-        return make(self, nbytes)
-
-    monkeypatch.setattr(PinnedMemory, "buffer", counted)
-    counts = {PAGE: 7, 3 * PAGE: 4, 10 * PAGE: 2}
-    made = list(PinnedMemory(CPU).buffers(counts))
-    assert {size: [s for s, _ in made].count(size) for size in counts} == counts
-    assert all(buffer.numel() == size for size, buffer in made)
-    assert all(nbytes <= 8 * PAGE or nbytes == 10 * PAGE for nbytes in regions), "one that is longer stands alone"
-    assert sum(regions) == sum(size * count for size, count in counts.items()) and len(regions) == 5
-    places = sorted((buffer.data_ptr(), size) for size, buffer in made)
-    assert all(start + size <= after for (start, size), (after, _) in zip(places, places[1:], strict=False))
-    assert all(start % PAGE == 0 for start, _ in places)
-    assert list(PinnedMemory(CPU).buffers({})) == []
-
-
-def test_released_memory_goes_back_but_for_what_somebody_holds() -> None:
-    pinned, process = PinnedMemory(CPU), psutil.Process()
-    before, nbytes = process.memory_info().rss, 64 * 2**20
-    kept = pinned.buffer(PAGE).fill_(5)
-    pinned.buffer(nbytes)
-    assert process.memory_info().rss - before > nbytes // 2
-    pinned.release()
-    assert process.memory_info().rss - before < nbytes // 2
-    assert (kept == 5).all()
-    pinned.release()
 
 
 def test_gradients_add_up_in_fp32_or_wider() -> None:
@@ -194,12 +145,3 @@ def test_limits_of_control_groups_of_version_1_count(tmp_path: Path) -> None:
     group(job, limit_in_bytes="1000", usage_in_bytes="300", stat="total_inactive_file 20")
     own = "12:cpu,cpuacct:/slurm/job\n5:memory:/slurm/job\n1:name=systemd:/\n0::/\n"
     assert limits(tmp_path, own) == [720]
-
-
-def test_memory_that_is_simply_dropped_is_given_back() -> None:
-    pinned = PinnedMemory(CPU)
-    regions = pinned._regions
-    kept = pinned.buffer(PAGE)
-    assert len(regions) == 1
-    del pinned
-    assert not regions and kept.numel() == PAGE

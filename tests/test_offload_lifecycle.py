@@ -17,6 +17,7 @@ import hf_fpdt.run
 from hf_fpdt.entries import STAGING_BUFFERS
 from hf_fpdt.kernels import select_kernel
 from hf_fpdt.model import FPDTHandle
+from hf_fpdt.pinned import PinnedMemory
 from hf_fpdt.shelves import page_rounded
 from tests.offloaded import (
     PLACES,
@@ -67,7 +68,7 @@ def test_a_step_takes_what_was_foretold_to_the_byte(case: str, place: str, tmp_p
             # The host's regions themselves, with the staging buffers of files.
             tiers = handle.store._tiers
             pinned = [tiers.pinned, *([] if tiers.files is None else [tiers.files.pinned])]
-            regions = sum(region.numel() for memory in pinned for region in memory._regions)
+            regions = sum(memory.nbytes for memory in pinned)
             staged = STAGING_BUFFERS * page_rounded(sizes.layer_bytes().longest) if told.disk_bytes else 0
             assert regions == told.host_bytes + staged
             assert bytes_kept.peak["host"] + plan.kv.host_buffer_bytes <= told.host_bytes
@@ -103,6 +104,29 @@ def test_lengths_may_change_from_step_to_step(policy: str, place: str, tmp_path:
     assert max(pinned) <= settings["host_budget_gib"] * 2**30
     if place in ("host", "part"):  # where the host is short, a shorter step has room to keep more
         assert len(set(pinned)) == 1
+
+
+@pytest.mark.parametrize("place", ["tight", "tight part"])
+def test_steps_of_many_lengths_pin_host_memory_once(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host is full in each of them, and buffers of one length are of no use to another."""
+    model, pinned = model_of("llama"), list[int]()
+    make = PinnedMemory._new_region
+
+    def counted(self: PinnedMemory, nbytes: int) -> Any:
+        pinned.append(nbytes)
+        return make(self, nbytes)
+
+    monkeypatch.setattr(PinnedMemory, "_new_region", counted)
+    monkeypatch.setattr("hf_fpdt.pinned.REGION_BYTES", 2**16)  # as many parts as at a real length
+    settings = budgets(place, "auto", sizes_of(model, 150), Path())
+    settings["host_budget_gib"] *= 1.2
+    limit = int(settings["host_budget_gib"] * 2**30)
+    ours, handle = applied(model, **settings)
+    for n_tokens in (150, 131, 149, 117, 140, 133, 150, 127):
+        data = sequences(n_tokens)
+        assert_equal(step(ours, data), truth(model, data["input_ids"], data["labels"]), 1e-10)
+        assert assert_empty(handle) <= limit
+    assert 0.8 * limit < sum(pinned) < 1.1 * limit
 
 
 @pytest.mark.parametrize("place", PLACES)
