@@ -36,7 +36,7 @@ setup(
         "flash": ["flash-attn-4"],
         "gpu": ["flash-attn-4", "liger-kernel"],
         "bench": ["matplotlib", "liger-kernel", "pyte"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pre-commit", "matplotlib"],
+        "dev": ["filelock", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pre-commit", "matplotlib"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from tests.launched.train import Run, execute
@@ -120,16 +121,27 @@ def launched(folder: Path, processes: int, runs: Mapping[str, Run]) -> Path:
     return folder
 
 
+def launched_once(factory: pytest.TempPathFactory, name: str, processes: int, runs: Mapping[str, Run]) -> Path:
+    """By the first of pytest's workers that needs it; it is the most that this file takes."""
+    ours = factory.getbasetemp()
+    folder = (ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours) / f"launched {name}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            unfinished = factory.mktemp(name)
+            launched(unfinished, processes, runs).rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs on two processes, by one launch."""
     runs = {name: case.run for name, case in TWO_PROCESSES.items()}
-    return launched(tmp_path_factory.mktemp("two"), 2, {**runs, **RESUMED})
+    return launched_once(tmp_path_factory, "two", 2, {**runs, **RESUMED})
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launched(tmp_path_factory.mktemp("four"), 4, {name: case.run for name, case in FOUR_PROCESSES.items()})
+    return launched_once(tmp_path_factory, "four", 4, {name: case.run for name, case in FOUR_PROCESSES.items()})
 
 
 def alone(case: Case, folder: Path) -> Result:
