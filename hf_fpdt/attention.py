@@ -129,9 +129,10 @@ class _WholeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv = KVStore.holding(k, v)
-        parts = [
-            forward_row(kernel, q[:, rows], kv.stream(spans), scale=scale) for rows, spans in _rows(kernel, q, kv)
-        ]
+        with torch.cuda.device_of(q):
+            parts = [
+                forward_row(kernel, q[:, rows], kv.stream(spans), scale=scale) for rows, spans in _rows(kernel, q, kv)
+            ]
         out = torch.cat([part[0] for part in parts], dim=1)
         ctx.save_for_backward(q, k, v, out, torch.cat([part[1] for part in parts], dim=2))
         ctx.kernel, ctx.scale = kernel, scale

@@ -46,6 +46,7 @@ class _ChunkedLayer(torch.autograd.Function):
     def forward(ctx: Any, run: LayerRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
         output: Tensor | None = None
         with (
+            torch.cuda.device_of(hidden),  # kernels of Triton and flash-attn-4 run where the process is
             record_function(f"fpdt::forward {run.name}"),
             run.autocast.again(),
             run.kv_store(hidden.device, backward=False) as store,

@@ -75,7 +75,8 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if grad_enabled and hidden.requires_grad else None
         grad_needed = d_hidden is not None or bool(wanted)
         size = max(1, head.chunk_tokens // hidden.shape[0])
-        with Autocast.now(hidden.device).again(), torch.enable_grad() if grad_needed else nullcontext():
+        grad_mode = torch.enable_grad() if grad_needed else nullcontext()
+        with torch.cuda.device_of(hidden), Autocast.now(hidden.device).again(), grad_mode:
             for tokens in (slice(start, start + size) for start in range(0, hidden.shape[1], size)):
                 x = hidden[:, tokens].detach().requires_grad_(d_hidden is not None)
                 logits = head.logits_of(x)
@@ -133,7 +134,7 @@ class _ChunkedNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.chunk_forward, ctx.size, ctx.autocast = forward, size, Autocast.now(hidden.device)
         ctx.save_for_backward(hidden, *parameters)
-        with ctx.autocast.again():
+        with torch.cuda.device_of(hidden), ctx.autocast.again():
             return torch.cat([forward(x) for x in hidden.split(size, dim=1)], dim=1)
 
     @staticmethod

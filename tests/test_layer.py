@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_fpdt.attention
 import hf_fpdt.layer
+import hf_fpdt.loss
 import hf_fpdt.run
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.kernels import KERNELS
@@ -310,3 +311,44 @@ def test_gpu_no_tensor_of_tokens_by_intermediate_or_vocabulary_is_ever_made(chec
     # Hidden states before and after the layer and the norm, their gradients, attention output: eight of them, K, V
     # and fp32 dK, dV (1.5 more), and what a chunk and the loss need. A [tokens, intermediate] tensor is 3.5 units.
     assert peak < 9 * unit
+
+
+def test_everything_runs_on_the_gpu_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton and flash-attn-4 launch on the process's current GPU; backward passes are autograd's, which sets it."""
+    inside, seen = [0], list[str]()
+
+    class Entered(torch.cuda.device_of):
+        def __enter__(self) -> None:
+            inside[0] += 1
+            super().__enter__()
+
+        def __exit__(self, *error: Any) -> Any:
+            inside[0] -= 1
+            return super().__exit__(*error)
+
+    def watched(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            assert inside[0] == 1, name
+            seen.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "device_of", Entered)
+    for module, name in (
+        (hf_fpdt.attention, "forward_row"),
+        (hf_fpdt.run, "forward_row"),
+        (hf_fpdt.loss, "cross_entropy"),
+    ):
+        monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+    model, ids = tiny("llama", attn_implementation="fpdt"), torch.randint(0, 64, (1, 40))
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert set(seen) == {"forward_row"}, "the registered function alone, without apply_fpdt"
+    apply_fpdt(model, FPDTPlugin(chunk_tokens=16))
+    mlp = model.model.layers[1].mlp
+    monkeypatch.setattr(mlp, "forward", watched("mlp", mlp.forward))
+    with torch.no_grad():
+        model(input_ids=ids, labels=ids)
+    hf_fpdt.loss.norm_by_chunks(watched("norm", torch.clone), torch.zeros(1, 4, 2), [], 2)
+    assert set(seen) == {"forward_row", "cross_entropy", "mlp", "norm"} and inside == [0]

@@ -70,6 +70,7 @@ def small(shape: str) -> torch.nn.Module:
 def gradients(model: torch.nn.Module, **settings: Any) -> Results:
     """Loss and gradients of the second of two steps: the first finds fresh buffers, the second used ones."""
     ids = torch.randint(0, 1024, (1, N_TOKENS), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    ids = ids.to(next(model.parameters()).device)
     if settings.get("host_budget_gib") == "least":
         settings["host_budget_gib"] = least_host_gib(model)
     handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, kernel="math", **settings))
@@ -138,3 +139,11 @@ def test_the_test_above_sees_a_missing_wait(broken: str, monkeypatch: pytest.Mon
     torch.cuda.synchronize()
     with pytest.raises(AssertionError, match="differs"):
         assert_same_bits(wrong, expected)
+
+
+@pytest.mark.gpu(2)
+def test_a_model_on_another_gpu_than_the_current_one_gives_the_same_bits() -> None:
+    model = small("llama")
+    expected = gradients(model, device_budget_gib=0)
+    other = gradients(model.to("cuda:1"), device_budget_gib=0)
+    assert_same_bits({name: value.to("cuda:0") for name, value in other.items()}, expected)
