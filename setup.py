@@ -36,7 +36,17 @@ setup(
         "flash": ["flash-attn-4"],
         "gpu": ["flash-attn-4", "liger-kernel"],
         "bench": ["matplotlib", "liger-kernel", "pyte"],
-        "dev": ["filelock", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "pre-commit", "matplotlib"],
+        "dev": [
+            "filelock",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "pre-commit",
+            "matplotlib",
+            "trl",
+        ],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -6,6 +6,7 @@ slice of hidden states by running that forward with the base model standing asid
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,12 @@ from .comms import SAMPLE_KEY, own_tokens, sharded_batch
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, patch
 
+# Who may put a forward of theirs in place of a model's: they call the model's own, and leave its loss alone. (Liger's,
+# which does not, has a reason of its own.)
+_WRAP_FORWARD = ("transformers.", "accelerate.", "torch.", "peft.", "trl.", "liger_kernel.", "hf_fpdt.")
+# TRL's has a head and a loss in chunks of its own, for calls with this argument.
+_TRLS_LOSS = "fused_lm_head"
+
 
 def loss_reasons(model: Any) -> list[str]:
     """Reasons why the loss that the model makes of labels is not the one computed here; [] if it is."""
@@ -31,12 +38,29 @@ def loss_reasons(model: Any) -> list[str]:
         reasons.append(
             "its loss function is not transformers' ForCausalLMLoss, which is the one FPDT computes in chunks"
         )
-    if not type(model).forward.__module__.startswith("transformers."):
+    own, present = type(model).forward.__module__, _home(model.forward)
+    foreign = own if not own.startswith("transformers.") else "" if present.startswith(_WRAP_FORWARD) else present
+    if foreign:
         reasons.append(
-            f"its forward ({type(model).forward.__module__}) is not one of transformers' own, so the loss that it "
-            "makes of labels is not known; let it inherit forward, or train it without apply_fpdt"
+            f"its forward ({foreign}) is not one of transformers' own, so the loss that it makes of labels is not "
+            "known; let it inherit forward, or train it without apply_fpdt"
         )
     return reasons
+
+
+def unshared_loss_reasons(model: Any) -> list[str]:
+    """Reasons why ranks that hold a part of the sequence each would make another loss than one process; or []."""
+    if not _home(model.forward).startswith("trl."):
+        return []
+    return ["TRL's trainers make the loss themselves, of a rank's own labels; take FPDTTrainer"]
+
+
+def _home(forward: Any) -> str:
+    """The module whose code a bound function is, whatever `functools.wraps` has it say."""
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    function = getattr(forward, "__func__", forward)
+    return str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
 
 
 def patch_head(model: Any, settings: Settings) -> None:
@@ -153,6 +177,8 @@ def _with(outputs: Any, **fields: Any) -> Any:
 def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     token = _sample.set(kwargs.pop(SAMPLE_KEY, None))
     try:
+        if kwargs.get(_TRLS_LOSS):
+            return self._fpdt.forward(*args, **kwargs)  # TRL's loss in chunks, of hidden states that are made here
         return _forward_with_loss(self, *args, **kwargs)
     finally:
         _sample.reset(token)

@@ -24,7 +24,7 @@ from .checkpoint_store import CheckpointStore
 from .comms import SequenceParallelGroup, build_group, check_heads
 from .config import FPDTPlugin
 from .fused import fuse_layer
-from .head import loss_reasons, patch_head
+from .head import loss_reasons, patch_head, unshared_loss_reasons
 from .interface import NAME
 from .layer import run_layer
 from .liger import load_liger, why_not_liger
@@ -83,7 +83,7 @@ def apply_fpdt(
         raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
     group = build_group(plugin.sp_size) if group is None else group
     check_heads(target.config.get_text_config().num_attention_heads, group.size)
-    if group.size > 1 and (reasons := why_not_shared(target)):
+    if group.size > 1 and (reasons := why_not_shared(target) + unshared_loss_reasons(target)):
         raise NotImplementedError(
             f"FPDT cannot run {type(target).__name__} with sp_size above 1: {'; '.join(reasons)}."
         )

@@ -123,7 +123,10 @@ class FPDTTrainerMixin:
         rows = None if isinstance(dataset, IterableDataset) or kwargs.get("is_training") else len(sized)
         if rows is not None:
             kwargs["sampler_fn"] = SequentialSampler
-            dataset = _filled(dataset, rows, batch_size * self._data_parallel_size())
+            # One rank's last batch may be shorter.
+            ranks = self._data_parallel_size()
+            multiple = batch_size * ranks if ranks > 1 else 1
+            dataset, rows = _filled(dataset, rows, multiple), rows if rows % multiple else None
         loader = super()._get_dataloader(dataset, description, batch_size, **kwargs)  # type: ignore[misc]
         loader.fpdt_rows = rows
         seeded = loader.worker_init_fn
@@ -210,10 +213,15 @@ class _Evaluation:
         first = (self.steps * self.ranks + self.rank) * batch
         self.steps += 1
         real = batch if self.rows is None else min(max(self.rows - first, 0), batch)
-        for name in ("labels", "shift_labels"):
-            if real < batch and inputs.get(name) is not None:
-                inputs[name] = inputs[name].clone()
-                inputs[name][real:] = -100
+        labels = [name for name in ("labels", "shift_labels") if inputs.get(name) is not None]
+        if real < batch and not labels:
+            raise NotImplementedError(
+                f"fpdt: {self.rows} rows do not divide into whole batches on {self.ranks} ranks, and what fills them "
+                "up cannot be left out of a loss without labels: evaluate on a multiple of ranks times batch size."
+            )
+        for name in labels if real < batch else ():
+            inputs[name] = inputs[name].clone()
+            inputs[name][real:] = -100
         return real
 
     def add(self, loss: Tensor, rows: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -225,11 +227,24 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "causality off": (lambda: causality_off(tiny()), "not causal"),
     "own loss": (lambda: own_loss(tiny()), "ForCausalLMLoss"),
     "own forward": (lambda: OwnForward(LlamaConfig(**SIZES)), "not one of transformers' own"),
+    "forward on the instance": (lambda: with_forward(tiny()), "tests.test_apply) is not one of transformers' own"),
     "aLoRA": (lambda: lora(tiny(), alora_invocation_tokens=[7, 8], target_modules=["q_proj"]), "aLoRA"),
     "Lily": (lambda: get_peft_model(tiny(), LilyConfig(r=4, target_modules=["q_proj"])), "type lily"),
     "several devices": (lambda: dispatched(tiny()), "load the model on one device"),
     "checkpoint wrapper": (lambda: checkpoint_wrapped(tiny()), "fsdp_activation_checkpointing: false"),
 }
+
+
+def with_forward(model: PreTrainedModel) -> PreTrainedModel:
+    """As people put a term of their own into the loss; wrapped, it has transformers' name."""
+    stock = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock(*args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+    return model
 
 
 class OwnForward(LlamaForCausalLM):
