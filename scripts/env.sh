@@ -46,8 +46,7 @@ PY
     fi
     _fpdt_say "installing hf_fpdt$what into .venv; the first time takes a few minutes, torch is large"
     # Twice quiet: once still prints a warning for every index or folder that pip's own settings name in vain.
-    # Byte code of all packages takes as long as the rest; Python makes it of what is imported.
-    (cd "$root" && .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check \
+    (cd "$root" && .venv/bin/python -m pip install -qq --disable-pip-version-check \
         -c constraints.txt -e ".$what") || _fpdt_fail "pip could not install hf_fpdt$what" || return 1
     echo "$want" >"$stamp"
     _fpdt_say "installed in $((SECONDS - began)) s"
