@@ -281,6 +281,9 @@ def _reserve(tiers: _Tiers, plan: PassPlan, step: StepSizes) -> bool:
     """
     foretold = plan.foretold
     assert foretold is not None
+    if foretold.disk_bytes:
+        assert tiers.files is not None
+        tiers.files.stage_for(step.layer_bytes().longest)
     needed, needed_kv = Counter(foretold.new_buffers), Counter(foretold.new_kv_buffers)
     if not tiers.in_the_way():
         if [pool.made for pool in tiers.pools] == [needed, needed_kv]:
@@ -290,12 +293,11 @@ def _reserve(tiers: _Tiers, plan: PassPlan, step: StepSizes) -> bool:
         tiers.pinned.recut()
     tiers.pinned.limit, before = plan.pinned + tiers.pinned.gap_bytes, tiers.pinned.seconds
     for size, buffer in tiers.pinned.buffers(needed + needed_kv):
-        of_kv = not needed[size]
-        tiers.pools[of_kv].add(size, buffer)
-        needed[size] -= not of_kv
-    if foretold.disk_bytes:
-        assert tiers.files is not None
-        tiers.files.stage_for(step.layer_bytes().longest)
+        if needed[size]:
+            needed[size] -= 1
+            tiers.shelves.pool.add(size, buffer)
+        else:
+            tiers.shelves.kv_pool.add(size, buffer)
     return tiers.pinned.seconds > before
 
 

@@ -6,7 +6,6 @@ slice of hidden states by running that forward with the base model standing asid
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from .comms import SAMPLE_KEY, own_tokens, sharded_batch
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, patch
+from .support import homes_of
 
 # Who may put a forward of theirs in place of a model's: they call the model's own, and leave its loss alone. (Liger's,
 # which does not, has a reason of its own.)
@@ -38,29 +38,23 @@ def loss_reasons(model: Any) -> list[str]:
         reasons.append(
             "its loss function is not transformers' ForCausalLMLoss, which is the one FPDT computes in chunks"
         )
-    own, present = type(model).forward.__module__, _home(model.forward)
-    foreign = own if not own.startswith("transformers.") else "" if present.startswith(_WRAP_FORWARD) else present
+    homes = dict.fromkeys(homes_of(model.forward), _WRAP_FORWARD) | {
+        type(model).forward.__module__: ("transformers.",)
+    }
+    foreign = [home for home, known in homes.items() if not home.startswith(known)]
     if foreign:
         reasons.append(
-            f"its forward ({foreign}) is not one of transformers' own, so the loss that it makes of labels is not "
-            "known; let it inherit forward, or train it without apply_fpdt"
+            f"its forward ({', '.join(foreign)}) is not one of transformers' own, so the loss that it makes of labels "
+            "is not known; let it inherit forward, or train it without apply_fpdt"
         )
     return reasons
 
 
 def unshared_loss_reasons(model: Any) -> list[str]:
     """Reasons why ranks that hold a part of the sequence each would make another loss than one process; or []."""
-    if not _home(model.forward).startswith("trl."):
+    if not any(home.startswith("trl.") for home in homes_of(model.forward)):
         return []
     return ["TRL's trainers make the loss themselves, of a rank's own labels; take FPDTTrainer"]
-
-
-def _home(forward: Any) -> str:
-    """The module whose code a bound function is, whatever `functools.wraps` has it say."""
-    while isinstance(forward, functools.partial):
-        forward = forward.func
-    function = getattr(forward, "__func__", forward)
-    return str(getattr(function, "__globals__", {}).get("__name__", type(function).__module__))
 
 
 def patch_head(model: Any, settings: Settings) -> None:

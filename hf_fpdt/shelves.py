@@ -217,10 +217,7 @@ class KVBytes:
 
 @dataclass(frozen=True)
 class Have:
-    """Sizes of the pinned buffers that exist, and how many of each: of checkpoints, and of K and V.
-
-    Attributes:
-    """
+    """Sizes of the pinned buffers that exist, and how many of each: of checkpoints, and of K and V."""
 
     checkpoints: Mapping[int, int] = field(default_factory=dict)
     kv: Mapping[int, int] = field(default_factory=dict)

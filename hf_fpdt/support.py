@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,15 @@ def why_not_shared(model: Any) -> list[str]:
     if model.base_model is not model and model.get_output_embeddings() is None:
         reasons.append("labels are shifted to the next token before they are cut, and its head is no language model's")
     return reasons
+
+
+def homes_of(forward: Any) -> set[str]:
+    """The modules that a bound function's code and its name are of: `functools.wraps` gives it another's name."""
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    function = getattr(forward, "__func__", forward)
+    code = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+    return {str(code), str(getattr(function, "__module__", code))}
 
 
 def check_adapters(layer: nn.Module, name: str) -> None:
@@ -137,8 +147,7 @@ def _wrapper_reasons(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]
             "the forward of its layers was replaced on the instance (accelerate's hooks for a device_map of several "
             "devices or for offloading), so FPDT's would not be called; load the model on one device"
         )
-    forward = getattr(model.forward, "__func__", model.forward)
-    if getattr(forward, "__module__", "").startswith("liger_kernel"):
+    if any(home.startswith("liger_kernel") for home in homes_of(model.forward)):
         reasons.append(
             "Liger's fused loss replaces the model's forward; apply Liger with fused_linear_cross_entropy=False, "
             "FPDT's own loss never builds the logits either"

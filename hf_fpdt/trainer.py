@@ -213,13 +213,15 @@ class _Evaluation:
         first = (self.steps * self.ranks + self.rank) * batch
         self.steps += 1
         real = batch if self.rows is None else min(max(self.rows - first, 0), batch)
+        if real == batch:
+            return real
         labels = [name for name in ("labels", "shift_labels") if inputs.get(name) is not None]
-        if real < batch and not labels:
+        if not labels:
             raise NotImplementedError(
                 f"fpdt: {self.rows} rows do not divide into whole batches on {self.ranks} ranks, and what fills them "
                 "up cannot be left out of a loss without labels: evaluate on a multiple of ranks times batch size."
             )
-        for name in labels if real < batch else ():
+        for name in labels:
             inputs[name] = inputs[name].clone()
             inputs[name][real:] = -100
         return real

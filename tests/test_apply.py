@@ -29,6 +29,7 @@ from transformers import (
     LlavaConfig,
     PreTrainedModel,
 )
+from transformers.utils.generic import can_return_tuple
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.comms import SequenceParallelGroup
@@ -228,6 +229,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "own loss": (lambda: own_loss(tiny()), "ForCausalLMLoss"),
     "own forward": (lambda: OwnForward(LlamaConfig(**SIZES)), "not one of transformers' own"),
     "forward on the instance": (lambda: with_forward(tiny()), "tests.test_apply) is not one of transformers' own"),
+    "decorated forward": (
+        lambda: with_forward(tiny(), deco=True),
+        "tests.test_apply) is not one of transformers' own",
+    ),
     "aLoRA": (lambda: lora(tiny(), alora_invocation_tokens=[7, 8], target_modules=["q_proj"]), "aLoRA"),
     "Lily": (lambda: get_peft_model(tiny(), LilyConfig(r=4, target_modules=["q_proj"])), "type lily"),
     "several devices": (lambda: dispatched(tiny()), "load the model on one device"),
@@ -235,15 +240,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-def with_forward(model: PreTrainedModel) -> PreTrainedModel:
-    """As people put a term of their own into the loss; wrapped, it has transformers' name."""
+def with_forward(model: PreTrainedModel, *, deco: bool = False) -> PreTrainedModel:
+    """As people put a term of their own into the loss; with transformers' name, or with `deco` a wrapper of theirs."""
     stock = model.forward
 
-    @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return stock(*args, **kwargs)
 
-    model.forward = MethodType(forward, model)
+    named = can_return_tuple(forward) if deco else functools.wraps(type(model).forward)(forward)
+    model.forward = MethodType(named, model)
     return model
 
 

@@ -15,7 +15,7 @@ from hf_fpdt.checkpoint_store import CheckpointStore, LayerCheckpoint
 from hf_fpdt.entries import LOOKAHEAD, STAGING_BUFFERS, DeviceEntry, DiskTierEntry, Files, HostEntry
 from hf_fpdt.keep import forward_bytes
 from hf_fpdt.offload import Transfers
-from hf_fpdt.shelves import PAGE
+from hf_fpdt.shelves import PAGE, page_rounded
 from tests.stores import CPU, NO_LIMIT, TINY, FakeRun, checkpoint_store, step_of
 from tests.support import assert_rejects
 
@@ -116,6 +116,15 @@ def test_a_copy_that_fails_leaves_no_place_taken(
         gc.collect()
         assert not any(store.used_bytes()[name] for name in ("device", "host", "disk"))
         forward_pass(store)
+
+
+def test_a_step_without_host_buffers_has_its_staging_ready(tmp_path: Path) -> None:
+    """K and V on the device, every checkpoint in the file."""
+    longest = page_rounded(STEP.layer_bytes().longest)
+    with checkpoint_store(device=RESIDENT, host=STAGING_BUFFERS * longest, disk_dir=str(tmp_path)) as store:
+        store.join(FakeRun(0, STEP), CPU)
+        assert store._tiers is not None and store._tiers.files is not None and not store.used_bytes()["pinned"]
+        assert store._tiers.files.pinned.nbytes == STAGING_BUFFERS * longest
 
 
 def test_a_pass_that_is_dropped_gives_its_bytes_back() -> None:

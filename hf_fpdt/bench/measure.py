@@ -28,7 +28,7 @@ def measure(stack: Stack, job: Job) -> dict[str, Any]:
         Unavailable: the stack cannot run here.
         torch.OutOfMemoryError, MemoryError: the step does not fit.
     """
-    held = torch.empty(int(job.held_gib * GIB), dtype=torch.uint8, device=job.device)
+    held = torch.empty(int(job.held_gib * GIB), dtype=torch.uint8, device=job.device)  # until the last step is over
     config = config_of(job)
     model = model_of(job, config)
     pieces = Pieces(chunk_tokens=job.chunk_tokens)

@@ -34,7 +34,13 @@ COLUMNS = (
     + ("peak", "model", "layers", "trained", "dtype", "chunk_tokens", "held_gib", "gpu", "gpus")
     + ("host_memory_gib", "versions", "commit", "date")
 )
-CONDITIONS = ("model", "layers", "trained", "dtype", "held_gib", "gpu") + (
+CONDITIONS = (
+    "model",
+    "layers",
+    "trained",
+    "dtype",
+    "held_gib",
+    "gpu",
     "host_memory_gib",
     "versions",
     "commit",
@@ -71,8 +77,12 @@ def _line(cells: list[str], widths: list[int]) -> str:
 def conditions_line(rows: Iterable[Row]) -> str:
     """Under what conditions the rows were measured, once."""
     known = {key: row[key] for row in rows for key in CONDITIONS if row.get(key) is not None}
-    words = {"layers": "{} layers", "held_gib": "{} GiB of a GPU held", "commit": "commit {}"}
-    words["host_memory_gib"] = "{} GiB of host memory"
+    words = {
+        "layers": "{} layers",
+        "held_gib": "{} GiB of a GPU held",
+        "host_memory_gib": "{} GiB of host memory",
+        "commit": "commit {}",
+    }
     return ", ".join(words.get(key, "{}").format(known[key]) for key in CONDITIONS if key in known)
 
 
