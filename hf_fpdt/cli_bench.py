@@ -15,7 +15,7 @@ from .bench.figures import FORMULAS, Trained
 from .bench.job import Job
 from .bench.report import Files, as_table, conditions_line
 from .bench.stack import Unavailable
-from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_writable, config_of, mistakes
+from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_settings, check_writable, config_of, mistakes
 from .plan_report import training_of
 
 
@@ -38,6 +38,7 @@ def bench(options: argparse.Namespace) -> None:
     for path in (options.csv, options.json):
         if path is not None:
             check_writable(path)
+    check_settings()
     training = training_of(config_of(options, layers=options.layers), lora=False)
     shape = options.shape or DEFAULT_SHAPE
     job = _job(options, shape)

@@ -23,7 +23,7 @@ from .check import (
     kernels_here,
     training_dtype,
 )
-from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_writable, config_of, mistakes
+from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_settings, check_writable, config_of, mistakes
 from .measure import link_rates, measured
 from .model import why_refused
 from .rates import GPU
@@ -71,6 +71,7 @@ def check(options: argparse.Namespace) -> int:
     """`hf-fpdt check`: prints what it finds; 0 where the model is served and computed exactly, else 1."""
     device = Device("cuda" if torch.cuda.is_available() else "cpu")
     _check_rates_option(options, device)
+    check_settings()
     config = config_of(options, layers=None)
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
+from .config import FPDTPlugin
 from .shapes import SHAPES, with_layers
 
 DEFAULT_SHAPE = "llama-8b"
@@ -26,6 +27,12 @@ def mistakes(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise UserMistake(" ".join(str(error).split())) from error
+
+
+def check_settings() -> None:
+    """What FPDT_* variables say can be read; before anything runs."""
+    with mistakes(ValueError):
+        FPDTPlugin()
 
 
 def add_model(group: argparse._MutuallyExclusiveGroup) -> None:

@@ -240,6 +240,16 @@ def test_mistakes_end_with_2(arguments: list[str], said: str, capsys: pytest.Cap
     assert status == 2 and said in err and "Traceback" not in err and not out
 
 
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_a_setting_in_the_environment_that_is_none_ends_with_2(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FPDT_KERNELS", "math")
+    assert main([command]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: The environment variable FPDT_KERNELS='math'") and not said.out
+
+
 def test_help_says_what_it_answers_and_how_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0
