@@ -56,6 +56,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
 MUTABLE_LITERALS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"})
+LOOKING_CALLS = frozenset({"isinstance", "hasattr", "len", "all", "any", "set", "sorted", "min", "max", "sum"})
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
 HOT_PATH = frozenset(
     ["attention", "layer", "run", "offload", "pinned", "kernels", "loss", "streamed_kv", "kv_store", "entries"]
@@ -269,6 +270,16 @@ def broad_except(module: Module) -> Problems:
             yield f"{module.name}:{getattr(node, 'lineno', 0)}: catches every Exception"
 
 
+def asserts(module: Module) -> Problems:
+    """An assert only looks: `python -O` leaves it out, and what it calls with it."""
+    for node in ast.walk(module.tree):
+        for inner in ast.walk(node.test) if isinstance(node, ast.Assert) else ():
+            if isinstance(inner, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
+                yield f"{module.name}:{inner.lineno}: an assert does more than look"
+            elif isinstance(inner, ast.Call) and _dotted(inner.func) not in LOOKING_CALLS:
+                yield f"{module.name}:{inner.lineno}: an assert calls {_dotted(inner.func)}(); call it before"
+
+
 # Budgets -------------------------------------------------------------------------------------------
 
 
@@ -343,4 +354,4 @@ def _public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctio
                 yield from _public(node.body)
 
 
-RULES: tuple[Rule, ...] = (import_order, forbidden_words, module_state, broad_except, budgets, docstrings)
+RULES: tuple[Rule, ...] = (import_order, forbidden_words, module_state, broad_except, asserts, budgets, docstrings)

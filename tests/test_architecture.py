@@ -14,6 +14,7 @@ from tests.architecture import (
     RULES,
     Module,
     Rule,
+    asserts,
     broad_except,
     budgets,
     docstrings,
@@ -24,7 +25,8 @@ from tests.architecture import (
     read_package,
 )
 
-PACKAGE = read_package(Path(__file__).parent.parent)
+ROOT = Path(__file__).parent.parent
+PACKAGE = read_package(ROOT)
 
 
 def problems(rule: Rule, name: str, source: str) -> list[str]:
@@ -177,6 +179,24 @@ def test_broad_except_flags(catch: str) -> None:
     assert problems(broad_except, "layout", f"try:\n    pass\n{catch}\n    pass")
     assert problems(broad_except, "layout", "with suppress(Exception):\n    pass")
     assert not problems(broad_except, "layout", "try:\n    pass\nexcept (OSError, KeyError):\n    pass")
+
+
+@pytest.mark.parametrize(
+    "test", ["all(step.play())", "x.pop() is None", "(y := f)", "next(rows) == 1", "all(x.add(y) for y in z)"]
+)
+def test_asserts_flag_what_does_more_than_look(test: str) -> None:
+    assert problems(asserts, "layout", f"def f():\n    assert {test}, message()")
+
+
+def test_asserts_may_look() -> None:
+    good = "assert a is not None\nassert all(fits) and len(a) == b[c].d\nassert isinstance(a, B), f'{a()}'"
+    assert not problems(asserts, "layout", good)
+
+
+def test_asserts_of_scripts_look_alone() -> None:
+    scripts = sorted((ROOT / "scripts").rglob("*.py"))
+    found = [problem for path in scripts for problem in asserts(Module.parse(path.name, path.read_text()))]
+    assert scripts and not found, "\n".join(["", *found])
 
 
 def test_budgets_flag_length() -> None:
