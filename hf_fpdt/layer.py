@@ -72,7 +72,11 @@ class _ChunkedLayer(torch.autograd.Function):
         run.check_modes()
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed]
         sums = GradientSums(wanted)
-        with record_function(f"fpdt::backward {run.name}"), untouched_random_state(d_output.device):
+        with (
+            run.store.one_thread.entered(run.name),
+            record_function(f"fpdt::backward {run.name}"),
+            untouched_random_state(d_output.device),
+        ):
             _rebuild_input(run, d_output.device)
             d_hidden = torch.zeros_like(d_output, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[1] else None
             _expect_backward(run)

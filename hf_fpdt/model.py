@@ -270,6 +270,10 @@ class _ChunkedLayerMixin(nn.Module):
         if _needs_whole_sequence(self, arguments):
             return raw(self, hidden, **arguments)
         _check_arguments(arguments, hidden, self._fpdt_name)
+        with self._fpdt_settings.store.one_thread.entered(self._fpdt_name):
+            return self._in_chunks(raw, hidden, arguments)
+
+    def _in_chunks(self, raw: Callable[..., Any], hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         check_adapters(self, self._fpdt_name)
         settings, parameters = self._fpdt_settings, list(self.parameters())
         if settings.plugin.fused:
