@@ -19,6 +19,9 @@ from .loaders import join_group, sharding_collator
 from .model import applied_settings, apply_fpdt, has_fpdt, train_with
 from .speed import TrainingSpeed
 
+_LOGITS = "whole logits (tokens x vocabulary), which FPDT does not make"
+_WHERE_THEY_FIT = "where they fit, train with transformers' Trainer on a model with apply_fpdt, sp_size=1"
+
 
 class FPDTTrainerMixin:
     """Mix in before a Trainer class: `class MyTrainer(FPDTTrainerMixin, SFTTrainer)`.
@@ -284,14 +287,18 @@ def _refused_options(trainer: Any, sp_size: int) -> list[str]:
     args = trainer.args
     liger = args.liger_kernel_config or {}
     checks = (
-        (args.label_smoothing_factor, "label_smoothing_factor needs whole logits; set it to 0"),
+        (
+            args.label_smoothing_factor,
+            f"label_smoothing_factor needs {_LOGITS}: set it to 0; {_WHERE_THEY_FIT}",
+        ),
         (
             trainer.compute_metrics is not None and _metrics_need_logits(trainer),
-            "compute_metrics needs whole logits; evaluate them in a script of your own",
+            f"compute_metrics needs {_LOGITS}, before preprocess_logits_for_metrics too: leave it out; evaluate() "
+            "gives eval_loss, whose exp is the perplexity, and docs/troubleshooting.md predicts tokens in slices",
         ),
         (
             trainer.compute_loss_func is not None,
-            "compute_loss_func needs whole logits; the loss is computed in chunks",
+            f"compute_loss_func needs {_LOGITS}: leave it out; {_WHERE_THEY_FIT}",
         ),
         (
             args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True),

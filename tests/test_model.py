@@ -288,6 +288,28 @@ def test_a_loss_on_the_logits_trains_as_well() -> None:
     assert_same_step(step(applied()), step(tiny()))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("weight", torch.ones(80)), ("label_smoothing", 0.1), ("reduction", "sum"), ("reduce", False)]
+)
+def test_an_argument_that_the_loss_does_not_hear_is_refused_by_name(name: str, value: Any) -> None:
+    """Transformers' own loss drops them in silence, today."""
+    ids, model = tokens(1, 23), applied()
+    with pytest.raises(NotImplementedError, match=f"does not take {name}, only labels, .*without labels"):
+        model(input_ids=ids, labels=ids, **{name: value})
+    assert model(input_ids=ids, **{name: value}).logits is not None, "without labels there is no loss to hear it"
+    as_it_is = {"weight": None, "label_smoothing": 0.0, "reduction": "mean", "output_hidden_states": False}
+    assert_same_step(train_step(model, ids, **as_it_is), train_step(tiny(), ids))
+
+
+def test_tokens_can_be_predicted_in_slices() -> None:
+    """As docs/troubleshooting.md has it, for metrics of which one process has the whole logits."""
+    ids, model = tokens(2, 37), applied().eval()
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        found = torch.cat([model.get_output_embeddings()(part).argmax(-1) for part in hidden.split(7, dim=1)], dim=1)
+        assert torch.equal(found, tiny().eval()(input_ids=ids).logits.argmax(-1))
+
+
 LOSS_ARGUMENTS: dict[str, dict[str, Any]] = {
     "num_items_in_batch": {"num_items_in_batch": 117},
     "num_items_in_batch as a tensor": {"num_items_in_batch": torch.tensor(117)},
