@@ -22,9 +22,11 @@ from torch.nn.functional import cross_entropy
 from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 
 from .comms import SAMPLE_KEY, own_tokens, sharded_batch
+from .layers import check_stack
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
-from .patch import Settings, arguments_by_name, patch
+from .patch import Settings, arguments_by_name, caches_in, patch
 from .support import homes_of
+from .trial import current_visit
 
 # Who may put a forward of theirs in place of a model's: they call the model's own, and leave its loss alone. (Liger's,
 # which does not, has a reason of its own.)
@@ -34,6 +36,7 @@ _TRLS_LOSS = "fused_lm_head"
 # Of the loss's parameters those that are heard here, and those that the model's forward fills.
 _HEARD = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
 _FILLED = ("logits", "vocab_size", "source", "input", "target", "kwargs")
+WHY_NOT_WHOLE = "the forward of {} does not run its base model as a whole; train it without apply_fpdt"
 
 
 def loss_reasons(model: Any) -> list[str]:
@@ -112,9 +115,13 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if call is not None and call.outputs is not None:
         return call.outputs
     arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
+    if (visit := current_visit()) is not None:
+        visit.base_ran = True
+        return self._fpdt.forward(**arguments | {"use_cache": False})
+    check_stack(self, self._fpdt.settings)
     _check_router(self.config, arguments)
     # With a cache it is generation, in which every rank has the whole of a sequence.
-    sharded = self._fpdt.settings.group.size > 1 and arguments.get("past_key_values") is None
+    sharded = self._fpdt.settings.group.size > 1 and not caches_in(arguments)
     if sharded:
         _check_shard(arguments, sample, self._fpdt.settings)
         arguments["use_cache"] = False
@@ -205,16 +212,13 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     ignore_index, kept = arguments.pop("ignore_index", -100), arguments.pop("logits_to_keep", None)
     as_tuple = arguments.pop("return_dict", self.config.return_dict) is False
     arguments["return_dict"] = True
-    if arguments.get("past_key_values") is None:
+    if not caches_in(arguments):
         arguments["use_cache"] = False
 
     with _as_head_call(_HeadCall()) as call:
         outputs = self._fpdt.forward(**arguments)
     if call.outputs is None:
-        raise NotImplementedError(
-            f"fpdt: the forward of {type(self).__name__} does not run its base model as a whole; train it without "
-            "apply_fpdt."
-        )
+        raise NotImplementedError(f"fpdt: {WHY_NOT_WHOLE.format(type(self).__name__)}.")
 
     def logits_of(hidden: Tensor, **kept: int | Tensor) -> Tensor:
         """Logits of hidden states [B, S, D] by the model's own forward."""
