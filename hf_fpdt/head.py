@@ -137,7 +137,8 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _check_router(config: Any, arguments: dict[str, Any]) -> None:
     if arguments.get("output_router_logits") or getattr(config.get_text_config(), "output_router_logits", False):
         raise NotImplementedError(
-            "fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False."
+            "fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False (TRL's "
+            "trainers set it themselves: router_aux_loss_coef=0.0 in their config)."
         )
 
 

@@ -91,7 +91,10 @@ def _config_reasons(config: Any) -> list[str]:
     if getattr(config, "attn_logit_softcapping", None):
         reasons.append("attention softcap is not served by a kernel yet (config.attn_logit_softcapping)")
     if getattr(config, "output_router_logits", False):
-        reasons.append("the router's auxiliary loss needs all tokens at once; set config.output_router_logits=False")
+        reasons.append(
+            "the router's auxiliary loss needs all tokens at once; set config.output_router_logits=False (TRL's "
+            "trainers set it themselves: router_aux_loss_coef=0.0 in their config)"
+        )
     return reasons
 
 
