@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from pathlib import Path
 
 import pytest
 
-from tests import architecture
+from tests import architecture, support
 from tests.architecture import (
     MAX_MEDIAN_FUNCTION_LINES,
     RANKS,
@@ -52,6 +53,23 @@ def test_package_keeps(rule: Rule) -> None:
 def test_median_function_is_short() -> None:
     lengths = [function_lines(function) for module in PACKAGE for function in module.functions()]
     assert not lengths or statistics.median(lengths) <= MAX_MEDIAN_FUNCTION_LINES
+
+
+def test_contributing_has_the_rules_that_hold() -> None:
+    """Each by its name, with its numbers; files, tables and helpers that it names are there."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert re.findall(r"^- `(\w+)`:", text, re.MULTILINE) == [rule.__name__ for rule in RULES]
+    for said in (
+        f"at most {architecture.MAX_FILE_LINES} lines a file; {architecture.MAX_FUNCTION_LINES} lines, "
+        f"{architecture.MAX_PARAMETERS} parameters and {architecture.MAX_NESTING} nested blocks a function",
+        f"{MAX_MEDIAN_FUNCTION_LINES} lines the median one",
+        f"of more than {architecture.MAX_UNDOCUMENTED_LINES} lines",
+    ):
+        assert said in " ".join(text.split())
+    for path in re.findall(r"`([\w./]+\.(?:py|sh|txt|md))`", text):
+        assert (ROOT / path).exists(), path
+    names = {*vars(architecture), *vars(support)}
+    assert {*re.findall(r"`([A-Z_]+)`", text), *re.findall(r"`(\w+)\(", text)} <= names
 
 
 def test_the_package_is_found() -> None:
