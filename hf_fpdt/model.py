@@ -202,6 +202,10 @@ class FPDTHandle:
         self._attention_before = self._decoder.config._attn_implementation
         self._settings = settings
         self._decoder.set_attn_implementation(NAME)
+        # PEFT's layer_replication and modules_to_save copy attention modules, with configurations of their own.
+        self._copies = [(config, config._attn_implementation) for config in _other_configs(layers, self._decoder.config)]
+        for config, _ in self._copies:
+            config._attn_implementation = NAME
         for layer in self._layers:
             enter_layer(layer, settings, layers.index(layer))
         patch_head(model, settings)
@@ -250,4 +254,12 @@ class FPDTHandle:
         if self._settings.progress is not None:
             self._settings.progress.close()
         self._decoder.set_attn_implementation(self._attention_before)
-        self._layers = []
+        for config, before in self._copies:
+            config._attn_implementation = before
+        self._layers, self._copies = [], []
+
+
+def _other_configs(layers: list[nn.Module], own: Any) -> list[Any]:
+    """The configurations that modules of the layers hold, other than the decoder's and parts of other models."""
+    held = (getattr(module, "config", None) for layer in layers for module in layer.modules())
+    return list({id(config): config for config in held if type(config) is type(own) and config is not own}.values())

@@ -428,3 +428,36 @@ def one_step(model: nn.Module, autocast: bool) -> Step:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         loss.backward()
     return taken_step(model, loss)
+
+
+# -- modules that PEFT copies -----------------------------------------------------------------------------------------
+
+COPIES: dict[str, dict[str, Any]] = {
+    "layers, with weights in common": {"layer_replication": [(0, 2), (1, 2)], "target_modules": ["q_proj", "v_proj"]},
+    "attention that is saved": {"modules_to_save": ["self_attn"], "target_modules": ["down_proj"]},
+    "an MLP that is saved": {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_modules_that_peft_copies_are_exact(name: str) -> None:
+    """Copies of attention have configurations of their own, which say which attention it is."""
+
+    def wrapped(model: PreTrainedModel) -> PeftModel:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, init_lora_weights=False, **COPIES[name])
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+    model = wrapped(tiny())
+    truth = train_step(model, IDS, use_cache=False)
+    handle = apply_fpdt(model, PLUGIN)
+    assert_same_step(train_step(model, IDS), truth)
+    handle.remove()
+    assert_same_step(train_step(model, IDS, use_cache=False), truth, tolerance=0.0)
+    late = tiny()
+    apply_fpdt(late, PLUGIN)
+    if "layer_replication" in COPIES[name]:
+        with pytest.raises(RuntimeError, match="was put there after apply_fpdt"):
+            train_step(wrapped(late), IDS)
+    else:
+        assert_same_step(train_step(wrapped(late), IDS), truth)
