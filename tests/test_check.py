@@ -92,7 +92,7 @@ def test_supported_models_are_right_here(
 @pytest.mark.parametrize(
     ("name", "config", "reason"),
     [
-        ("gptj", {"n_embd": 64, "n_head": 4, "rotary_dim": 4, "n_layer": 2}, "ignores the attention registry"),
+        ("bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 2}, "ignores the attention registry"),
         ("mistral", {**GROUPED, "sliding_window": 4096}, "load it with sliding_window=None"),
         ("gpt_oss", {**GROUPED, "num_local_experts": 4}, "sinks"),
         # Shows when the layers run.
