@@ -76,14 +76,14 @@ def apply_fpdt(
         )
     handle = FPDTHandle(target, layers, _settings(target, layers, plugin, group))
     try:
-        _try_layers(target)
+        try_layers(target)
     except NotImplementedError as error:
         handle.remove()
         raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {error}") from error
     return handle
 
 
-def _try_layers(model: PreTrainedModel) -> None:
+def try_layers(model: PreTrainedModel) -> None:
     """A pass of the model over a few random tokens that tries each layer, and runs none.
 
     Where it cannot be (weights without memory, a model that takes more than token ids) layers are tried at their
@@ -203,7 +203,9 @@ class FPDTHandle:
         self._settings = settings
         self._decoder.set_attn_implementation(NAME)
         # PEFT's layer_replication and modules_to_save copy attention modules, with configurations of their own.
-        self._copies = [(config, config._attn_implementation) for config in _other_configs(layers, self._decoder.config)]
+        self._copies = [
+            (config, config._attn_implementation) for config in _other_configs(layers, self._decoder.config)
+        ]
         for config, _ in self._copies:
             config._attn_implementation = NAME
         for layer in self._layers:

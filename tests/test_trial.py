@@ -97,7 +97,7 @@ def new_spectral_norm(model: PreTrainedModel) -> None:
 
 
 def with_places(y: Tensor, _: Tensor) -> Tensor:
-    return y + 0.1 * torch.arange(y.shape[1], dtype=y.dtype).sin()[:, None]
+    return y + 0.1 * torch.arange(y.shape[1], dtype=y.dtype, device=y.device).sin()[:, None]
 
 
 def self_attention(y: Tensor, x: Tensor) -> Tensor:
@@ -461,3 +461,22 @@ def test_modules_that_peft_copies_are_exact(name: str) -> None:
             train_step(wrapped(late), IDS)
     else:
         assert_same_step(train_step(wrapped(late), IDS), truth)
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*MIXERS, "none"])
+def test_on_a_gpu_in_bfloat16_mixers_are_refused_and_nothing_else(name: str) -> None:
+    model = tiny(dtype=torch.float64)
+    if name != "none":
+        MIXERS[name][0](model)
+    model.to("cuda", torch.bfloat16)
+    if name == "what was last time":
+        model.model.layers[1].mlp.act_fn.last = torch.zeros((), device="cuda", dtype=torch.bfloat16)
+    if name == "none":
+        apply_fpdt(model, PLUGIN)
+    else:
+        with pytest.raises(NotImplementedError, match="layer 1 .* cannot be run in chunks"):
+            apply_fpdt(model, PLUGIN)
