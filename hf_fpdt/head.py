@@ -6,25 +6,21 @@ slice of hidden states by running that forward with the base model standing asid
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .ambient import RandomState, untouched_random_state
 from .comms import SAMPLE_KEY, own_tokens, sharded_batch
 from .layers import check_stack
-from .loss import Head, chunked_loss, norm_by_chunks, shifted
+from .loss import Head, check_loss_arguments, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, caches_in, patch
 from .support import homes_of
 from .trial import mixes_tokens, visiting
@@ -34,9 +30,6 @@ from .trial import mixes_tokens, visiting
 _WRAP_FORWARD = ("transformers.", "accelerate.", "torch.", "peft.", "trl.", "liger_kernel.", "hf_fpdt.")
 # TRL's has a head and a loss in chunks of its own, for calls with this argument.
 _TRLS_LOSS = "fused_lm_head"
-# Of the loss's parameters those that are heard here, and those that the model's forward fills.
-_HEARD = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
-_FILLED = ("logits", "vocab_size", "source", "input", "target", "kwargs")
 WHY_NOT_WHOLE = "the forward of {} does not run its base model as a whole; train it without apply_fpdt"
 
 
@@ -283,7 +276,7 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
             "fpdt: the loss is computed in chunks, so a loss_function set on the model would not be called; call the "
             "model without labels and compute the loss from its logits."
         )
-    _check_loss_arguments(arguments)
+    check_loss_arguments(arguments)
     if arguments.get("shift_labels") is None and self._fpdt.settings.group.size > 1:
         raise ValueError("fpdt: with sp_size above 1 labels are shifted before they are cut: pass shift_labels too.")
     loss_arguments = {name: arguments.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
@@ -309,29 +302,6 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     logits = None if kept is None else logits_of(hidden, logits_to_keep=kept)
     outputs = _with(outputs, loss=loss, logits=logits)
     return outputs.to_tuple() if as_tuple else outputs
-
-
-@functools.cache
-def _unheard_parameters() -> Mapping[str, Any]:
-    """Defaults of what a cross-entropy may be asked for, by name, and ours is not."""
-    losses = (cross_entropy, fixed_cross_entropy, ForCausalLMLoss)
-    parameters = [p for loss in losses for p in inspect.signature(loss).parameters.values()]
-    return MappingProxyType({p.name: p.default for p in parameters if p.name not in (*_HEARD, *_FILLED)})
-
-
-def _check_loss_arguments(arguments: dict[str, Any]) -> None:
-    """A model's forward hands what it does not know on to its loss function, where FPDT's loss would not see it."""
-    unheard = [
-        name
-        for name, default in _unheard_parameters().items()
-        if (value := arguments.get(name, default)) is not default and (isinstance(value, Tensor) or value != default)
-    ]
-    if unheard:
-        raise NotImplementedError(
-            f"fpdt: the loss in chunks does not take {', '.join(unheard)}, only {', '.join(_HEARD)}: leave it out "
-            "(transformers' own loss may ignore it in silence), or call the model without labels and compute the loss "
-            "from its logits, which are whole then (tokens x vocabulary)."
-        )
 
 
 def _heads(model: Any) -> list[nn.Module]:
