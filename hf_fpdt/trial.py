@@ -295,7 +295,7 @@ class _Trial:
         names = {id(p): name for name, p in self.layer.named_parameters()}
         largest = max((_mean_square(grad) for grad in wholes.values()), default=0.0)
         for key, grad in wholes.items():
-            error = float((totals[key].double() - grad.double()).norm()) if key in totals else float("inf")
+            error = _norm(totals[key] - grad) if key in totals else float("inf")
             size = max(_mean_square(grad), SMALL * largest) * grad.numel() ** 0.5
             if not error <= 2 * self.tolerance * size:
                 return f"the gradient of {names[key]} is no sum over tokens"
@@ -333,7 +333,12 @@ def _token_errors(values_BSD: Tensor, truth_BSD: Tensor) -> Tensor:
 
 
 def _mean_square(grad: Tensor) -> float:
-    return float(grad.double().norm()) / max(1, grad.numel()) ** 0.5
+    return _norm(grad) / max(1, grad.numel()) ** 0.5
+
+
+def _norm(grad: Tensor) -> float:
+    """Without a wide copy: experts' gradients have gigabytes."""
+    return float(torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)))
 
 
 def _unit(weights: Iterable[Tensor], like_BSD: Tensor) -> float:
