@@ -15,6 +15,7 @@ from .bench.figures import FORMULAS, Trained
 from .bench.job import Job
 from .bench.report import Files, as_table, conditions_line
 from .bench.stack import Unavailable
+from .by_layer import LayersDiffer
 from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_writable, config_of, mistakes
 from .plan_report import training_of
 
@@ -38,7 +39,8 @@ def bench(options: argparse.Namespace) -> None:
     for path in (options.csv, options.json):
         if path is not None:
             check_writable(path)
-    training = training_of(config_of(options, layers=options.layers), lora=False)
+    with mistakes(LayersDiffer):
+        training = training_of(config_of(options, layers=options.layers), lora=False)
     shape = options.shape or DEFAULT_SHAPE
     job = _job(options, shape)
     with mistakes(Unavailable):

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .shapes import SHAPES, with_layers
+from .shapes import SHAPES, build_random, with_layers
 
 DEFAULT_SHAPE = "llama-8b"
 PICTURE_ENDINGS = (".png", ".svg", ".pdf")
@@ -44,6 +45,18 @@ def config_of(options: argparse.Namespace, *, layers: int | None) -> PreTrainedC
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserMistake(f"{options.model} is a {config.model_type} model; a causal language model is expected.")
     return config if layers is None else with_layers(config, layers)
+
+
+def built_without_memory(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, every weight trained, without memory for one; for questions about it."""
+    try:
+        return build_random(config, "meta", torch.bfloat16, False)
+    except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # What a model's own constructor raises of a configuration that it does not understand.
+        why = " ".join(str(error).split())
+        raise UserMistake(
+            f"transformers makes no causal language model of this {type(config).__name__}: {why}"
+        ) from error
 
 
 def check_picture(option: str, path: Path) -> None:

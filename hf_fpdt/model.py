@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .ambient import modes_of
+from .by_layer import attention_sizes
 from .checkpoint_store import CheckpointStore
 from .comms import SequenceParallelGroup, build_group, check_heads
 from .config import FPDTPlugin
@@ -82,7 +83,7 @@ def apply_fpdt(
     if reasons := why_refused(target):
         raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
     group = build_group(plugin.sp_size) if group is None else group
-    check_heads(target.config.get_text_config().num_attention_heads, group.size)
+    check_heads(attention_sizes(target.config.get_text_config())[0], group.size)
     if group.size > 1 and (reasons := why_not_shared(target) + unshared_loss_reasons(target)):
         raise NotImplementedError(
             f"FPDT cannot run {type(target).__name__} with sp_size above 1: {'; '.join(reasons)}."
