@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from .by_layer import by_layer
 from .comms import SAMPLE_KEY, batch_shared_by, own_tokens
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
-from .patch import Settings, arguments_by_name, patch
+from .patch import Settings, arguments_by_name, caches_in, patch
 from .support import homes_of
 
 # Who may put a forward of theirs in place of a model's: they call the model's own, and leave its loss alone. (Liger's,
@@ -108,7 +108,7 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
     _check_router(self.config, arguments)
     # With a cache it is generation, in which every rank has the whole of a sequence.
-    sharded = self._fpdt.settings.group.size > 1 and arguments.get("past_key_values") is None
+    sharded = self._fpdt.settings.group.size > 1 and not caches_in(arguments)
     if sharded:
         _check_shard(arguments, sample, self._fpdt.settings)
         arguments["use_cache"] = False
@@ -198,7 +198,7 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     ignore_index, kept = arguments.pop("ignore_index", -100), arguments.pop("logits_to_keep", None)
     as_tuple = arguments.pop("return_dict", self.config.return_dict) is False
     arguments["return_dict"] = True
-    if arguments.get("past_key_values") is None:
+    if not caches_in(arguments):
         arguments["use_cache"] = False
 
     with _as_head_call(_HeadCall()) as call:

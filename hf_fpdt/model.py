@@ -35,6 +35,7 @@ from .patch import (
     Settings,
     arguments_by_name,
     auto_chunk_tokens,
+    caches_in,
     check_patched,
     is_patched,
     unpatch,
@@ -45,8 +46,6 @@ from .run import LayerRun
 from .support import check_adapters, why_not_shared, why_unsupported
 
 logger = logging.getLogger(__name__)
-
-CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 
 
 def apply_fpdt(
@@ -352,8 +351,7 @@ def _needs_whole_sequence(layer: nn.Module, arguments: dict[str, Any]) -> bool:
     In training an empty cache is dropped, as transformers' own checkpointing does. Without gradients nothing is
     trained, whatever mode the layer is in: samples may be generated between two steps.
     """
-    name = next((name for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
-    if name is not None:
+    for name in caches_in(arguments):
         if not (layer.training and torch.is_grad_enabled()):
             return True
         if arguments[name].get_seq_length() > 0:

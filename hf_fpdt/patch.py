@@ -141,8 +141,21 @@ def unpatch(module: Any) -> None:
         module.forward = before
 
 
+# What transformers calls a cache since 5.24, and called it before: its forwards warn of the old names.
+CACHE, OLD_CACHE_NAMES = "cache", ("past_key_values", "cache_params")
+
+
+def caches_in(arguments: dict[str, Any]) -> list[str]:
+    """The names of the arguments that are caches of keys and values; told from what they can do, not from the name."""
+    return [name for name, value in arguments.items() if hasattr(value, "get_seq_length")]
+
+
 def arguments_by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Arguments by name, `**kwargs` merged in; a leading `self` is left out."""
+    """Arguments by name, `**kwargs` merged in, a cache by the name it has now; a leading `self` is left out."""
+    if CACHE in signature.parameters:
+        for name in OLD_CACHE_NAMES:
+            if name in kwargs and name not in signature.parameters:
+                kwargs[CACHE] = kwargs.pop(name)
     arguments = signature.bind(*args, **kwargs).arguments
     variadic = [p.name for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     merged = {key: value for key, value in arguments.items() if key not in ("self", *variadic)}

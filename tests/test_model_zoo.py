@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_fpdt import apply_fpdt
 from tests.models import PLUGIN, TOLERANCE, TOLERANCE_FP32, assert_same_step, broken_steps, tiny, tokens, train_step
@@ -68,6 +68,10 @@ MIXTURES: dict[str, Config] = {
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1, **EXPERTS},
     "qwen3_moe": {"num_experts": 4, "decoder_sparse_step": 1, **EXPERTS},
 }
+# Of families that came to the attention registry later than the oldest release that is served.
+LATER: dict[str, Config] = {"gptj": {**GPT2, "rotary_dim": 4}}
+CLASSES = {name: AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(name))] for name in LATER}
+DENSE |= {name: config for name, config in LATER.items() if CLASSES[name]._can_set_attn_implementation()}
 SERVED = {**DENSE, **MIXTURES}
 
 
@@ -154,7 +158,6 @@ REFUSED: dict[str, tuple[Config, str]] = {
     "gemma2": (NO_WINDOW, "softcap"),
     "gpt_neo": ({"attention_types": [[["global"], 2]], "num_layers": 2}, "ignores the attention registry"),
     "gpt_oss": ({**NO_WINDOW, "num_local_experts": 4}, "sinks"),
-    "gptj": ({"rotary_dim": 4}, "ignores the attention registry"),
     "llama4_text": ({"num_local_experts": 2, "intermediate_size_mlp": 48}, "chunked_attention"),
     "mamba": ({"state_size": 8}, "linear_attention"),
     "mistral": ({"sliding_window": 16}, "sliding_window=None"),
