@@ -66,7 +66,7 @@ def head_dims(config: Any) -> list[int]:
 def why_no_sizes(config: Any) -> list[str]:
     """Reasons why the sizes that a plan is made of cannot be read off a text configuration; [] if they can."""
     missing = [name for name in NEEDED_SIZES if None in by_layer(config, name)]
-    reasons = [f"its configuration has no {name}, without which no memory can be planned" for name in missing]
+    reasons = [f"its configuration has no {name}, so its memory cannot be planned" for name in missing]
     for name in (*NEEDED_SIZES, *OPTIONAL_SIZES):
         try:
             one_value(config, name)

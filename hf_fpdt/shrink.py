@@ -31,6 +31,8 @@ _AT_MOST: tuple[tuple[tuple[str, ...], int], ...] = (
     (("sliding_window",), WINDOW),
     (("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
 )
+# In the names of settings that draw random numbers in training; with 0 they draw none.
+_RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -68,7 +70,7 @@ def _shrink_sizes(small: Any) -> None:
             if _is_number(value) and value > most:
                 setattr(small, name, most)
     for name, value in list(vars(small).items()):
-        if name.endswith(("dropout", "pdrop")) and _is_number(value):
+        if any(word in name for word in _RANDOM) and _is_number(value):
             setattr(small, name, 0.0)
     for i, name in enumerate(_TOKEN_IDS):
         if getattr(small, name, None) is not None:
@@ -105,5 +107,5 @@ def _shrink_heads(small: Any) -> None:
     if kv_heads is not None:
         small.num_key_value_heads = fewer_kv
     small.hidden_size = -(-hidden * fewer // heads // fewer) * fewer
-    if head_dim is not None:
+    if head_dim != getattr(small, "head_dim", None):
         small.head_dim = head_dim

@@ -23,6 +23,8 @@ _REFUSED_WRAPPERS = (
 
 # Kinds of PEFT's layers, by the name of their package, that need the whole sequence or a whole forward pass.
 _SEQUENCE_TUNERS = ("lily", "poly")
+# What configurations, and a few modules, call the dropout of attention's weights.
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # Transformers takes the frequencies of these from the largest position that it is given.
 _ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
@@ -40,9 +42,9 @@ def why_unsupported(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
         return [f"it has not one text model ({str(error).partition('. ')[0]}); apply FPDT to the one that trains"]
     return [
         *_registry_reasons(model, layers),
-        *why_no_sizes(config),
         *_config_reasons(config),
         *_attention_reasons(config, layers),
+        *why_no_sizes(config),
         *_wrapper_reasons(model, layers),
         *_adapter_reasons(layers),
     ]
@@ -105,20 +107,25 @@ def _config_reasons(config: Any) -> list[str]:
 
 def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
     modules = [module for layer in layers for module in layer.modules()]
-    dropout = {getattr(m, "attention_dropout", 0.0) for m in modules} | set(by_layer(config, "attention_dropout"))
     reasons = []
     if window := _window(config, modules):
         reasons.append(
             f"sliding-window attention (window {window}) is not served by a kernel yet; if the model may attend "
             "to everything, load it with sliding_window=None"
         )
-    if any(isinstance(p, (int, float)) and p > 0 for p in dropout):
-        reasons.append("attention dropout is not supported; load the model with attention_dropout=0.0")
     if any(hasattr(m, "sinks") for m in modules):
         reasons.append("attention sinks are not served by a kernel yet")
     if any(getattr(m, "is_causal", True) is False for m in (config, *modules)):
         reasons.append("its attention is not causal")
+    if dropout := [name for name in ATTENTION_DROPOUTS if _draws(name, config, modules)]:
+        settings = ", ".join(f"{name}=0.0" for name in dropout)
+        reasons.append(f"attention dropout is not supported; load the model with {settings}")
     return reasons
+
+
+def _draws(dropout: str, config: Any, modules: Sequence[nn.Module]) -> bool:
+    values = [*by_layer(config, dropout), *(getattr(module, dropout, 0.0) for module in modules)]
+    return any(isinstance(p, (int, float)) and p > 0 for p in values)
 
 
 def _window(config: Any, modules: Sequence[nn.Module]) -> int | None:
