@@ -33,6 +33,12 @@ class RandomState:
         if self.device_state is not None:
             torch.cuda.set_rng_state(self.device_state, self.device)
 
+    def is_now(self) -> bool:
+        """Whether nothing was drawn since."""
+        now = RandomState.now(self.device)
+        pairs = ((self.cpu_state, now.cpu_state), (self.device_state, now.device_state))
+        return all(then is None or present is None or torch.equal(then, present) for then, present in pairs)
+
 
 @contextmanager
 def untouched_random_state(device: torch.device) -> Iterator[None]:

@@ -19,15 +19,18 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .by_layer import by_layer
 from .comms import SAMPLE_KEY, batch_shared_by, own_tokens
+from .layers import check_stack
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, caches_in, patch
 from .support import homes_of
+from .trial import current_visit
 
 # Who may put a forward of theirs in place of a model's: they call the model's own, and leave its loss alone. (Liger's,
 # which does not, has a reason of its own.)
 _WRAP_FORWARD = ("transformers.", "accelerate.", "torch.", "peft.", "trl.", "liger_kernel.", "hf_fpdt.")
 # TRL's has a head and a loss in chunks of its own, for calls with this argument.
 _TRLS_LOSS = "fused_lm_head"
+WHY_NOT_WHOLE = "the forward of {} does not run its base model as a whole; train it without apply_fpdt"
 
 
 def loss_reasons(model: Any) -> list[str]:
@@ -106,6 +109,10 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if call is not None and call.outputs is not None:
         return call.outputs
     arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
+    if (visit := current_visit()) is not None:
+        visit.base_ran = True
+        return self._fpdt.forward(**arguments | {"use_cache": False})
+    check_stack(self, self._fpdt.settings)
     _check_router(self.config, arguments)
     # With a cache it is generation, in which every rank has the whole of a sequence.
     sharded = self._fpdt.settings.group.size > 1 and not caches_in(arguments)
@@ -204,10 +211,7 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     with _as_head_call(_HeadCall()) as call:
         outputs = self._fpdt.forward(**arguments)
     if call.outputs is None:
-        raise NotImplementedError(
-            f"fpdt: the forward of {type(self).__name__} does not run its base model as a whole; train it without "
-            "apply_fpdt."
-        )
+        raise NotImplementedError(f"fpdt: {WHY_NOT_WHOLE.format(type(self).__name__)}.")
 
     def logits_of(hidden: Tensor, **kept: int | Tensor) -> Tensor:
         """Logits of hidden states [B, S, D] by the model's own forward."""

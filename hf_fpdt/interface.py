@@ -58,7 +58,7 @@ def fpdt_attention(
     """
     call = current_call()
     # Of the whole sequence: a chunk's own keys say nothing about a window.
-    keys = key.shape[2] if call is None else call.run.plan.n_tokens
+    keys = (call and call.n_tokens) or key.shape[2]
     _refuse(module, keys, attention_mask, dropout, kwargs)
     if attention_mask is not None or (query.shape[2] == 1 and call is None):
         if attention_mask is not None:

@@ -7,43 +7,31 @@ it away.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .ambient import modes_of
-from .by_layer import attention_sizes
+from .ambient import untouched_random_state
+from .by_layer import attention_sizes, largest
 from .checkpoint_store import CheckpointStore
 from .comms import SequenceParallelGroup, build_group, check_heads
 from .config import FPDTPlugin
-from .fused import fuse_layer
-from .head import loss_reasons, patch_head, unshared_loss_reasons
+from .head import WHY_NOT_WHOLE, loss_reasons, patch_head, unshared_loss_reasons
 from .interface import NAME
-from .layer import run_layer
+from .layers import ChunkedLayer, check_entered, decoder_layers, enter_layer, leave_layer
 from .liger import load_liger, why_not_liger
 from .memory import ModelSizes
 from .optimizers import TrainingMemory
-from .patch import (
-    Settings,
-    arguments_by_name,
-    auto_chunk_tokens,
-    caches_in,
-    check_patched,
-    is_patched,
-    unpatch,
-)
+from .patch import Settings, auto_chunk_tokens, check_patched, is_patched, unpatch
 from .progress import StepProgress
 from .rates import peak_of
-from .run import LayerRun
-from .support import check_adapters, why_not_shared, why_unsupported
+from .support import why_not_shared, why_unsupported
+from .trial import TRIAL_TOKENS, visiting
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +75,53 @@ def apply_fpdt(
         raise NotImplementedError(
             f"FPDT cannot run {type(target).__name__} with sp_size above 1: {'; '.join(reasons)}."
         )
-    return FPDTHandle(target, layers, _settings(target, layers, plugin, group))
+    handle = FPDTHandle(target, layers, _settings(target, layers, plugin, group))
+    try:
+        _try_layers(target)
+    except NotImplementedError as error:
+        handle.remove()
+        raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {error}") from error
+    return handle
+
+
+def _try_layers(model: PreTrainedModel) -> None:
+    """A pass of the model over a few random tokens that tries each layer, and runs none.
+
+    Where it cannot be (weights without memory, a model that takes more than token ids) layers are tried at their
+    first step.
+
+    Raises:
+        NotImplementedError: the model, or one of its layers, cannot be run in chunks.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return
+    text, device = model.config.get_text_config(), model.get_input_embeddings().weight.device
+    tokens = min(TRIAL_TOKENS, largest(text, "max_position_embeddings") or TRIAL_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(4, min(text.vocab_size, 1000)), (1, tokens), generator=generator).to(device)
+    with torch.no_grad(), untouched_random_state(device), _in_training_mode(model), visiting() as visit:
+        try:
+            model(input_ids=ids)
+        except NotImplementedError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            logger.debug("hf_fpdt: layers will be tried at the first step: %s", error)
+            return
+    if model.get_output_embeddings() is not None and not visit.base_ran:
+        raise NotImplementedError(WHY_NOT_WHOLE.format(type(model).__name__))
+
+
+@contextmanager
+def _in_training_mode(model: nn.Module) -> Iterator[None]:
+    """`from_pretrained` gives models in evaluation mode; it is in training that they are to be exact."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _settings(
@@ -106,18 +140,13 @@ def device_peak() -> float | None:
     return peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-def mostly_trained(parameters: list[nn.Parameter]) -> bool:
-    """Whether weights train, not adapters alone."""
-    return 2 * sum(p.numel() for p in parameters if p.requires_grad) > sum(p.numel() for p in parameters)
-
-
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def applied_settings(model: nn.Module) -> Settings | None:
     """The settings FPDT was applied with to this model, or to the one PEFT or DDP wraps; None where it was not."""
-    return next((m._fpdt_settings for m in model.modules() if isinstance(m, _ChunkedLayerMixin)), None)
+    return next((m._fpdt_settings for m in model.modules() if isinstance(m, ChunkedLayer)), None)
 
 
 def train_with(model: nn.Module, optimizer: Any) -> None:
@@ -160,19 +189,6 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the text decoder, in order; [] where there is no such stack."""
-    decoder = model.get_decoder()
-    for child in decoder.children() if decoder is not None else ():
-        if (
-            isinstance(child, nn.ModuleList)
-            and len(child)
-            and all(isinstance(m, GradientCheckpointingLayer) for m in child)
-        ):
-            return list(child)
-    return []
-
-
 def why_refused(model: PreTrainedModel) -> list[str]:
     """Reasons why `apply_fpdt` will not have this model, each with the way out; [] if it will."""
     return [*why_unsupported(model, decoder_layers(model)), *loss_reasons(model)]
@@ -190,7 +206,7 @@ class FPDTHandle:
         self._settings = settings
         self._decoder.set_attn_implementation(NAME)
         for index, layer in enumerate(layers):
-            _enter_layer(layer, settings, index)
+            enter_layer(layer, settings, index)
         patch_head(model, settings)
         logger.info("hf_fpdt: %s", self)
 
@@ -228,156 +244,13 @@ class FPDTHandle:
         for module in patched:
             check_patched(module)
         for layer in self._layers:
-            _check_entered(layer)
+            check_entered(layer)
         for module in patched:
             unpatch(module)
         for layer in self._layers:
-            _leave_layer(layer)
+            leave_layer(layer)
         self._settings.store.close()
         if self._settings.progress is not None:
             self._settings.progress.close()
         self._decoder.set_attn_implementation(self._attention_before)
         self._layers = []
-
-
-# -- layers -----------------------------------------------------------------------------------------------------------
-
-
-class _ChunkedLayerMixin(nn.Module):
-    """Mixed into the class of each decoder layer; `_fpdt_*` are set by `_enter_layer`."""
-
-    _fpdt_settings: Settings
-    _fpdt_name: str
-    _fpdt_index: int
-    _fpdt_class: Any
-    _fpdt_checkpointing: bool | None  # None: never asked for, on this instance
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Always off: chunks are recomputed one by one already. What was asked for is kept for `remove()`."""
-        return False
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        self._fpdt_checkpointing = value
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward, chunk by chunk; as it is for generation with a cache."""
-        raw = _raw_forward(self._fpdt_class)
-        arguments = arguments_by_name(_signature(raw), self, *args, **kwargs)
-        name = next(iter(arguments))
-        hidden = arguments.pop(name)
-        if _needs_whole_sequence(self, arguments):
-            return raw(self, hidden, **arguments)
-        _check_arguments(arguments, hidden, self._fpdt_name)
-        check_adapters(self, self._fpdt_name)
-        settings, parameters = self._fpdt_settings, list(self.parameters())
-        if settings.plugin.fused:
-            fuse_layer(self, raw, settings)
-        run = LayerRun(
-            name=self._fpdt_name,
-            index=self._fpdt_index,
-            forward=functools.partial(raw, self),
-            kwargs=arguments,
-            step=settings.step(hidden),
-            kernel=settings.plugin.kernel,
-            store=settings.store,
-            group=settings.group,
-            weights=functools.partial(_whole_weights, self),
-            modes=functools.partial(modes_of, self),
-            sharded=hasattr(self, "unshard"),
-            progress=settings.progress,
-            full=settings.progress is not None and mostly_trained(parameters),
-        )
-        return run_layer(run, hidden, parameters)
-
-
-@contextmanager
-def _whole_weights(layer: Any) -> Iterator[None]:
-    """FSDP2's layers are gathered for their own forward and backward pass alone; elsewhere they are asked to be."""
-    sharded = hasattr(layer, "unshard")
-    if sharded:
-        layer.unshard()
-    try:
-        yield
-    finally:
-        if sharded:
-            layer.reshard()
-
-
-def _enter_layer(layer: Any, settings: Settings, index: int) -> None:
-    original: Any = type(layer)
-    checkpointing = layer.__dict__.pop("gradient_checkpointing", None)
-    layer.__class__ = _chunked_class(original)
-    layer._fpdt_settings = settings
-    layer._fpdt_name, layer._fpdt_index = f"layer {index} ({original.__name__})", index
-    layer._fpdt_class, layer._fpdt_checkpointing = original, checkpointing
-
-
-def _check_entered(layer: Any) -> None:
-    if type(layer) is not _chunked_class(layer._fpdt_class):
-        raise RuntimeError(f"{layer._fpdt_name} was wrapped after apply_fpdt (FSDP2?); it cannot be restored now.")
-
-
-def _leave_layer(layer: Any) -> None:
-    original, checkpointing = layer._fpdt_class, layer._fpdt_checkpointing
-    for name in [name for name in layer.__dict__ if name.startswith("_fpdt_")]:
-        delattr(layer, name)
-    layer.__class__ = original
-    if checkpointing is not None:
-        layer.gradient_checkpointing = checkpointing
-
-
-@functools.lru_cache
-def _chunked_class(original: Any) -> type[nn.Module]:
-    return type(original.__name__, (_ChunkedLayerMixin, original), {"__module__": original.__module__})
-
-
-@functools.lru_cache
-def _raw_forward(layer_class: Any) -> Callable[..., Any]:
-    """The layer's forward without the checkpointing wrapper that newer transformers put around it."""
-    forward = layer_class.forward
-    wrapped = forward.__code__.co_name == "forward_with_checkpointing"
-    return forward.__wrapped__ if wrapped else forward
-
-
-# Asked for in every layer of every generated token; a class's forward does not change.
-_signature = functools.lru_cache(inspect.signature)
-
-
-def _needs_whole_sequence(layer: nn.Module, arguments: dict[str, Any]) -> bool:
-    """Generation with a cache, or evaluation under a mask: the layer runs as it is, over the bare attention function.
-
-    In training an empty cache is dropped, as transformers' own checkpointing does. Without gradients nothing is
-    trained, whatever mode the layer is in: samples may be generated between two steps.
-    """
-    for name in caches_in(arguments):
-        if not (layer.training and torch.is_grad_enabled()):
-            return True
-        if arguments[name].get_seq_length() > 0:
-            raise NotImplementedError(
-                "fpdt: training behind a filled cache (prefix tuning?) is not supported; use LoRA or full fine-tuning."
-            )
-        arguments |= {name: None, "use_cache": False}
-    return arguments.get("attention_mask") is not None and not torch.is_grad_enabled()
-
-
-def _check_arguments(arguments: dict[str, Any], hidden: Tensor, name: str) -> None:
-    """Refuse what a chunk cannot be given a part of: masks, and tensors whose token axis is not where it should be."""
-    n_tokens = hidden.shape[1]
-    for key, value in arguments.items():
-        for tensor in value if isinstance(value, (tuple, list)) else (value,):
-            why = _why_not_sliced(key, tensor, n_tokens) if isinstance(tensor, Tensor) else None
-            if why is not None:
-                raise NotImplementedError(f"fpdt: {name} got {key!r} of shape {tuple(tensor.shape)}: {why}")
-
-
-def _why_not_sliced(key: str, value: Tensor, n_tokens: int) -> str | None:
-    if key == "attention_mask":
-        return "masks are not supported in training; pad on the right with label -100 and pass no 4-D mask."
-    if value.requires_grad:
-        return "only hidden states may carry a gradient into a layer."
-    elsewhere = [axis for axis, size in enumerate(value.shape) if size == n_tokens > 1 and axis != 1]
-    if value.dim() > 1 and elsewhere and value.shape[1] != n_tokens:
-        return f"its token axis is {elsewhere[0]}, but only axis 1 is cut in chunks."
-    return None

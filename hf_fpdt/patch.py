@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -18,6 +18,7 @@ from .layout import ChunkPlan
 from .liger import Liger
 from .memory import ModelSizes, StepSizes
 from .progress import StepProgress
+from .trial import LayerTrials
 
 AUTO_CHUNK_TOKENS_GPU = 32_768
 AUTO_RANK_TOKENS_GPU = 8_192
@@ -36,6 +37,7 @@ class Settings:
     config: Any
     liger: Liger | None = None
     progress: StepProgress | None = None
+    trials: LayerTrials = field(default_factory=LayerTrials)
 
     def step(self, hidden_BSD: Tensor) -> StepSizes:
         """Sizes of the step in which a layer gets `hidden_BSD`."""

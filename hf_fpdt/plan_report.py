@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .fit import Fit, Training, Weights
+from .layers import decoder_layers
 from .memory import ModelSizes
-from .model import decoder_layers
 from .optimizers import parameter_count
 from .patch import AUTO_CHUNK_TOKENS_GPU, auto_loss_tokens
 from .shapes import build_random, with_lora

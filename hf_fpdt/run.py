@@ -32,26 +32,46 @@ from .work import WorkPhase, chunk_work, pass_work
 # with the sequence.
 BACKWARD_CALL_TOKENS = 131_072
 
-_current_call: ContextVar[AttentionCall | None] = ContextVar("fpdt_attention_call", default=None)
+
+class Call:
+    """What the registered attention function does inside a layer's forward.
+
+    Attributes:
+        unread: of "q", "k", "v" and "rest" (what the layer computes after attention) those whose values nobody reads.
+        n_tokens: of the whole sequence, where the attention function sees a part of it.
+    """
+
+    unread: frozenset[str] = frozenset()
+    n_tokens: int | None = None
+
+    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
+        """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
+        raise NotImplementedError
 
 
-def current_call() -> AttentionCall | None:
+_current_call: ContextVar[Call | None] = ContextVar("fpdt_attention_call", default=None)
+
+
+def current_call() -> Call | None:
     """What the attention function is to do inside the chunk that runs now; None outside of one."""
     return _current_call.get()
 
 
 @contextmanager
-def _calling(call: AttentionCall) -> Iterator[None]:
+def calling(call: Call) -> Iterator[None]:
+    """Inside, the attention function finds `call`."""
     token = _current_call.set(call)
     try:
         yield
     finally:
         _current_call.reset(token)
-    if call.qkv is None:
-        raise RuntimeError(
-            f"fpdt: {call.run.name} never called its attention function, so it was not exact to cut it in chunks; "
-            "models whose layers attend in another way are not supported."
-        )
+
+
+def hidden_states_of(output: Any) -> Tensor:
+    """A layer's output, which must be hidden states alone."""
+    if not isinstance(output, Tensor):
+        raise NotImplementedError(f"it returns {type(output).__name__}, not hidden states alone")
+    return output
 
 
 class AttentionReached(BaseException):
@@ -156,11 +176,12 @@ class LayerRun:
     def on_chunk(self, chunk: Chunk, x_BSD: Tensor, call: AttentionCall) -> Tensor:
         """The layer's own forward on one chunk."""
         kwargs = {key: tokens_of(value, chunk, self.plan) for key, value in self.kwargs.items()}
-        with _calling(call):
-            y_BSD = self.forward(x_BSD, **kwargs)
-        if not isinstance(y_BSD, Tensor):
-            raise NotImplementedError(
-                f"fpdt: {self.name} returns {type(y_BSD).__name__}, not hidden states alone; it is not supported."
+        with calling(call):
+            y_BSD = hidden_states_of(self.forward(x_BSD, **kwargs))
+        if call.qkv is None:
+            raise RuntimeError(
+                f"fpdt: {self.name} never called its attention function this time, so cutting it in chunks is not "
+                "exact; models whose layers attend in another way are not supported."
             )
         return y_BSD
 
@@ -180,7 +201,7 @@ def tokens_of(value: Any, chunk: Chunk, plan: ChunkPlan) -> Any:
     return value[chunk.rank_slice] if value.dim() == 1 else value[:, chunk.rank_slice]
 
 
-class AttentionCall:
+class AttentionCall(Call):
     """The attention of one chunk inside one layer; `attend` is called by the registered function.
 
     A rank's own tokens and all heads go in and out; between the exchanges it holds the whole chunk for its heads.
@@ -188,16 +209,14 @@ class AttentionCall:
     Attributes:
         qkv: q, k, v of the rank's tokens as the layer made them, with their graph in a replay.
         q: the chunk's queries for this rank's heads.
-        unread: of "q", "k", "v" and "rest" (what the layer computes after attention) those whose values nobody reads.
     """
 
-    unread: frozenset[str] = frozenset()
     qkv: tuple[Tensor, Tensor, Tensor] | None = None
     q: Tensor
     scale: float
 
     def __init__(self, run: LayerRun, chunk: Chunk, store: KVStore) -> None:
-        self.run, self.chunk, self.store = run, chunk, store
+        self.run, self.chunk, self.store, self.n_tokens = run, chunk, store, run.plan.n_tokens
 
     def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
         """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""

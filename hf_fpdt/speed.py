@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model import applied_settings, device_peak, mostly_trained
+from .layers import mostly_trained
+from .model import applied_settings, device_peak
 from .offload import GIB
 from .rates import strict_flops
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .by_layer import by_layer, why_no_sizes
+from .by_layer import by_layer, largest, why_no_sizes
 
 # Wrappers that would run around our layers, by class name: importing them would pull in the distributed package.
 _REFUSED_WRAPPERS = (
@@ -133,7 +133,7 @@ def _window(config: Any, modules: Sequence[nn.Module]) -> int | None:
     # Where no module says, the config's window is passed to attention by every layer (Mistral's habit).
     windows: set[Any] = {m.sliding_window for m in modules if hasattr(m, "sliding_window")}
     windows = windows or set(by_layer(config, "sliding_window"))
-    most = getattr(config, "max_position_embeddings", None) or float("inf")
+    most = largest(config, "max_position_embeddings") or float("inf")
     # Zero means none there (Qwen2-MoE). A longer sequence than the window is refused when it comes.
     return max((window for window in windows - {None, 0} if window < most), default=None)
 

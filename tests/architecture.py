@@ -18,7 +18,7 @@ PACKAGE = "hf_fpdt"
 # A module imports from strictly lower ranks, so modules of one rank do not know each other.
 RANKS = MappingProxyType(
     {
-        **dict.fromkeys(("config", "ambient", "by_layer", "trace_intervals", "versions"), 0),
+        **dict.fromkeys(("config", "ambient", "by_layer", "layer_state", "trace_intervals", "versions"), 0),
         **dict.fromkeys(("layout", "keep", "disk", "trace", "arguments", "support", "shrink"), 1),
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
         **dict.fromkeys(("kernels", "offload", "pinned", "comms", "reference", "planner", "memory"), 3),
@@ -26,22 +26,26 @@ RANKS = MappingProxyType(
         **dict.fromkeys(("streamed_kv", "entries", "gradients", "rates", "cross_entropy_kernel", "progress"), 4),
         **dict.fromkeys(("kv_store", "budget", "cross_entropy", "rates_file", "work", "exchange"), 5),
         **dict.fromkeys(("attention", "checkpoint_store", "fit", "measure"), 6),
-        **dict.fromkeys(("patch", "run", "shapes", "plan_curves"), 7),
-        **dict.fromkeys(("layer", "loss", "linear", "plan_picture", "plan_tables"), 8),
-        **dict.fromkeys(("interface", "head", "fused"), 9),
-        "model": 10,
-        **dict.fromkeys(("data", "plan_report", "check", "speed"), 11),
-        **dict.fromkeys(("loaders", "recording", "bench.__init__", "bench.job", "bench.figures", "bench.longest"), 12),
-        **dict.fromkeys(("bench.lifeline", "bench.world", "bench.chunked_loss", "bench.report"), 12),
-        **dict.fromkeys(("accelerate", "trainer", "bench.models", "bench.children", "bench.stack"), 13),
-        **dict.fromkeys(("bench.spread", "bench.predicted", "bench.ceiling", "bench.driver"), 14),
-        **dict.fromkeys(("bench.peers", "bench.parity", "bench.measure"), 15),
-        **dict.fromkeys(("bench.ring", "bench.alst_sp"), 16),
-        "bench.catalogue": 17,
-        **dict.fromkeys(("bench.child", "bench.options", "cli_options"), 18),
-        **dict.fromkeys(("cli_bench", "cli_check", "cli_completion", "cli_plan", "cli_trace"), 19),
-        "cli": 20,
-        "__init__": 21,
+        **dict.fromkeys(("run", "shapes", "plan_curves"), 7),
+        **dict.fromkeys(("layer", "loss", "trial", "plan_picture", "plan_tables"), 8),
+        "patch": 9,
+        **dict.fromkeys(("linear", "interface"), 10),
+        "fused": 11,
+        "layers": 12,
+        "head": 13,
+        "model": 14,
+        **dict.fromkeys(("data", "plan_report", "check", "speed"), 15),
+        **dict.fromkeys(("loaders", "recording", "bench.__init__", "bench.job", "bench.figures", "bench.longest"), 16),
+        **dict.fromkeys(("bench.lifeline", "bench.world", "bench.chunked_loss", "bench.report"), 16),
+        **dict.fromkeys(("accelerate", "trainer", "bench.models", "bench.children", "bench.stack"), 17),
+        **dict.fromkeys(("bench.spread", "bench.predicted", "bench.ceiling", "bench.driver"), 18),
+        **dict.fromkeys(("bench.peers", "bench.parity", "bench.measure"), 19),
+        **dict.fromkeys(("bench.ring", "bench.alst_sp"), 20),
+        "bench.catalogue": 21,
+        **dict.fromkeys(("bench.child", "bench.options", "cli_options"), 22),
+        **dict.fromkeys(("cli_bench", "cli_check", "cli_completion", "cli_plan", "cli_trace"), 23),
+        "cli": 24,
+        "__init__": 25,
     }
 )
 
@@ -62,7 +66,7 @@ HOT_PATH = frozenset(
     + ["checkpoint_store", "linear", "fused", "liger", "cross_entropy", "cross_entropy_kernel"]
 )
 HF_ROOMS = frozenset(
-    ["model", "head", "fused", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders"]
+    ["model", "layers", "head", "fused", "interface", "shapes", "loss", "trainer", "accelerate", "data", "loaders"]
     + ["plan_report", "cli_options", "bench.models"]
 )
 COMMANDS = frozenset({"cli", "cli_bench", "cli_check", "cli_plan", "cli_trace"})

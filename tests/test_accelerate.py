@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hf_fpdt import FPDTAccelerator, FPDTPlugin, apply_fpdt
+from hf_fpdt.layers import decoder_layers
 from hf_fpdt.loaders import _refused_options
-from hf_fpdt.model import applied_settings, decoder_layers
+from hf_fpdt.model import applied_settings
 from hf_fpdt.planner import ShardedWeights
 from tests.support import assert_rejects, counting_fsdp, relative_error, spawn
 from tests.test_sequence_parallel import CHUNK, check_against, model_of, own_batch, sample, stacked

@@ -83,7 +83,7 @@ def test_import_order_allows_what_points_left() -> None:
 
 
 def test_import_order_reaches_into_subfolders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "RANKS", {**RANKS, "sub.low": 12, "sub.high": 13})
+    monkeypatch.setattr(architecture, "RANKS", {**RANKS, "sub.low": 18, "sub.high": 19})
     assert not problems(import_order, "sub.high", "from .low import x\nfrom . import low\nfrom ..model import y")
     assert not problems(import_order, "cli", "from .sub.high import x\nfrom .sub import high")
     for source in ("from .high import x", "from . import high", "from hf_fpdt.sub import high", "from ..cli import x"):

@@ -15,8 +15,8 @@ from transformers.models.llama import modeling_llama as llama
 
 import hf_fpdt.model
 from hf_fpdt import FPDTPlugin, apply_fpdt, fused
+from hf_fpdt.layers import _raw_forward, decoder_layers
 from hf_fpdt.liger import load_liger, why_not_liger
-from hf_fpdt.model import _raw_forward, decoder_layers
 from tests.models import GROUPED, SIZES
 from tests.support import assert_as_accurate, assert_rejects
 

@@ -14,7 +14,6 @@ import hf_fpdt.interface
 from hf_fpdt import apply_fpdt
 from hf_fpdt.comms import batch_shared_by
 from hf_fpdt.interface import fpdt_attention, fpdt_mask
-from hf_fpdt.layout import ChunkPlan
 from tests.models import PLUGIN, Step, assert_same_step, broken_steps, tiny, tokens, train_step
 from tests.support import assert_rejects, max_error
 
@@ -240,7 +239,7 @@ def test_a_window_is_compared_with_the_whole_sequence(monkeypatch: pytest.Monkey
         mask = fpdt_mask(1, 20, 20, local_size=24)
     assert mask is not None and mask.is_meta
     layer, q = tiny().model.layers[0].self_attn, torch.ones(1, 4, 8, 8)
-    monkeypatch.setattr(hf_fpdt.interface, "current_call", lambda: Mock(run=Mock(plan=ChunkPlan(37, 8))))
+    monkeypatch.setattr(hf_fpdt.interface, "current_call", lambda: Mock(n_tokens=37))
     with pytest.raises(NotImplementedError, match="sliding window of 24 over 37 keys"):
         fpdt_attention(layer, q, q, q, None, sliding_window=24)
 

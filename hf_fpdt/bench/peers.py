@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model import decoder_layers
+from ..layers import decoder_layers
 from .chunked_loss import CHUNK_TOKENS, IGNORED, chunked_nll, summed_loss
 from .stack import Pieces, Stack, Unavailable, base_of
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from ..exchange import ulysses_seconds
 from ..fit import peak_bytes
-from ..model import FPDTHandle, decoder_layers, mostly_trained
+from ..layers import decoder_layers, mostly_trained
+from ..model import FPDTHandle
 from ..offload import GIB
 from ..optimizers import OPTIMIZERS, parameter_count, sum_bytes
 from ..rates import gpu_named, step_seconds
