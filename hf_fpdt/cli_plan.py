@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console, Group
 
 from .arguments import amount, count, tokens
+from .check import why_refused_tiny
 from .cli_options import (
     DEFAULT_SHAPE,
     UserMistake,
@@ -150,10 +151,10 @@ def _console() -> Console:
 
 def _training(options: argparse.Namespace) -> Training:
     model = built_without_memory(config_of(options, layers=None))
-    if reasons := why_refused(model):
-        raise UserMistake(
-            f"FPDT cannot train {type(model).__name__}, so there is nothing to plan: {'; '.join(reasons)}."
-        )
+    reasons = "; ".join(why_refused(model))
+    refusal = f"FPDT cannot run {type(model).__name__}: {reasons}." if reasons else None
+    if refusal := refusal or why_refused_tiny(model.config.get_text_config()):
+        raise UserMistake(f"there is nothing to plan. {refusal}")
     training = training_of_model(model, lora=not options.full)
     chunk_tokens = options.chunk_tokens or auto_chunk_tokens(options.gpus, on_gpu=True)
     weights = replace(training.weights, optimizer=options.optimizer)

@@ -30,6 +30,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 # Children begin with torch and transformers imported.
 FORK = get_context("fork")
 COMMAND = "python scripts/docs/families.py --write docs/families.md"
+# What stands in reasons and says nothing of a family.
+OF_ONE_CLASS = (
+    (r"^(FPDT cannot run \w+|\w+Error): (?=.)", ""),
+    (r"^fpdt: ", ""),
+    (r"^layer \d+ \(\w+\) cannot be run in chunks: ", ""),
+    (r"^layer \d+ \(\w+\)", "a layer"),
+    (r'^attn_implementation="fpdt"( in \w+)?: ', ""),
+    (r' Otherwise choose "sdpa" or "eager".$', ""),
+    (r" \(window \d+\)| of shape \([\d, ]+\)", ""),
+    (r"heads of \d+ for keys and of \d+ for values", "heads of different widths for keys and values"),
+    (r"^the forward of \w+", "its forward"),
+    (r" You can install it.*(?=\)$)", ""),
+)
 ABOUT = """\
 # Model families
 
@@ -162,11 +175,9 @@ def _refused_rows(verdicts: Sequence[Verdict]) -> str:
 
 def _general(reason: str) -> str:
     """Without what is the tiny model's or one class's own."""
-    reason = re.sub(r" \(window \d+\)|^fpdt: |^\w+Error: (?=fpdt: )", "", reason).removeprefix("fpdt: ")
-    reason = re.sub(r'^attn_implementation="fpdt"( in \w+)?: ', "", reason)
-    reason = re.sub(r"heads of \d+ for keys and of \d+ for values", "heads of two widths for keys and values", reason)
-    reason = re.sub(r" of [A-Z]\w+ does", " does", re.sub(r"^layer \d+ \(\w+\)", "a layer", reason))
-    return reason.replace("|", "\\|").removesuffix(' Otherwise choose "sdpa" or "eager".').rstrip(".")
+    for pattern, instead in OF_ONE_CLASS:
+        reason = re.sub(pattern, instead, reason)
+    return reason.replace("|", "\\|").rstrip(".")
 
 
 if __name__ == "__main__":
