@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .ambient import Autocast
 from .kernels import MAX_ELEMENTS, Kernel, select_kernel
 from .kv_store import KVStore
 from .layout import Span, row_spans
@@ -135,7 +136,7 @@ class _WholeAttention(torch.autograd.Function):
             ]
         out = torch.cat([part[0] for part in parts], dim=1)
         ctx.save_for_backward(q, k, v, out, torch.cat([part[1] for part in parts], dim=2))
-        ctx.kernel, ctx.scale = kernel, scale
+        ctx.kernel, ctx.scale, ctx.autocast = kernel, scale, Autocast.now(q.device)
         return out
 
     @staticmethod
@@ -144,7 +145,8 @@ class _WholeAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         kv = KVStore.holding(k, v)
         dq = torch.empty_like(q)
-        for rows, spans in _rows(ctx.kernel, q, kv):
-            row = out[:, rows], lse[:, :, rows].contiguous()
-            dq[:, rows] = backward_row(ctx.kernel, dout[:, rows], q[:, rows], row, kv, spans, scale=ctx.scale)
+        with ctx.autocast.again():  # backward may be called inside an autocast that forward was outside of
+            for rows, spans in _rows(ctx.kernel, q, kv):
+                row = out[:, rows], lse[:, :, rows].contiguous()
+                dq[:, rows] = backward_row(ctx.kernel, dout[:, rows], q[:, rows], row, kv, spans, scale=ctx.scale)
         return None, None, dq, *kv.take_grad(kv.plan.chunks[0])

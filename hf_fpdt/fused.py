@@ -84,7 +84,7 @@ def _twin_of(module: Any) -> Callable[..., Any] | None:
     if _runs(module, llama.LlamaMLP.forward):
         return _swiglu_forward if type(module.act_fn) is type(ACT2FN["silu"]) else None
     rotary = None if _replaced(module) else _rotary_of(kind)
-    return None if rotary is None else _with_rotary(kind.forward, rotary)
+    return None if rotary is None else _with_rotary(inspect.unwrap(kind.forward), rotary)
 
 
 def _rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -127,13 +127,14 @@ def _with_rotary(forward: FunctionType, rotary: Callable[..., Any]) -> Callable[
 @lru_cache
 def _rotary_of(kind: Any) -> Callable[..., Any] | None:
     """The rotary embedding of a class of attention, if both are known."""
-    forward = kind.forward
+    forward: Any = inspect.unwrap(kind.forward)  # transformers wraps forwards whose arguments have new names
     for attention, module in ATTENTIONS:
         if isinstance(forward, FunctionType) and _same_code(forward, attention):
             rotary, known = forward.__globals__.get(ROTARY), getattr(module, ROTARY)
             if rotary is None or not _same_code(rotary, known):
                 return None
-            return rotary if _same_code(rotary.__globals__.get("rotate_half"), module.rotate_half) else None
+            half = getattr(inspect.unwrap(rotary), "__globals__", {}).get("rotate_half")
+            return rotary if _same_code(half, module.rotate_half) else None
     return None
 
 
@@ -155,8 +156,9 @@ def _same_code(one: Callable[..., Any] | None, other: Callable[..., Any]) -> boo
 
 def _code(function: Any) -> tuple[Any, ...] | None:
     """What a function does, by its bytecode and what that refers to; docstrings and names of files aside."""
-    code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
+    inner: Any = function if function is None else inspect.unwrap(function)
+    code = getattr(inner, "__code__", None)
     if not isinstance(code, CodeType):
         return None
-    constants = tuple(constant for constant in code.co_consts if constant != function.__doc__)
+    constants = tuple(constant for constant in code.co_consts if constant != inner.__doc__)
     return code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from .ambient import RandomState, untouched_random_state
 from .by_layer import by_layer
 from .comms import SAMPLE_KEY, batch_shared_by, own_tokens
 from .layers import check_stack
 from .loss import Head, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, caches_in, patch
 from .support import homes_of
-from .trial import current_visit
+from .trial import mixes_tokens, visiting
 
 # Who may put a forward of theirs in place of a model's: they call the model's own, and leave its loss alone. (Liger's,
 # which does not, has a reason of its own.)
@@ -69,9 +70,13 @@ def patch_head(model: Any, settings: Settings) -> None:
     patch(model.base_model, _base_forward, settings)
     if model.get_output_embeddings() is not None:
         patch(model, _causal_lm_forward, settings)
+    elif model.base_model is not model:
+        patch(model, _other_head_forward, settings)
 
 
 def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
+    if visiting() and mixes_tokens(self._fpdt.forward, hidden):
+        raise NotImplementedError(f"its final norm ({type(self).__name__}) looks at other tokens than one")
     plan = self._fpdt.settings.plan(hidden)
     size = plan.chunk_tokens // plan.sp_size
     return norm_by_chunks(self._fpdt.forward, hidden, list(self.parameters()), size)
@@ -83,9 +88,15 @@ class _HeadCall:
 
     Without `outputs` the base model runs and leaves its outputs here; with them, the base model stands aside and the
     head sees them.
+
+    Attributes:
+        whole: whether the head sees all that the base model gave at once; else one token of it.
+        began: the random state in which the head began.
     """
 
     outputs: Any = None
+    whole: bool = False
+    began: RandomState | None = None
 
 
 _head_call: ContextVar[_HeadCall | None] = ContextVar("fpdt_head_call", default=None)
@@ -109,9 +120,11 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if call is not None and call.outputs is not None:
         return call.outputs
     arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
-    if (visit := current_visit()) is not None:
-        visit.base_ran = True
-        return self._fpdt.forward(**arguments | {"use_cache": False})
+    if visiting():
+        outputs = self._fpdt.forward(**arguments | {"use_cache": False})
+        if call is not None:
+            call.outputs = outputs
+        return outputs
     check_stack(self, self._fpdt.settings)
     _check_router(self.config, arguments)
     # With a cache it is generation, in which every rank has the whole of a sequence.
@@ -124,6 +137,9 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if call is None:
         return outputs
     call.outputs = outputs
+    if call.whole:
+        call.began = RandomState.now(outputs[0].device)
+        return outputs
     # One token is enough for the model to make its output object; that token's logits are dropped.
     return _with(call.outputs, last_hidden_state=call.outputs[0][:, :1])
 
@@ -176,7 +192,51 @@ def _with(outputs: Any, **fields: Any) -> Any:
     return type(outputs)(**{**outputs, **fields})
 
 
+def _other_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a model whose head is no language model's: it runs on all tokens at once, by its own code.
+
+    Padding on the right is not masked, so the head may not read it; that is looked at the first time there is some.
+    """
+    settings, arguments = self._fpdt.settings, arguments_by_name(self._fpdt.signature, *args, **kwargs)
+    mask = arguments.get("attention_mask")
+    padded = isinstance(mask, Tensor) and mask.dim() == 2 and not settings.padding_tried and bool((mask == 0).any())
+    if not padded or visiting():
+        return self._fpdt.forward(**arguments)
+    with _as_head_call(_HeadCall(whole=True)) as call:
+        outputs = self._fpdt.forward(**arguments)
+    if call.outputs is not None and _reads_padding(self, arguments, outputs, call):
+        raise NotImplementedError(
+            f"fpdt: the head of {type(self).__name__} reads padding, whose hidden states are not those of a masked "
+            "model: give rows of one length (a batch of one row needs no padding)."
+        )
+    settings.padding_tried = True
+    return outputs
+
+
+def _reads_padding(model: Any, arguments: dict[str, Any], outputs: Any, call: _HeadCall) -> bool:
+    """Whether the head's loss is another one where the hidden states of padding are."""
+    if (loss := _loss_of(outputs)) is None:
+        return False
+    hidden, padding_BS1 = call.outputs[0].detach(), (arguments["attention_mask"] == 0).unsqueeze(-1)
+    other = _with(call.outputs, last_hidden_state=torch.where(padding_BS1.to(hidden.device), -hidden, hidden))
+    assert call.began is not None
+    with torch.no_grad(), untouched_random_state(hidden.device), _as_head_call(_HeadCall(other)):
+        call.began.restore()
+        with _without_fsdp(_heads(model)):
+            again = _loss_of(model._fpdt.forward(**arguments))
+    return not torch.equal(loss.detach(), again)
+
+
+def _loss_of(outputs: Any) -> Any:
+    """The loss in a model's outputs, of either kind; None where there is none."""
+    if isinstance(outputs, tuple):
+        return outputs[0] if outputs[0].dim() == 0 else None
+    return outputs.loss
+
+
 def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if visiting():
+        return _visited_forward(self, *args, **kwargs)
     token = _sample.set(kwargs.pop(SAMPLE_KEY, None))
     try:
         if kwargs.get(_TRLS_LOSS):
@@ -184,6 +244,23 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _forward_with_loss(self, *args, **kwargs)
     finally:
         _sample.reset(token)
+
+
+def _visited_forward(self: Any, **arguments: Any) -> Any:
+    """The model's forward on a few tokens that no layer sees; its head is tried as layers are."""
+    with _as_head_call(_HeadCall(whole=True)) as call:
+        outputs = self._fpdt.forward(**arguments)
+    if call.outputs is None:
+        raise NotImplementedError(WHY_NOT_WHOLE.format(type(self).__name__))
+
+    def logits_of(hidden: Tensor) -> Tensor:
+        with _as_head_call(_HeadCall(_with(call.outputs, last_hidden_state=hidden))):
+            logits: Tensor = self._fpdt.forward(**arguments).logits
+        return logits
+
+    if mixes_tokens(logits_of, call.outputs[0]):
+        raise NotImplementedError(f"the head of {type(self).__name__} looks at other tokens than one")
+    return outputs
 
 
 def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -61,15 +61,16 @@ class _ChunkedLayer(torch.autograd.Function):
                     run.checkpoint.settle()
                 run.advance("forward", chunk)
         assert output is not None
-        ctx.run, ctx.hidden_dtype = run, hidden.dtype
+        ctx.run, ctx.hidden_dtype, ctx.parameters = run, hidden.dtype, parameters
         ctx.save_for_backward(*parameters)  # autograd then refuses weights that were changed before backward
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
-        run, parameters = ctx.run, ctx.saved_tensors
-        run.check_modes()
+        # Not what was saved: hooks around saved tensors (save_on_cpu) give copies, of which nobody asks a gradient.
+        run, parameters, _ = ctx.run, ctx.parameters, ctx.saved_tensors
+        run.check_unchanged(parameters)
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed]
         sums = GradientSums(wanted)
         with record_function(f"fpdt::backward {run.name}"), untouched_random_state(d_output.device):

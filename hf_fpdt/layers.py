@@ -24,7 +24,7 @@ from .layer_state import look_of
 from .patch import Settings, arguments_by_name, caches_in
 from .run import LayerRun
 from .support import check_adapters
-from .trial import current_visit
+from .trial import visiting
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -83,13 +83,13 @@ class ChunkedLayer(nn.Module):
         arguments = arguments_by_name(_signature(raw), self, *args, **kwargs)
         name = next(iter(arguments))
         hidden = arguments.pop(name)
-        if current_visit() is not None:
+        if visiting():
             arguments |= _no_caches(arguments)
         elif _needs_whole_sequence(self, arguments):
             return raw(self, hidden, **arguments)
         _check_arguments(arguments, hidden, self._fpdt_name)
         self._fpdt_try(raw, hidden, arguments)
-        if current_visit() is not None:
+        if visiting():
             return hidden
         settings, parameters = self._fpdt_settings, list(self.parameters())
         if settings.plugin.fused:
@@ -105,6 +105,7 @@ class ChunkedLayer(nn.Module):
             group=settings.group,
             weights=functools.partial(_whole_weights, self),
             modes=functools.partial(modes_of, self),
+            parameters=self.parameters,
             sharded=hasattr(self, "unshard"),
             progress=settings.progress,
             full=settings.progress is not None and mostly_trained(parameters),

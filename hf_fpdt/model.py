@@ -21,7 +21,7 @@ from .by_layer import attention_sizes, largest
 from .checkpoint_store import CheckpointStore
 from .comms import SequenceParallelGroup, build_group, check_heads
 from .config import FPDTPlugin
-from .head import WHY_NOT_WHOLE, loss_reasons, patch_head, unshared_loss_reasons
+from .head import loss_reasons, patch_head, unshared_loss_reasons
 from .interface import NAME
 from .layers import ChunkedLayer, check_entered, decoder_layers, enter_layer, leave_layer
 from .liger import load_liger, why_not_liger
@@ -31,7 +31,7 @@ from .patch import Settings, auto_chunk_tokens, check_patched, is_patched, unpat
 from .progress import StepProgress
 from .rates import peak_of
 from .support import why_not_shared, why_unsupported
-from .trial import TRIAL_TOKENS, visiting
+from .trial import TRIAL_TOKENS, visit
 
 logger = logging.getLogger(__name__)
 
@@ -77,14 +77,14 @@ def apply_fpdt(
         )
     handle = FPDTHandle(target, layers, _settings(target, layers, plugin, group))
     try:
-        _try_layers(target)
+        try_layers(target)
     except NotImplementedError as error:
         handle.remove()
         raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {error}") from error
     return handle
 
 
-def _try_layers(model: PreTrainedModel) -> None:
+def try_layers(model: PreTrainedModel) -> None:
     """A pass of the model over a few random tokens that tries each layer, and runs none.
 
     Where it cannot be (weights without memory, a model that takes more than token ids) layers are tried at their
@@ -95,11 +95,11 @@ def _try_layers(model: PreTrainedModel) -> None:
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return
-    text, device = model.config.get_text_config(), model.get_input_embeddings().weight.device
+    text, device = model.config.get_text_config(), next(model.parameters()).device
     tokens = min(TRIAL_TOKENS, largest(text, "max_position_embeddings") or TRIAL_TOKENS)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, max(4, min(text.vocab_size, 1000)), (1, tokens), generator=generator).to(device)
-    with torch.no_grad(), untouched_random_state(device), _in_training_mode(model), visiting() as visit:
+    with torch.no_grad(), untouched_random_state(device), _in_training_mode(model), visit():
         try:
             model(input_ids=ids)
         except NotImplementedError:
@@ -107,8 +107,6 @@ def _try_layers(model: PreTrainedModel) -> None:
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             logger.debug("hf_fpdt: layers will be tried at the first step: %s", error)
             return
-    if model.get_output_embeddings() is not None and not visit.base_ran:
-        raise NotImplementedError(WHY_NOT_WHOLE.format(type(model).__name__))
 
 
 @contextmanager
@@ -199,14 +197,20 @@ class FPDTHandle:
 
     def __init__(self, model: PreTrainedModel, layers: list[nn.Module], settings: Settings) -> None:
         self.model, self.plugin, self.group = model, settings.plugin, settings.group
-        self._layers = layers
+        self._layers = list(dict.fromkeys(layers))  # a model may go through a layer twice
         # The decoder's alone: a vision tower beside it keeps its own.
         self._decoder: Any = model.get_decoder()
         self._attention_before = self._decoder.config._attn_implementation
         self._settings = settings
         self._decoder.set_attn_implementation(NAME)
-        for index, layer in enumerate(layers):
-            enter_layer(layer, settings, index)
+        # PEFT's layer_replication and modules_to_save copy attention modules, with configurations of their own.
+        self._copies = [
+            (config, config._attn_implementation) for config in _other_configs(layers, self._decoder.config)
+        ]
+        for config, _ in self._copies:
+            config._attn_implementation = NAME
+        for layer in self._layers:
+            enter_layer(layer, settings, layers.index(layer))
         patch_head(model, settings)
         logger.info("hf_fpdt: %s", self)
 
@@ -253,4 +257,12 @@ class FPDTHandle:
         if self._settings.progress is not None:
             self._settings.progress.close()
         self._decoder.set_attn_implementation(self._attention_before)
-        self._layers = []
+        for config, before in self._copies:
+            config._attn_implementation = before
+        self._layers, self._copies = [], []
+
+
+def _other_configs(layers: list[nn.Module], own: Any) -> list[Any]:
+    """The configurations that modules of the layers hold, other than the decoder's and parts of other models."""
+    held = (getattr(module, "config", None) for layer in layers for module in layer.modules())
+    return list({id(config): config for config in held if type(config) is type(own) and config is not own}.values())

@@ -28,7 +28,12 @@ LOGITS_BYTES = 2**30
 
 @dataclass
 class Settings:
-    """What the patched modules of one model share."""
+    """What the patched modules of one model share.
+
+    Attributes:
+        trials: which layers were tried.
+        padding_tried: whether a head that is no language model's was found not to read padding.
+    """
 
     plugin: FPDTPlugin
     store: CheckpointStore
@@ -38,6 +43,7 @@ class Settings:
     liger: Liger | None = None
     progress: StepProgress | None = None
     trials: LayerTrials = field(default_factory=LayerTrials)
+    padding_tried: bool = False
 
     def step(self, hidden_BSD: Tensor) -> StepSizes:
         """Sizes of the step in which a layer gets `hidden_BSD`."""

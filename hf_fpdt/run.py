@@ -7,7 +7,8 @@ backward pass. See `layer` for how they follow one another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -93,6 +94,7 @@ class LayerRun:
         group: the ranks that share the sequence.
         weights: makes the layer's weights whole while it is entered.
         modes: those of the layer's modules now.
+        parameters: its parameters now.
         sharded: whether FSDP2 shards them between uses.
         progress: the line that is told of every chunk, if any.
         full: for progress, whether most of the layer's weights train, not adapters alone.
@@ -110,6 +112,7 @@ class LayerRun:
     group: SequenceParallelGroup
     weights: Callable[[], AbstractContextManager[None]]
     modes: Callable[[], tuple[object, ...]]
+    parameters: Callable[[], Iterable[Tensor]]
     sharded: bool
     progress: StepProgress | None = None
     full: bool = False
@@ -151,8 +154,13 @@ class LayerRun:
         """Whether `hidden_BSD` is this layer's output, untouched; then running the layer again gives it again."""
         return self._output == (StorageWeakRef(hidden_BSD.untyped_storage()), _reading(hidden_BSD))
 
-    def check_modes(self) -> None:
-        """Raise RuntimeError unless the layer would compute in backward what it computed in forward."""
+    def check_unchanged(self, parameters: Sequence[Tensor]) -> None:
+        """Raise RuntimeError unless the layer would compute in backward what it computed in forward with these."""
+        if not all(map(operator.is_, self.parameters(), parameters)):
+            raise RuntimeError(
+                f"fpdt: {self.name} has other weights now than in forward (torch.func.functional_call?), and backward "
+                "runs it again: call backward while they are in place, or copy their values into its parameters."
+            )
         if self.modes() != self._modes:
             raise RuntimeError(
                 f"fpdt: adapters or training mode of {self.name} changed between forward and backward, which runs the "

@@ -12,7 +12,7 @@ itself is asked. Attention stands aside, each token attending to itself, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -69,33 +69,22 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass
-class Visit:
-    """A pass of the model for the sake of its layers' arguments: each is tried, none runs.
-
-    Attributes:
-        base_ran: whether the base model was called as a whole.
-    """
-
-    base_ran: bool = False
+_visiting: ContextVar[bool] = ContextVar("fpdt_visiting", default=False)
 
 
-_visit: ContextVar[Visit | None] = ContextVar("fpdt_visit", default=None)
-
-
-def current_visit() -> Visit | None:
-    """The visit under way, if any."""
-    return _visit.get()
+def visiting() -> bool:
+    """Whether a pass is under way that tries layers on what they are given, and runs none."""
+    return _visiting.get()
 
 
 @contextmanager
-def visiting() -> Iterator[Visit]:
-    """Inside, layers are tried on what they are given, and give it back."""
-    token = _visit.set(visit := Visit())
+def visit() -> Iterator[None]:
+    """Inside, a layer is tried and gives back what it was given."""
+    token = _visiting.set(True)
     try:
-        yield visit
+        yield
     finally:
-        _visit.reset(token)
+        _visiting.reset(token)
 
 
 @dataclass
@@ -138,6 +127,21 @@ class LayerTrials:
         return reason
 
 
+def mixes_tokens(function: Callable[[Tensor], Tensor], hidden_BSD: Tensor) -> bool:
+    """Whether a function of hidden states gives some token something else in chunks than as a whole.
+
+    Args:
+        function: what is run by chunks beside layers: a norm, a head.
+        hidden_BSD: what it is given; only its kind is looked at.
+    """
+    device = hidden_BSD.device
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(1, TRIAL_TOKENS, hidden_BSD.shape[-1], generator=generator, device=device).to(hidden_BSD.dtype)
+    with torch.no_grad(), untouched_random_state(device), _NoDropout():
+        whole, parts = function(x), [function(part) for part in x.split(TRIAL_CHUNK_TOKENS, dim=1)]
+    return bool((_token_errors(torch.cat(parts, dim=1), whole) > UNITS * _unit((), hidden_BSD)).any())
+
+
 def _first_tokens(arguments: Mapping[str, Any], hidden_BSD: Tensor, kept: int) -> dict[str, Any]:
     """Arguments for the first tokens of the first row alone, as tensors that autograd may save."""
     rows, n_tokens = hidden_BSD.shape[:2]
@@ -165,7 +169,7 @@ class _Trial:
         self.weights = [p for p in layer.parameters() if p.requires_grad]
         self.start = RandomState.now(self.device)
         self.generator = torch.Generator(self.device).manual_seed(0)
-        self.tolerance = UNITS * _unit(layer, like_BSD)
+        self.tolerance = UNITS * _unit(layer.parameters(), like_BSD)
 
     def why_not(self) -> str | None:
         """The first reason found."""
@@ -291,7 +295,7 @@ class _Trial:
         names = {id(p): name for name, p in self.layer.named_parameters()}
         largest = max((_mean_square(grad) for grad in wholes.values()), default=0.0)
         for key, grad in wholes.items():
-            error = float((totals[key].double() - grad.double()).norm()) if key in totals else float("inf")
+            error = _norm(totals[key] - grad) if key in totals else float("inf")
             size = max(_mean_square(grad), SMALL * largest) * grad.numel() ** 0.5
             if not error <= 2 * self.tolerance * size:
                 return f"the gradient of {names[key]} is no sum over tokens"
@@ -329,13 +333,18 @@ def _token_errors(values_BSD: Tensor, truth_BSD: Tensor) -> Tensor:
 
 
 def _mean_square(grad: Tensor) -> float:
-    return float(grad.double().norm()) / max(1, grad.numel()) ** 0.5
+    return _norm(grad) / max(1, grad.numel()) ** 0.5
 
 
-def _unit(layer: nn.Module, like_BSD: Tensor) -> float:
-    """The unit in the last place of the narrowest dtype that the layer computes with."""
+def _norm(grad: Tensor) -> float:
+    """Without a wide copy: experts' gradients have gigabytes."""
+    return float(torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)))
+
+
+def _unit(weights: Iterable[Tensor], like_BSD: Tensor) -> float:
+    """The unit in the last place of the narrowest dtype that is computed with."""
     kind = like_BSD.device.type
-    dtypes = {like_BSD.dtype, *(p.dtype for p in layer.parameters())}
+    dtypes = {like_BSD.dtype, *(weight.dtype for weight in weights)}
     if torch.is_autocast_enabled(kind):
         dtypes.add(torch.get_autocast_dtype(kind))
     # Quantised weights are computed with in bfloat16, mostly.

@@ -17,15 +17,24 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from finetune_options import Options, check_model, fpdt_plugin, load_config_and_tokenizer, parse_options
+from base_model import (
+    check_lora_targets,
+    check_weights,
+    known_ids,
+    load_config_and_tokenizer,
+    load_weights,
+    model_without_weights,
+)
+from datasets import Dataset
+from finetune_options import Options, fpdt_plugin, parse_options
 from long_text import (
     RightPadding,
     WindowDataset,
+    check_tokenizer,
     document_tokens,
     hold_out,
     plan_eval_windows,
     plan_windows,
-    read_documents,
     tokenise,
     window_tokens,
     without_held_out_texts,
@@ -36,8 +45,16 @@ from peft import LoraConfig, get_peft_model
 from position_figure import draw
 from rope_scaling import RopePlan, apply_rope, beyond_reach, plan_rope
 from run_facts import hardware_facts, version_facts
+from text_sources import read_documents
 from torch import nn
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedConfig,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from user_error import UserError, run_main, tokens_text
 
 from hf_fpdt import FPDTTrainer, apply_fpdt
@@ -119,18 +136,25 @@ class StepPrinter(TrainerCallback):
         )
 
 
-def prepare_data(options: Options, tokenizer: Any, progress: Progress) -> Data:
-    """Read, hold out, tokenise and plan the windows; says how much of each there is."""
-    progress.say(f"reading {', '.join([*options.data, *options.eval_data])}")
-    documents = read_documents(options.data, options.text_column)
-    if options.eval_data:
-        held_out = read_documents(options.eval_data, options.text_column)
-    else:
-        documents, held_out = hold_out(documents, options.eval_fraction, options.seed)
-    documents = without_held_out_texts(documents, held_out)
+def check_model(options: Options, config: PreTrainedConfig, tokenizer: Any, group: SequenceParallelGroup) -> int:
+    """Every check of the model that takes no time; returns how many token ids it knows."""
+    model = model_without_weights(options.model, config, fpdt_plugin(options), group)
+    if not options.full:
+        check_lora_targets(model, options.lora_targets)
+    check_tokenizer(tokenizer, known_ids(model))
+    check_weights(options.model, config)
+    return known_ids(model)
+
+
+def prepare_data(options: Options, tokenizer: Any, progress: Progress, ids: int) -> Data:
+    """Read, hold out, tokenise and plan the windows; says how much of each there is.
+
+    The model knows `ids` token ids.
+    """
+    documents, held_out, left_out = _documents(options, progress)
     progress.say(f"tokenising {len(documents)} training and {len(held_out)} held-out documents")
-    training = tokenise(documents, tokenizer, "training documents")
-    evaluation = tokenise(held_out, tokenizer, "held-out documents")
+    training = tokenise(documents, tokenizer, "training documents", ids)
+    evaluation = tokenise(held_out, tokenizer, "held-out documents", ids)
     lengths, eval_lengths = document_tokens(training), document_tokens(evaluation)
     windows = plan_windows(lengths, options.max_length_tokens)
     eval_windows = plan_eval_windows(eval_lengths, options.max_length_tokens, options.eval_docs, options.eval_windows)
@@ -145,9 +169,32 @@ def prepare_data(options: Options, tokenizer: Any, progress: Progress) -> Data:
         "eval_documents": sorted({evaluation[window[0].document]["name"] for window in eval_windows}),
         "eval_windows": len(eval_windows),
         "eval_length_tokens": window_tokens(eval_windows[0]),
+        "left_out": left_out,
     }
     progress.say(_data_line(facts, options))
     return Data(WindowDataset(training, windows), WindowDataset(evaluation, eval_windows), facts)
+
+
+def _documents(options: Options, progress: Progress) -> tuple[Dataset, Dataset, list[str]]:
+    """(training, held out, what was left out); held-out sources first, for a mistake in them costs little there."""
+    left_out: list[str] = []
+
+    def say(line: str) -> None:
+        left_out.append(line)
+        progress.say(line)
+
+    def read(sources: list[str]) -> Dataset:
+        progress.say(f"reading {', '.join(sources)}")
+        return read_documents(sources, options.text_column, options.broken_lines, say)
+
+    if options.eval_data:
+        held_out, documents = read(options.eval_data), read(options.data)
+    else:
+        documents, held_out = hold_out(read(options.data), options.eval_fraction, options.seed)
+    training = without_held_out_texts(documents, held_out)
+    if copies := len(documents) - len(training):
+        say(f"training documents left out that are held out too: {copies}")
+    return training, held_out, left_out
 
 
 def _data_line(facts: dict[str, Any], options: Options) -> str:
@@ -162,9 +209,7 @@ def _data_line(facts: dict[str, Any], options: Options) -> str:
 
 def load_model(options: Options, group: SequenceParallelGroup) -> tuple[nn.Module, Cut]:
     """The stock model on its device, with FPDT applied, and how it takes its batches."""
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, attn_implementation="fpdt", dtype=_weight_dtype(options)
-    )
+    model = load_weights(options.model, _weight_dtype(options))
     model.to(PartialState().device)
     handle = apply_fpdt(model, fpdt_plugin(options), group)
     return model, Cut.of(handle, resolve_chunk_tokens(handle.plugin, on_gpu=options.device == "cuda"))
@@ -227,7 +272,8 @@ def train(job: Job, model: nn.Module) -> tuple[Trainer, StepPrinter]:
         model=model,
         args=training_arguments(job.options),
         train_dataset=job.data.training,
-        data_collator=RightPadding(job.tokenizer.pad_token_id),
+        # What padding is made of reaches no loss; a token for it alone may be one that the model does not know.
+        data_collator=RightPadding(job.tokenizer.eos_token_id),
         callbacks=[steps],
         fpdt_plugin=fpdt_plugin(job.options),
     )
@@ -258,9 +304,10 @@ def main() -> None:
     if warning := beyond_reach(config, plan, options.max_length_tokens):
         progress.say(warning)
     group = build_group(options.sp_size)
-    check_model(config, options, group)
-    with progress.phase("data"), state.main_process_first():
-        data = prepare_data(options, tokenizer, progress)
+    ids = check_model(options, config, tokenizer, group)
+    # Every process at once: nothing is kept for the others, and each of them finds a mistake by itself.
+    with progress.phase("data"):
+        data = prepare_data(options, tokenizer, progress, ids)
     set_seed(options.seed)
     with progress.phase("load"):
         model, cut = load_model(options, group)

@@ -1,19 +1,19 @@
-"""The command line of finetune.py, and every check that needs no weights."""
+"""The command line of finetune.py, and every check that needs neither model nor data."""
 
 import argparse
+import math
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rope_scaling import KINDS
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from user_error import UserError, parse_tokens
+from text_sources import BROKEN_LINES, WHAT_IS_READ
+from user_error import UserError, one_line, parse_tokens
 
-from hf_fpdt import FPDTPlugin, apply_fpdt
-from hf_fpdt.comms import SequenceParallelGroup
+from hf_fpdt import FPDTPlugin
 from hf_fpdt.config import CHECKPOINT_POLICIES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,6 +32,7 @@ class Options:
     model: str
     data: list[str]
     text_column: str
+    broken_lines: str
     eval_data: list[str]
     eval_fraction: float
     eval_docs: int
@@ -80,9 +81,15 @@ def _data_arguments(group: Any) -> None:
         "--data",
         nargs="+",
         required=True,
-        help="text files, folders of text or source files, .jsonl or .parquet tables, or hub data sets",
+        help=f"{WHAT_IS_READ}; what else lies in a folder is left out, and counted in the log",
     )
     group.add_argument("--text-column", default="text", help="the column of a table that holds a document's text")
+    group.add_argument(
+        "--broken-lines",
+        choices=BROKEN_LINES,
+        default="skip",
+        help="lines of a table that can't be read: leave them out and count them in the log, or stop at the first",
+    )
     group.add_argument("--eval-data", nargs="+", default=[], help="held-out documents, given like --data")
     group.add_argument(
         "--eval-fraction", type=float, default=0.05, help="documents to hold out when --eval-data is not given"
@@ -178,7 +185,7 @@ def _factor(text: str) -> float | None:
         factor = float(text)
     except ValueError:
         factor = 0.0
-    if factor < 1:
+    if not 1 <= factor < math.inf:
         raise UserError(f"--rope-factor: got {text!r}; allowed: auto or a number from 1 up; leave it out for auto")
     return factor
 
@@ -189,15 +196,18 @@ def check_numbers(options: Options) -> None:
     for name in at_least_one:
         if getattr(options, name) < 1:
             _refuse(name, getattr(options, name), "a whole number from 1 up")
+    # Not a number is neither below nor above a bound: each range is what a value has to lie in.
     for name in ("warmup", "save_every", "weight_decay"):
-        if getattr(options, name) < 0:
-            _refuse(name, getattr(options, name), "0 or more")
+        if not 0 <= getattr(options, name) < math.inf:
+            _refuse(name, getattr(options, name), "a number from 0 up")
     if not 0 < options.eval_fraction < 1:
         _refuse("eval_fraction", options.eval_fraction, "a number between 0 and 1, as in 0.05")
     if not 0 <= options.lora_dropout < 1:
         _refuse("lora_dropout", options.lora_dropout, "a number from 0 up to 1")
-    if options.lr <= 0:
-        _refuse("lr", options.lr, "a number above 0")
+    if not 0 < options.lr < math.inf:
+        _refuse("lr", options.lr, "a number above 0, as in 2e-4")
+    if not 0 <= options.seed < 2**32:
+        _refuse("seed", options.seed, "a whole number from 0 to 4294967295")
     if options.max_length_tokens < 2:
         _refuse("max_length", options.max_length_tokens, "2 tokens or more")
     if options.rope_factor is not None and options.rope_scaling == "none":
@@ -217,55 +227,35 @@ def _refuse(name: str, got: object, allowed: str) -> None:
 
 
 def check_output(options: Options) -> None:
-    """Never mix two runs in one folder by accident."""
-    if options.output.is_file():
-        raise UserError(f"--output: {options.output} is a file; give a folder")
-    holds_files = options.output.is_dir() and any(options.output.iterdir())
-    if holds_files and not (options.overwrite or options.resume):
-        raise UserError(
-            f"--output: the folder {options.output} is not empty; give a new one, or add --overwrite, or "
-            "--resume to go on"
-        )
+    """Make the folder, so that hours of work do not end at it; never mix two runs in one folder by accident."""
     if options.resume and not list(options.output.glob("checkpoints/checkpoint-*")):
         raise UserError(
             f"--resume: {options.output}/checkpoints holds no checkpoint; start without --resume, with --save-every N"
         )
-
-
-def load_config_and_tokenizer(name: str) -> tuple[PreTrainedConfig, Any]:
-    """The small files of the model; a wrong name is found here, before any weight is read."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first process writes, and the others might find what it has written
+    make_folder(options.output)
+    if any(options.output.iterdir()) and not (options.overwrite or options.resume):
         raise UserError(
-            f"--model: {name!r} is no folder with a config and a tokenizer, and no hub model that can be read: "
-            f"{reason}; check the name, or the network"
+            f"--output: the folder {options.output} is not empty; give a new one, or add --overwrite, or "
+            "--resume to go on"
+        )
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and write into it: nothing else shows that it can be done."""
+    try:
+        if folder.is_file():
+            raise UserError(f"--output: {folder} is a file; give a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserError(
+            f"--output: the folder {folder} can't be made or written: {one_line(error)}; give one that can be"
         ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return config, tokenizer
 
 
 def fpdt_plugin(options: Options) -> FPDTPlugin:
     """The settings of hf_fpdt that the command line offers."""
     return FPDTPlugin(chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints, sp_size=options.sp_size)
-
-
-def check_model(config: PreTrainedConfig, options: Options, group: SequenceParallelGroup) -> None:
-    """Refuse, on a model without memory for its weights, what FPDT can't run and LoRA names that match nothing."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="fpdt")
-        apply_fpdt(model, fpdt_plugin(options), group)
-    except (NotImplementedError, ValueError) as error:
-        raise UserError(f"--model: hf_fpdt can't train {options.model}: {error}") from error
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    wanted = [] if options.full or options.lora_targets == "all-linear" else options.lora_targets
-    missing = [target for target in wanted if target not in names]
-    if missing:
-        raise UserError(
-            f"--lora-targets: {', '.join(missing)} is in no layer of this model; allowed: all-linear or any of "
-            f"{', '.join(sorted(names))}"
-        )

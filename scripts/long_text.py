@@ -1,6 +1,6 @@
 """Documents in, training and evaluation windows out.
 
-A document is one text: a file, or a row of a table. Documents are held out whole, so that no evaluation window shares
+A document is one text (`text_sources` reads them). Documents are held out whole, so that no evaluation window shares
 a document with a training window. A window is a list of pieces (document, start, stop) that together hold at most
 max_length_tokens; which pieces go where is integer arithmetic (`plan_windows`), done before any token is copied.
 """
@@ -8,19 +8,12 @@ max_length_tokens; which pieces go where is integer arithmetic (`plan_windows`),
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset
 from user_error import UserError
 
-TABLE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-TEXT_SUFFIXES = frozenset(
-    (".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".ini", ".cfg")
-    + (".py", ".pyi", ".js", ".ts", ".tsx", ".java", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".go", ".rs")
-    + (".rb", ".php", ".sh", ".lua", ".jl", ".r", ".scala", ".kt", ".swift", ".pl", ".sql", ".lean", ".v", ".hs")
-)
 IGNORED_LABEL = -100
 
 
@@ -41,79 +34,18 @@ def window_tokens(window: Window) -> int:
     return sum(piece.stop - piece.start for piece in window)
 
 
-def read_documents(sources: Sequence[str], text_column: str = "text") -> Dataset:
-    """All documents of files, folders, tables and hub data sets, as a data set with the columns name and text."""
-    parts = [_read_source(source, text_column) for source in sources]
-    documents = concatenate_datasets(parts).filter(lambda text: bool(text and text.strip()), input_columns="text")
-    if len(documents) == 0:
-        raise UserError(
-            f"data: {', '.join(sources)} holds no text; give files, folders or tables with at least one document"
-        )
-    return documents
-
-
-def _read_source(source: str, text_column: str) -> Dataset:
-    path = Path(source)
-    if path.is_dir():
-        return _read_files(_text_files(path), root=path)
-    if path.suffix.lower() in TABLE_FORMATS:
-        return _read_table(path, text_column)
-    if path.is_file():
-        return _read_files([path], root=path.parent)
-    return _read_hub(source, text_column)
-
-
-def _text_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in TEXT_SUFFIXES)
-    if not files:
-        raise UserError(
-            f"data: the folder {folder} holds no text or source file; allowed: files ending in .txt, .md, .py and the "
-            "like; give a .jsonl or .parquet file by its own name"
-        )
-    return files
-
-
-def _read_files(files: Sequence[Path], root: Path) -> Dataset:
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
-    return Dataset.from_dict({"name": [path.relative_to(root).as_posix() for path in files], "text": texts})
-
-
-def _read_table(path: Path, text_column: str) -> Dataset:
-    if not path.is_file():
-        raise UserError(f"data: no file {path}; give an existing file or folder, or the name of a hub data set")
-    try:
-        table = load_dataset(TABLE_FORMATS[path.suffix.lower()], data_files=str(path), split="train")
-    except Exception as error:  # datasets raises many kinds; each one means the file cannot be read as a table
-        raise UserError(f"data: {path} can't be read as {path.suffix}: {error}") from error
-    return _name_and_text(table, text_column, path.name)
-
-
-def _read_hub(name: str, text_column: str) -> Dataset:
-    try:
-        table = load_dataset(name, split="train")
-    except Exception as error:  # not found, offline, gated, script-based ...: the user has to change the name
-        raise UserError(
-            f"data: {name!r} is neither a file or folder here nor a hub data set that can be read with a "
-            f"'train' split ({type(error).__name__}); check the path or the name"
-        ) from error
-    return _name_and_text(table, text_column, name)
-
-
-def _name_and_text(table: Dataset, text_column: str, source: str) -> Dataset:
-    if text_column not in table.column_names:
-        columns = ", ".join(table.column_names)
-        raise UserError(f"--text-column: {source} has no column {text_column!r}; allowed: {columns}")
-    names = table["name"] if "name" in table.column_names else [f"{source}:{row}" for row in range(len(table))]
-    return Dataset.from_dict({"name": [str(name) for name in names], "text": table[text_column]})
-
-
 def hold_out(documents: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Split whole documents: (training, held out). At least one of each."""
     held_out_documents = max(1, round(len(documents) * fraction))
+    if len(documents) == 1:
+        raise UserError(
+            f"data: there is one document only, {documents[0]['name']}, and one is held out to evaluate on; give more "
+            "documents, or one to hold out with --eval-data"
+        )
     if held_out_documents >= len(documents):
         raise UserError(
             f"--eval-fraction: {len(documents)} document(s) and a fraction of {fraction} leave nothing to "
-            "train on; give more documents, or other documents with --eval-data"
+            "train on; give a smaller fraction, more documents, or other documents with --eval-data"
         )
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = sorted(order[:held_out_documents])
@@ -125,19 +57,45 @@ def without_held_out_texts(training: Dataset, held_out: Dataset) -> Dataset:
     hashes = {sha256(text.encode()).digest() for text in held_out["text"]}
     kept = [row for row, text in enumerate(training["text"]) if sha256(text.encode()).digest() not in hashes]
     if not kept:
-        raise UserError("data: every training document is also held out; give --data other documents than --eval-data")
+        raise UserError(
+            "data: the text of every training document is also held out; give --data and --eval-data different "
+            "documents, or more of them"
+        )
     return training.select(kept)
 
 
-def tokenise(documents: Dataset, tokenizer: Any, what: str) -> Dataset:
-    """Token ids of each document (column input_ids), each closed by an end-of-sequence token."""
+def check_tokenizer(tokenizer: Any, known_ids: int | None = None) -> None:
+    """Refuse one without an end of sequence that the model knows; its ids from `known_ids` on have no embedding."""
     if tokenizer.eos_token_id is None:
         raise UserError(
-            "the tokenizer has no end-of-sequence token, which must stand between documents; set eos_token in it"
+            "--model: the tokenizer has no end-of-sequence token, which must stand between documents; set "
+            "eos_token in it"
         )
+    _check_known([tokenizer.eos_token_id], "the end of each document", tokenizer, known_ids)
+
+
+def _check_known(ids: Sequence[int], where: str, tokenizer: Any, known_ids: int | None) -> None:
+    """Refuse the ids that are used and unknown; that a vocabulary is larger than the model's alone does no harm."""
+    if known_ids is not None and (largest := max(ids, default=0)) >= known_ids:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"--model: {where} has the token {token!r} with id {largest}; the tokenizer has {len(tokenizer)} tokens, "
+            f"the model knows {known_ids}; give the tokenizer that belongs to the model, or call "
+            f"model.resize_token_embeddings({len(tokenizer)}) and save_pretrained() first"
+        )
+
+
+def tokenise(documents: Dataset, tokenizer: Any, what: str, known_ids: int | None = None) -> Dataset:
+    """Token ids of each document (column input_ids), each closed by an end-of-sequence token.
+
+    Ids that the model does not know, `known_ids` and above, are refused.
+    """
+    check_tokenizer(tokenizer, known_ids)
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         rows = tokenizer(batch["text"], return_attention_mask=False, verbose=False)["input_ids"]
+        for name, ids in zip(batch["name"], rows, strict=True):
+            _check_known(ids, f"document {name}", tokenizer, known_ids)
         return {"input_ids": [_closed(list(ids), tokenizer.eos_token_id) for ids in rows]}
 
     columns = documents.column_names

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from user_error import parse_tokens, run_main, tokens_text
+from user_error import UserError, one_line, parse_tokens, run_main, tokens_text
 
 from hf_fpdt import FPDTHandle
 from hf_fpdt.comms import SequenceParallelGroup, own_tokens
@@ -193,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", help="folder written by finetune.py; its config.json sets the rotary parameters")
     parser.add_argument("--eval-data", nargs="+", required=True, help="held-out documents, as for finetune.py --data")
     parser.add_argument("--text-column", default="text", help="of a dataset with columns (%(default)s)")
+    parser.add_argument("--broken-lines", choices=["skip", "error"], default="skip", help="as for finetune.py")
     parser.add_argument("--max-length", default="8K", help="tokens of a window; K = 1,024, M = 1,048,576")
     parser.add_argument("--eval-windows", type=int, default=16, help="at most so many (%(default)s)")
     parser.add_argument("--chunk-tokens", default="auto", help="tokens of a chunk of FPDT")
@@ -203,37 +206,69 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(options: argparse.Namespace) -> nn.Module:
-    from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _windows_and_model(options: argparse.Namespace) -> tuple[list[dict[str, Tensor]], nn.Module]:
+    """Every check that takes no time, then the data, and the weights last."""
+    from base_model import check_weights, known_ids, load_config_and_tokenizer, load_weights, model_without_weights
+    from finetune_options import make_folder
+    from long_text import WindowDataset, document_tokens, plan_eval_windows, tokenise, window_tokens
+    from text_sources import read_documents
 
     from hf_fpdt import FPDTPlugin, apply_fpdt
 
-    config = AutoConfig.from_pretrained(options.adapter or options.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, config=config, attn_implementation="fpdt", dtype=options.dtype
-    )
+    length_tokens = parse_tokens("--max-length", options.max_length)
+    if options.eval_windows < 1 or length_tokens < 2:
+        raise UserError("--eval-windows, --max-length: allowed are at least 1 window of at least 2 tokens")
     chunk = options.chunk_tokens
-    apply_fpdt(model, FPDTPlugin(chunk_tokens=chunk if chunk == "auto" else parse_tokens("--chunk-tokens", chunk)))
-    model = PeftModel.from_pretrained(model, options.adapter) if options.adapter else model
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    plugin = FPDTPlugin(chunk_tokens=chunk if chunk == "auto" else parse_tokens("--chunk-tokens", chunk))
+    make_folder(options.output)
+    config, tokenizer = load_config_and_tokenizer(options.model)
+    config = _adapters_config(options.adapter) if options.adapter else config
+    ids = known_ids(model_without_weights(options.model, config, plugin))
+    check_weights(options.model, config)
+    documents = read_documents(options.eval_data, options.text_column, options.broken_lines)
+    tokenised = tokenise(documents, tokenizer, "held-out documents", ids)
+    windows = plan_eval_windows(document_tokens(tokenised), length_tokens, len(documents), options.eval_windows)
+    if window_tokens(windows[0]) < 2:
+        raise UserError("data: fewer than two tokens in every held-out document; give longer documents")
+    model = load_weights(options.model, getattr(torch, options.dtype), config)
+    apply_fpdt(model, plugin)
+    model = _with_adapter(model, options.adapter) if options.adapter else model
+    rows = WindowDataset(tokenised, windows)
+    return [rows[index] for index in range(len(rows))], model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _adapters_config(folder: str) -> Any:
+    from peft import PeftConfig
+    from transformers import AutoConfig
+
+    try:
+        PeftConfig.from_pretrained(folder)  # so that what is no adapter is found before weights are read
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(
+            f"--adapter: {folder!r} has no readable config: {one_line(error)}; give a folder that finetune.py wrote"
+        ) from error
+
+
+def _with_adapter(model: nn.Module, folder: str) -> nn.Module:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"--adapter: {folder!r} can't be loaded: {one_line(error)}; give a folder that finetune.py wrote"
+        ) from error
 
 
 def main() -> None:
     """Measure one model, with or without an adapter; write the figure and the csv."""
-    from long_text import WindowDataset, document_tokens, plan_eval_windows, read_documents, tokenise
     from position_figure import draw
-    from transformers import AutoTokenizer
 
     options = _parser().parse_args()
-    length_tokens = parse_tokens("--max-length", options.max_length)
-    documents = read_documents(options.eval_data, options.text_column)
-    tokenised = tokenise(documents, AutoTokenizer.from_pretrained(options.model), "held-out documents")
-    windows = plan_eval_windows(document_tokens(tokenised), length_tokens, len(documents), options.eval_windows)
-    model = _load(options)
+    windows, model = _windows_and_model(options)
     label = Path(options.adapter or options.model).name
-    curves = [measure(model, list(WindowDataset(tokenised, windows)), label)]  # type: ignore[call-overload]
-    options.output.mkdir(parents=True, exist_ok=True)
+    curves = [measure(model, windows, label)]
     reach = int(
         model.config.rope_parameters.get("original_max_position_embeddings", model.config.max_position_embeddings)
     )

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from long_text import RightPadding, WindowDataset, document_tokens, plan_windows, read_documents, tokenise
+from long_text import RightPadding, WindowDataset, document_tokens, plan_windows, tokenise
+from text_sources import read_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (

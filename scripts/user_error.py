@@ -14,9 +14,16 @@ class UserError(Exception):
     """Says what was asked, what was got, what is allowed and what to do, in one line."""
 
 
+def one_line(error: BaseException) -> str:
+    """Kind and first line of what a library raised, to go into a message of ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def exit_with_one_line(error: UserError) -> NoReturn:
     """Print the message on stderr and leave with exit code 2."""
-    if os.environ.get("RANK", "0") == "0":  # every process of a job finds the same mistake
+    # Every process of a host finds the same mistake; another host may lack a file that the first one has.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -6,12 +6,13 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.app_support import ROOT, run_python, stories, write_jsonl, write_tiny_checkpoint
 
@@ -84,7 +85,8 @@ def full(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def held_out_loss(model: torch.nn.Module, inputs: Inputs) -> float:
     """The mean loss over the same windows, by the model's own loss on whole sequences."""
-    from long_text import WindowDataset, document_tokens, plan_eval_windows, read_documents, tokenise
+    from long_text import WindowDataset, document_tokens, plan_eval_windows, tokenise
+    from text_sources import read_documents
     from transformers import AutoTokenizer
 
     tokenised = tokenise(
@@ -203,16 +205,59 @@ def test_resume_goes_on_from_the_last_checkpoint(full: Result, inputs: Inputs) -
     assert "training step 3 of 3" in resumed.printed and "training step 2 of 3" not in resumed.printed
 
 
+def test_what_is_left_out_is_said_and_padding_needs_no_token_of_its_own(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import finetune
+    from transformers import AutoTokenizer
+
+    model = shutil.copytree(inputs.model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})  # the model has no embedding of it
+    tokenizer.save_pretrained(model)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "table.jsonl").write_text(inputs.train.read_text().splitlines()[0] + '\n{"broken\n')
+    (data / "LICENSE").write_text("free")
+    sources = ("--model", str(model), "--data", str(data))
+    one_of_two_is_short = ("--max-length", "400", "--batch-size", "2", "--steps", "1")
+    monkeypatch.setattr("sys.argv", arguments(inputs, tmp_path / "output", *sources, *one_of_two_is_short))
+    finetune.run_main(finetune.main)
+    facts = json.loads((tmp_path / "output" / "run.json").read_text())
+    assert facts["data"]["windows"] == 2 and facts["data"]["full_windows"] == 1
+    assert math.isfinite(facts["training_losses"][0])
+    left_out = facts["data"]["left_out"]
+    assert [line.split(",")[0] for line in left_out] == [
+        "broken lines left out: 1",
+        "files of other kinds left out: 1 (no ending 1)",
+    ]
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in left_out)
+
+
 MISTAKES = [
     (["--max-length", "lots"], ["--max-length", "'lots'", "1M"]),
     (["--model", "no/such-model"], ["--model", "no/such-model"]),
     (["--data", "no_such_file.jsonl"], ["no_such_file.jsonl", "existing"]),
     (["--text-column", "body"], ["--text-column", "'body'", "text"]),
+    (["--eval-data", "no_such_file.txt"], ["no file or folder no_such_file.txt"]),
+    (["--output", "/proc/version/out"], ["--output", "/proc/version/out", "can't be made or written", "give one"]),
+    (["--output", "/proc/out"], ["--output", "/proc/out", "can't be made or written"]),
     (["--lora-targets", "q_proj,w_pack"], ["--lora-targets", "w_pack", "o_proj"]),
     (["--rope-factor", "4"], ["--rope-factor", "--rope-scaling", "yarn"]),
     (["--sp-size", "2"], ["--sp-size", "1 process", "accelerate launch --num_processes"]),
     (["--lora-dropout", "1.5"], ["--lora-dropout", "1.5", "allowed"]),
     (["--resume"], ["--resume", "no checkpoint", "--save-every"]),
+    (["--rope-scaling", "yarn", "--rope-factor", "nan"], ["--rope-factor", "'nan'", "allowed"]),
+    (["--rope-scaling", "yarn", "--rope-factor", "inf"], ["--rope-factor", "'inf'", "allowed"]),
+    *(
+        ([option, number], [option, number.rstrip("0."), "allowed"])
+        for option in ("--lr", "--weight-decay", "--lora-dropout", "--eval-fraction")
+        for number in ("nan", "inf", "-1")
+    ),
+    (["--lr", "0"], ["--lr", "allowed: a number above 0"]),
+    (["--warmup", "-1"], ["--warmup", "-1", "allowed"]),
+    (["--seed", "-1"], ["--seed", "-1", "allowed"]),
 ]
 
 
@@ -222,7 +267,7 @@ def assert_one_line(stderr: str, words: list[str]) -> None:
     assert line.startswith("error: ") and all(word in line for word in words), line
 
 
-@pytest.mark.parametrize(("extra", "words"), MISTAKES, ids=[extra[0] for extra, _ in MISTAKES])
+@pytest.mark.parametrize(("extra", "words"), MISTAKES, ids=[" ".join(extra[-2:]) for extra, _ in MISTAKES])
 def test_a_mistake_ends_in_one_line_and_code_2(
     extra: list[str],
     words: list[str],
@@ -231,30 +276,136 @@ def test_a_mistake_ends_in_one_line_and_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    assert_refused(arguments(inputs, tmp_path / "output", *extra), words, monkeypatch, capsys)
+
+
+def assert_refused(
+    command: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The command ends in one line and code 2; returns what it printed before."""
     import finetune
 
-    monkeypatch.setattr("sys.argv", arguments(inputs, tmp_path / "output", *extra))
+    monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as left:
         finetune.run_main(finetune.main)
     assert left.value.code == 2
-    assert_one_line(capsys.readouterr().err, words)
+    printed = capsys.readouterr()
+    assert_one_line(printed.err, words)
+    return printed.out
+
+
+def cut_off(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def with_config(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def instead_of_weights(name: str, content: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / name).write_text(content)
+
+    return change
+
+
+def in_file(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def with_another_end(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(folder)
+
+
+def with_embeddings(folder: Path, count: int) -> None:
+    """As many embeddings as that, fewer than the tokenizer has tokens."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:count].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with_config(vocab_size=count)(folder)
+
+
+INDEX = json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}})
+BROKEN_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ["holds no weights", "save_pretrained"]),
+    "cut off": (cut_off, ["model.safetensors can't be read", "SafetensorError", "download the weights again"]),
+    "a git-lfs pointer": (in_file("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), ["git-lfs"]),
+    "a shard that is not there": (
+        instead_of_weights("model.safetensors.index.json", INDEX),
+        ["model-00001-of-00002.safetensors can't be read", "FileNotFoundError"],
+    ),
+    "a broken index": (instead_of_weights("model.safetensors.index.json", "{"), ["index.json is no index of weights"]),
+    "a broken .bin": (instead_of_weights("pytorch_model.bin", "nothing"), ["pytorch_model.bin can't be read"]),
+    "an adapter": (
+        in_file("adapter_config.json", '{"base_model_name_or_path": "some/base"}'),
+        ["is a PEFT adapter", "give its base model, 'some/base'", "merge_and_unload"],
+    ),
+    "a broken config": (in_file("config.json", "{"), ["the config of", "is not a valid JSON file"]),
+    "a config of other types": (with_config(hidden_size="wide"), ["the config of", "hidden_size"]),
+    "a broken tokenizer": (in_file("tokenizer.json", "{}"), ["the tokenizer of", "KeyError"]),
+    "no language model": (in_file("config.json", '{"model_type": "clip"}'), ["no single set of rotary parameters"]),
+    "a config that makes no model": (with_config(pad_token_id=300), ["makes no model", "Padding_idx"]),
+    "an end without embedding": (with_another_end, ["the end of each document has the token '<end>' with id 300"]),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_MODELS)
+def test_a_broken_model_is_refused_before_data_is_read(
+    kind: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    breaks, words = BROKEN_MODELS[kind]
+    model = shutil.copytree(inputs.model, tmp_path / "model")
+    breaks(model)
+    command = arguments(inputs, tmp_path / "output", "--model", str(model))
+    assert "reading" not in assert_refused(command, ["--model", *words], monkeypatch, capsys)
+
+
+def test_a_model_whose_weights_lack_a_layer_is_refused(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its third layer would be trained from random numbers, with a warning among many lines."""
+    model = shutil.copytree(inputs.model, tmp_path / "model")
+    with_config(num_hidden_layers=3)(model)
+    words = ["--model", "lack 9 parameter(s)", "model.layers.2.input_layernorm.weight", "random"]
+    assert_refused(arguments(inputs, tmp_path / "output", "--model", str(model)), words, monkeypatch, capsys)
+
+
+def test_a_token_without_an_embedding_is_refused_before_weights_are_read(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(inputs.model, tmp_path / "model")
+    with_embeddings(model, 280)
+    words = [
+        "--model",
+        "document train0",
+        "the tokenizer has 300 tokens, the model knows 280",
+        "resize_token",
+    ]
+    printed = assert_refused(arguments(inputs, tmp_path / "output", "--model", str(model)), words, monkeypatch, capsys)
+    assert "loaded" not in printed
 
 
 def test_a_model_fpdt_cannot_run_is_refused_before_it_loads(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import finetune
     from transformers import MistralConfig
 
     folder = tmp_path / "sliding"
     shutil.copytree(inputs.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))  # there is nothing to load
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     MistralConfig(vocab_size=300, num_key_value_heads=1, sliding_window=8, **sizes).save_pretrained(folder)
-    monkeypatch.setattr("sys.argv", arguments(inputs, tmp_path / "output", "--model", str(folder)))
-    with pytest.raises(SystemExit) as left:
-        finetune.run_main(finetune.main)
-    assert left.value.code == 2
-    assert_one_line(capsys.readouterr().err, ["--model", "can't train", "sliding"])
+    command = arguments(inputs, tmp_path / "output", "--model", str(folder))
+    assert_refused(command, ["--model", "can't train", "sliding"], monkeypatch, capsys)
 
 
 def test_a_mistake_in_a_shell(lora: Result, inputs: Inputs) -> None:

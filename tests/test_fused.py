@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -76,10 +77,11 @@ def test_a_rotary_embedding_over_another_rotation_is_left_alone() -> None:
     def other_half(x: Tensor) -> Tensor:
         return x.flip(-1)
 
-    names = {**llama.LlamaAttention.forward.__globals__, "rotate_half": other_half}
-    rotary = FunctionType(llama.apply_rotary_pos_emb.__code__, names, "rotary", (1,))
+    own = inspect.unwrap(llama.LlamaAttention.forward)
+    names = {**own.__globals__, "rotate_half": other_half}
+    rotary = FunctionType(inspect.unwrap(llama.apply_rotary_pos_emb).__code__, names, "rotary", (1,))
     names = {**names, "apply_rotary_pos_emb": rotary}
-    forward = FunctionType(llama.LlamaAttention.forward.__code__, names, "forward")
+    forward = FunctionType(own.__code__, names, "forward")
     layer = layer_of("llama")
     layer.self_attn.__class__ = type("Other", (llama.LlamaAttention,), {"forward": forward})
     assert "self_attn" not in found_in(layer) and "mlp" in found_in(layer)

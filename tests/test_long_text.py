@@ -20,11 +20,11 @@ from long_text import (
     hold_out,
     plan_eval_windows,
     plan_windows,
-    read_documents,
     tokenise,
     window_tokens,
     without_held_out_texts,
 )
+from text_sources import read_documents
 from user_error import UserError, parse_tokens, tokens_text
 
 LENGTHS = [[5, 7, 3], [10, 20, 30], [1, 1, 1], [100], [9, 11, 63, 2, 10], [1]]
@@ -102,27 +102,14 @@ def test_a_copy_of_a_held_out_text_is_dropped_from_training(tmp_path: Path) -> N
 
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:
     documents = read_documents([str(write_jsonl(tmp_path / "one.jsonl", stories(1)))])
-    with pytest.raises(UserError, match="--eval-data"):
+    with pytest.raises(UserError, match="one document only, one0.*--eval-data"):
         hold_out(documents, 0.5, seed=0)
 
 
-def test_reads_files_folders_and_tables(tmp_path: Path) -> None:
-    (tmp_path / "folder" / "inner").mkdir(parents=True)
-    (tmp_path / "folder" / "a.py").write_text("print('a')\n")
-    (tmp_path / "folder" / "inner" / "b.txt").write_text("b\n")
-    (tmp_path / "folder" / "picture.png").write_bytes(b"\x89PNG")
-    (tmp_path / "folder" / "empty.txt").write_text("\n")
-    parquet = tmp_path / "table.parquet"
-    Dataset.from_dict({"body": ["first", "second"]}).to_parquet(parquet)
-    assert read_documents([str(tmp_path / "folder")])["name"] == ["a.py", "inner/b.txt"]
-    assert read_documents([str(tmp_path / "folder" / "a.py")])["text"] == ["print('a')\n"]
-    assert read_documents([str(parquet)], text_column="body")["text"] == ["first", "second"]
-
-
-def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    with pytest.raises(UserError, match="no text or source file"):
-        read_documents([str(tmp_path)])
+def test_two_copies_of_a_document_cannot_be_split_either(tmp_path: Path) -> None:
+    documents = read_documents([str(write_jsonl(tmp_path / "two.jsonl", stories(1) * 2))])
+    with pytest.raises(UserError, match="--eval-data.*more of them"):
+        without_held_out_texts(*hold_out(documents, 0.5, seed=0))
 
 
 def test_each_tokenised_document_ends_once(tmp_path: Path) -> None:
@@ -133,6 +120,23 @@ def test_each_tokenised_document_ends_once(tmp_path: Path) -> None:
     rows = tokenise(read_documents([str(write_jsonl(tmp_path / "data.jsonl", texts))]), tokenizer, "texts")
     for ids in rows["input_ids"]:
         assert ids[-1] == tokenizer.eos_token_id and (ids == tokenizer.eos_token_id).sum() == 1
+
+
+def test_an_id_without_an_embedding_is_refused_where_it_is_used(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(write_tiny_checkpoint(tmp_path / "model"))
+    known = len(tokenizer)
+    tokenizer.add_tokens(["<extra>"])
+    plain = read_documents([str(write_jsonl(tmp_path / "plain.jsonl", stories(2)))])
+    with_extra = read_documents([str(write_jsonl(tmp_path / "extra.jsonl", ["a", "b <extra>"]))])
+    assert len(tokenise(plain, tokenizer, "texts", known)) == 2  # a larger vocabulary alone does no harm
+    words = f"document extra1 has the token '<extra>' with id {known}; .* {known + 1} tokens, the model knows {known}"
+    with pytest.raises(UserError, match=words):
+        tokenise(with_extra, tokenizer, "texts", known)
+    tokenizer.eos_token = "<extra>"
+    with pytest.raises(UserError, match="the end of each document has the token '<extra>'"):
+        tokenise(plain, tokenizer, "texts", known)
 
 
 def test_padding_is_on_the_right_and_not_learnt() -> None:

@@ -19,6 +19,7 @@ from tests import app_support  # noqa: F401  puts scripts/ on the path
 import loss_by_position
 from loss_by_position import Curve, measure, octave_ranges, position_bins, table_lines, token_losses, write_csv
 from position_figure import draw
+from user_error import UserError
 
 LENGTH_TOKENS = 63
 
@@ -128,11 +129,43 @@ def test_csv_and_figure(tmp_path: Path) -> None:
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
-def test_runs_alone(tmp_path: Path) -> None:
-    model = app_support.write_tiny_checkpoint(tmp_path / "model")
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return app_support.write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+MISTAKES = [
+    (["--model", "no/such-model"], "--model: the config of 'no/such-model' can't be read"),
+    (["--adapter", "no/such-adapter"], "--adapter: 'no/such-adapter' has no readable config"),
+    (["--eval-data", "missing.txt"], "no file or folder missing.txt"),
+    (["--eval-windows", "0"], "--eval-windows"),
+    (["--output", "/proc/out"], "--output: the folder /proc/out can't be made"),
+]
+
+
+@pytest.mark.parametrize(("extra", "words"), MISTAKES, ids=[extra[0] for extra, _ in MISTAKES])
+def test_a_mistake_is_one_line(
+    extra: list[str], words: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--model", checkpoint, "--eval-data", __file__, "--output", tmp_path / "out", *extra]
+    monkeypatch.setattr("sys.argv", ["loss_by_position.py", *map(str, command)])
+    with pytest.raises(UserError, match=words):
+        loss_by_position.main()
+
+
+def test_an_adapter_that_is_none_is_one_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--model", checkpoint, "--adapter", checkpoint, "--eval-data", __file__, "--output", tmp_path / "out"]
+    monkeypatch.setattr("sys.argv", ["loss_by_position.py", *map(str, command)])
+    with pytest.raises(UserError, match="--adapter: .* has no readable config.*adapter_config.json"):
+        loss_by_position.main()
+
+
+def test_runs_alone(checkpoint: Path, tmp_path: Path) -> None:
     data = app_support.write_jsonl(tmp_path / "held.jsonl", app_support.stories(2))
     done = app_support.run_python(
-        *(loss_by_position.__file__, "--model", model, "--eval-data", data, "--max-length", "256"),
+        *(loss_by_position.__file__, "--model", checkpoint, "--eval-data", data, "--max-length", "256"),
         *("--output", tmp_path / "out"),
     )
     assert done.returncode == 0 and "| all" in done.stdout, done.stderr

@@ -11,11 +11,22 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import VeloraConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.func import functional_call
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.trial import LayerTrials
-from tests.models import PLUGIN, assert_same_step, tiny, tokens, train_step
+from tests.models import (
+    PLUGIN,
+    TOLERANCE_FP32,
+    Step,
+    assert_same_step,
+    taken_step,
+    tiny,
+    tokens,
+    train_step,
+)
+from tests.support import assert_rejects
 
 IDS = tokens(2, 37)
 HIDDEN, INTERMEDIATE = 32, 48
@@ -86,7 +97,7 @@ def new_spectral_norm(model: PreTrainedModel) -> None:
 
 
 def with_places(y: Tensor, _: Tensor) -> Tensor:
-    return y + 0.1 * torch.arange(y.shape[1], dtype=y.dtype).sin()[:, None]
+    return y + 0.1 * torch.arange(y.shape[1], dtype=y.dtype, device=y.device).sin()[:, None]
 
 
 def self_attention(y: Tensor, x: Tensor) -> Tensor:
@@ -243,3 +254,229 @@ def test_a_model_without_weights_is_tried_at_its_first_step() -> None:
     empty.model.rotary_emb = tiny().model.rotary_emb
     with pytest.raises(NotImplementedError, match="depends on other tokens"):
         train_step(empty, IDS)
+
+
+# -- beside the layers ------------------------------------------------------------------------------------------------
+
+
+class MeanNorm(nn.Module):
+    """A norm over the tokens, where there should be one over the width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+class Looks(nn.Linear):
+    """A head that looks at the token before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + x.roll(1, 1))
+
+
+def test_a_final_norm_and_a_head_that_mix_tokens_are_refused() -> None:
+    model = tiny()
+    model.model.norm = MeanNorm()
+    with pytest.raises(NotImplementedError, match=r"final norm \(MeanNorm\) looks at other tokens"):
+        apply_fpdt(model, PLUGIN)
+    model = tiny()
+    model.lm_head = Looks(HIDDEN, 80, bias=False, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="the head of LlamaForCausalLM looks at other tokens"):
+        apply_fpdt(model, PLUGIN)
+
+
+def padded_batch() -> dict[str, Tensor]:
+    mask = torch.ones_like(IDS)
+    mask[1, 20:] = 0
+    return {"input_ids": IDS * mask, "attention_mask": mask}  # 0 is the padding token
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_head_that_reads_padding_is_refused_where_there_is_padding(grad: bool) -> None:
+    """Its softmax is over all positions, and hidden states of padding are not those of a masked model."""
+    model = tiny(auto=AutoModelForQuestionAnswering)
+    places = {"start_positions": torch.tensor([3, 4]), "end_positions": torch.tensor([5, 9])}
+    whole = {"input_ids": IDS, **places}
+    truth = model(**whole).loss
+    apply_fpdt(model, PLUGIN)
+    with torch.set_grad_enabled(grad):
+        assert torch.isclose(model(**whole).loss, truth, rtol=1e-6)
+        with pytest.raises(NotImplementedError, match="head of LlamaForQuestionAnswering reads padding"):
+            model(**padded_batch(), **places)
+
+
+def test_a_head_that_does_not_read_padding_is_trained_on_padded_rows() -> None:
+    batch = {**padded_batch(), "labels": torch.tensor([0, 1])}
+    config: dict[str, Any] = {"auto": AutoModelForSequenceClassification, "num_labels": 2}
+    model, reference = tiny(**config), tiny(**config)
+    apply_fpdt(model, PLUGIN)
+    for _ in range(2):
+        steps = []
+        for each in (model, reference):
+            loss = each(**batch).loss
+            loss.backward()
+            steps.append(taken_step(each, loss))
+        assert_same_step(*steps)
+
+
+# -- what a trial cannot see ------------------------------------------------------------------------------------------
+
+
+def twice_in_the_stack(model: PreTrainedModel) -> PreTrainedModel:
+    model.model.layers.append(model.model.layers[0])
+    model.config.num_hidden_layers = 3
+    return model
+
+
+def entered_twice(model: PreTrainedModel) -> PreTrainedModel:
+    inside = []
+
+    def again(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        if inside:
+            return output
+        inside.append(True)
+        try:
+            return layer(output, *args[1:], **kwargs)
+        finally:
+            inside.clear()
+
+    model.model.layers[0].register_forward_hook(again, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("checkpoints", ["attention", "input", "segment"])
+@pytest.mark.parametrize("twice", [twice_in_the_stack, entered_twice])
+def test_a_layer_that_a_pass_goes_through_twice_is_exact(twice: Any, checkpoints: str) -> None:
+    truth = train_step(twice(tiny()), IDS, use_cache=False)
+    model = twice(tiny())
+    handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=8, checkpoints=checkpoints))
+    assert_same_step(train_step(model, IDS), truth)
+    assert_rejects(lambda step: assert_same_step(step, truth), {"once": train_step(tiny(), IDS)})
+    handle.remove()
+    assert_same_step(train_step(model, IDS, use_cache=False), truth)
+
+
+def test_a_layer_put_in_after_apply_is_refused() -> None:
+    model = tiny()
+    handle = apply_fpdt(model, PLUGIN)
+    own = model.model.layers[1]
+    model.model.layers[1] = tiny().model.layers[1]
+    with pytest.raises(RuntimeError, match=r"layer 1 \(LlamaDecoderLayer\) was put there after apply_fpdt"):
+        model(input_ids=IDS, labels=IDS)
+    model.model.layers[1] = copy.deepcopy(own)
+    with pytest.raises(RuntimeError, match="layer 1 .* was put there"):
+        model(input_ids=IDS, labels=IDS)
+    model.model.layers[1] = own
+    assert_same_step(train_step(model, IDS), train_step(tiny(), IDS))
+    handle.remove()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_that_are_put_in_for_the_forward_pass_alone_are_refused(frozen: bool) -> None:
+    """The replay would take the module's own; where backward runs while they are in place, it is exact."""
+
+    def step(model: PreTrainedModel, *, inside: bool) -> Step:
+        values = {name: (1.1 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+        arguments = {"input_ids": IDS, "labels": IDS}
+        if not inside:
+            loss = functional_call(model, values, (), arguments).loss
+            return Step(loss.detach(), dict(zip(values, torch.autograd.grad(loss, values.values()), strict=True)))
+        grads: dict[str, Tensor] = {}
+
+        class Inside(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self) -> Tensor:
+                loss = self.model(**arguments).loss
+                grads.update(zip(values, torch.autograd.grad(loss, values.values()), strict=True))
+                return loss
+
+        loss = functional_call(Inside(), {f"model.{name}": value for name, value in values.items()})
+        return Step(loss.detach(), grads)
+
+    truth = step(tiny(), inside=False)
+    model = tiny().requires_grad_(not frozen)
+    apply_fpdt(model, PLUGIN)
+    with pytest.raises(RuntimeError, match=r"layer 1 .* has other weights now than in forward"):
+        step(model, inside=False)
+    assert_same_step(step(model, inside=True), truth)
+
+
+def test_saved_tensors_elsewhere_lose_no_gradient() -> None:
+    """Hooks around saved tensors hand out copies of weights."""
+    model = tiny()
+    apply_fpdt(model, PLUGIN)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert_same_step(taken_step(model, loss), train_step(tiny(), IDS))
+
+
+def test_backward_inside_an_autocast_that_forward_was_outside_of_loses_nothing() -> None:
+    model = lora(init_lora_weights=False)(tiny(dtype=torch.float32))
+    plain, apart = (one_step(model, autocast) for autocast in (False, True))
+    apply_fpdt(model, PLUGIN)
+    ours = one_step(model, True)
+    assert_same_step(ours, one_step(model, False), tolerance=0.0)
+    assert_same_step(ours, plain, TOLERANCE_FP32)
+    assert_rejects(lambda step: assert_same_step(step, plain, TOLERANCE_FP32), {"transformers' own": apart})
+
+
+def one_step(model: nn.Module, autocast: bool) -> Step:
+    loss = model(input_ids=IDS, labels=IDS).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss.backward()
+    return taken_step(model, loss)
+
+
+# -- modules that PEFT copies -----------------------------------------------------------------------------------------
+
+COPIES: dict[str, dict[str, Any]] = {
+    "layers, with weights in common": {"layer_replication": [(0, 2), (1, 2)], "target_modules": ["q_proj", "v_proj"]},
+    "attention that is saved": {"modules_to_save": ["self_attn"], "target_modules": ["down_proj"]},
+    "an MLP that is saved": {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_modules_that_peft_copies_are_exact(name: str) -> None:
+    """Copies of attention have configurations of their own, which say which attention it is."""
+
+    def wrapped(model: PreTrainedModel) -> PeftModel:
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, init_lora_weights=False, **COPIES[name])
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+    model = wrapped(tiny())
+    truth = train_step(model, IDS, use_cache=False)
+    handle = apply_fpdt(model, PLUGIN)
+    assert_same_step(train_step(model, IDS), truth)
+    handle.remove()
+    assert_same_step(train_step(model, IDS, use_cache=False), truth, tolerance=0.0)
+    late = tiny()
+    apply_fpdt(late, PLUGIN)
+    if "layer_replication" in COPIES[name]:
+        with pytest.raises(RuntimeError, match="was put there after apply_fpdt"):
+            train_step(wrapped(late), IDS)
+    else:
+        assert_same_step(train_step(wrapped(late), IDS), truth)
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*MIXERS, "none"])
+def test_on_a_gpu_in_bfloat16_mixers_are_refused_and_nothing_else(name: str) -> None:
+    model = tiny(dtype=torch.float64)
+    if name != "none":
+        MIXERS[name][0](model)
+    model.to("cuda", torch.bfloat16)
+    if name == "what was last time":
+        model.model.layers[1].mlp.act_fn.last = torch.zeros((), device="cuda", dtype=torch.bfloat16)
+    if name == "none":
+        apply_fpdt(model, PLUGIN)
+    else:
+        with pytest.raises(NotImplementedError, match="layer 1 .* cannot be run in chunks"):
+            apply_fpdt(model, PLUGIN)

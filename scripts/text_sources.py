@@ -1,0 +1,227 @@
+"""Documents of --data: text files, folders of them, tables, gzipped or not, and hub data sets.
+
+What is asked for by name must be readable as text; in a folder, files of other kinds are passed over and counted.
+What was left out is said in a line each, never silently.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, Features, Value, load_dataset
+from skipped import Skipped
+from text_tables import READERS, NoRows, NotATable, Table, json_kind, open_unpacked, read_rows, unpacked_suffix
+from user_error import UserError, one_line
+
+BROKEN_LINES = ("skip", "error")
+WHAT_IS_READ = (
+    "text and source files, tables (.jsonl, .ndjson, .json, .csv, .tsv, .parquet), each also as .gz, folders of "
+    "these, or hub data sets"
+)
+TEXT_SUFFIXES = frozenset(
+    (".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg")
+    + (".py", ".pyi", ".js", ".ts", ".tsx", ".java", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".go", ".rs")
+    + (".rb", ".php", ".sh", ".lua", ".jl", ".r", ".scala", ".kt", ".swift", ".pl", ".sql", ".lean", ".v", ".hs")
+)
+# In a folder these hold all sorts of things beside the data; .jsonl and .parquet are data.
+OFTEN_NO_DATA = frozenset((".json", ".csv", ".tsv"))
+REPLACED = "\N{REPLACEMENT CHARACTER}"
+Document = tuple[str, str]  # name, text
+
+
+class NotText(UserError):
+    """The file's bytes are no text."""
+
+
+def read_documents(
+    sources: Sequence[str],
+    text_column: str = "text",
+    broken_lines: str = "skip",
+    say: Callable[[str], None] = print,
+) -> Dataset:
+    """All documents of all sources, as a data set with the columns name and text; says what was left out."""
+    reader = Reader(text_column, broken_lines == "error")
+    names: list[str] = []
+    texts: list[str] = []
+    for name, text in (document for source in sources for document in reader.documents(source)):
+        if text.strip():
+            names.append(name)
+            texts.append(text)
+        else:
+            reader.skipped.add("blank documents left out", name)
+    if not texts:
+        raise UserError(
+            f"data: {', '.join(sources)} holds no text{reader.left_out()}; give files, folders or tables with at "
+            "least one document"
+        )
+    for line in reader.skipped.lines():
+        say(line)
+    # Plain strings end at 2 GiB a column.
+    features = Features({"name": Value("string"), "text": Value("large_string")})
+    return Dataset.from_dict({"name": names, "text": texts}, features=features)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What goes wrong between here and the disk is one line that names the file."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data: {path} can't be read: {one_line(error)}; check that it is whole and may be read, or leave it out"
+        ) from error
+
+
+@dataclass
+class Reader:
+    """How tables are read, and what was left out."""
+
+    text_column: str
+    strict: bool
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def left_out(self) -> str:
+        """To go into a message."""
+        return "".join(f"; {line}" for line in self.skipped.lines())
+
+    def documents(self, source: str) -> Iterator[Document]:
+        """Every document of a file, a folder or a hub data set."""
+        path = Path(source)
+        with _reading(path):
+            is_folder, is_file, is_there = path.is_dir(), path.is_file(), path.exists() or path.is_symlink()
+        if is_folder:
+            yield from self._folder(path)
+        elif is_file:
+            yield from self._file(path, path.name)
+        elif is_there:
+            raise UserError(f"data: {path} is neither a file nor a folder, nor a link to one; give a file or a folder")
+        elif _looks_like_a_path(source):
+            raise UserError(f"data: no file or folder {path}; give an existing one, or the name of a hub data set")
+        else:
+            yield from self._hub(source)
+
+    def _file(self, path: Path, name: str) -> Iterator[Document]:
+        with _reading(path):
+            if unpacked_suffix(path) not in READERS:
+                yield name, self._text(path)
+                return
+            table = Table(path, self.text_column, self.skipped, self.strict)
+            for number, fields in read_rows(table):
+                text = self._text_of(fields.get(self.text_column), table.where(number))
+                if text is not None:
+                    yield _row_name(fields, f"{name}:{number}"), text
+
+    def _folder(self, folder: Path) -> Iterator[Document]:
+        files = sorted(self._files(folder, set()))
+        if not files:
+            raise UserError(
+                f"data: the folder {folder} holds no text or source file and no table{self.left_out()}; read are "
+                f"files ending in .txt, .md, .py and the like, {', '.join(READERS)}, each also as .gz"
+            )
+        for path in files:
+            try:
+                yield from self._file(path, path.relative_to(folder).as_posix())
+            except NotText as error:
+                self.skipped.add("files left out that are no text", str(error).removeprefix("data: "))
+            except NoRows:
+                self.skipped.add("tables left out without rows", str(path))
+            except NotATable:
+                if unpacked_suffix(path) not in OFTEN_NO_DATA:
+                    raise
+                self.skipped.add(f"tables left out without a column {self.text_column!r}", str(path))
+
+    def _files(self, folder: Path, entered: set[tuple[int, int]]) -> Iterator[Path]:
+        """Files that are read, in linked folders too; a folder that is met again, as in a loop, is not entered."""
+        with _reading(folder):
+            place = folder.stat()
+            if (place.st_dev, place.st_ino) in entered:
+                return
+            entered.add((place.st_dev, place.st_ino))
+            entries = [(path, path.is_dir(), path.is_file()) for path in sorted(folder.iterdir())]
+        for path, is_folder, is_file in entries:
+            if is_folder:
+                yield from self._files(path, entered)
+            elif not is_file:
+                self.skipped.add("broken links and special files left out", str(path))
+            elif unpacked_suffix(path) in TEXT_SUFFIXES or unpacked_suffix(path) in READERS:
+                yield path
+            else:
+                self.skipped.add_other_file(path.suffix.lower())
+
+    def _text(self, path: Path) -> str:
+        """The file as UTF-8, whose few wrong bytes are replaced and said; with more of them it is no text."""
+        with open_unpacked(path) as file:
+            content = file.read()
+        remedy = "give text, as UTF-8 (iconv -f FROM -t UTF-8), not packed but with gzip"
+        if b"\0" in content:
+            raise NotText(f"data: {path} holds zero bytes, as binary files and UTF-16 do; {remedy}")
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            text = content.decode("utf-8-sig", errors="replace")
+            wrong = text.count(REPLACED)
+            if wrong * 10 > len(text):
+                raise NotText(f"data: {path} is not UTF-8, from byte {error.start + 1} on; {remedy}") from error
+            self.skipped.add(f"files with bytes that are not UTF-8, read as {REPLACED}", f"{path} ({wrong} of them)")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
+    def _text_of(self, value: Any, where: str) -> str | None:
+        """The text of a field, None where there is none; what is no text is refused."""
+        if value is None:
+            self.skipped.add("rows without text left out", where)
+            return None
+        if isinstance(value, str):
+            return value
+        column = f"{where}, column {self.text_column!r}"
+        if not isinstance(value, bytes):
+            raise UserError(f"--text-column: {column} holds {_kind_and_remedy(value)}")
+        try:
+            return value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--text-column: {column} holds bytes that are not UTF-8, from byte {error.start + 1} on; give a "
+                "column of text"
+            ) from error
+
+    def _hub(self, name: str) -> Iterator[Document]:
+        try:
+            rows = load_dataset(name, split="train")
+        except Exception as error:  # not found, offline, gated, script-based ...: the user has to change the name
+            raise UserError(
+                f"data: {name!r} is neither a file or folder here nor a hub data set that can be read with a "
+                f"'train' split ({type(error).__name__}); check the path or the name"
+            ) from error
+        table = Table(Path(name), self.text_column, self.skipped, self.strict)
+        table.check_columns(rows.column_names)
+        wanted = [column for column in rows.column_names if column in (self.text_column, "name")]
+        for number, fields in enumerate(rows.select_columns(wanted), start=1):
+            text = self._text_of(fields[self.text_column], f"{name} row {number}")
+            if text is not None:
+                yield _row_name(fields, f"{name}:{number}"), text
+
+
+def _row_name(fields: Mapping[str, Any], place: str) -> str:
+    name = fields.get("name")
+    if isinstance(name, bytes):
+        name = name.decode(errors="replace")
+    return place if name is None else str(name).encode(errors="replace").decode()
+
+
+def _looks_like_a_path(source: str) -> bool:
+    suffix = unpacked_suffix(Path(source))
+    return source.startswith(("/", ".", "~")) or suffix in READERS or suffix in TEXT_SUFFIXES
+
+
+def _kind_and_remedy(value: Any) -> str:
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        return (
+            "a list of chat messages, not text; chat data is not supported yet: render each list to text first, with "
+            "tokenizer.apply_chat_template(messages, tokenize=False), and give a column of these texts"
+        )
+    in_json = isinstance(value, list | dict | int | float)
+    kind = json_kind(value) if in_json else f"a value of type {type(value).__name__}"
+    return f"{kind}, not text; name the column that holds a document's text"
