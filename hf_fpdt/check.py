@@ -221,6 +221,21 @@ class TinyModel:
         return {LOSS: loss.detach(), **dict(_gradients(model))}
 
 
+def why_refused_tiny(config: Any) -> str | None:
+    """Why `apply_fpdt` will not have a tiny copy with a text configuration's features, whose layers it tries.
+
+    Returns:
+        What it says; None if it takes the copy, or if there is none that runs.
+    """
+    try:
+        apply_fpdt(build_random(shrunk(config), "cpu", torch.float32, False), FPDTPlugin(sp_size=1, progress=False))
+    except NotImplementedError as error:
+        return " ".join(str(error).split())
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None
+    return None
+
+
 def _gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
     return ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
 

@@ -15,6 +15,7 @@ from .bench.job import Job
 from .bench.options import EXAMPLES, add_options, description
 from .bench.report import Files, as_table, conditions_line
 from .bench.stack import Unavailable
+from .by_layer import LayersDiffer
 from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_settings, check_writable, config_of, mistakes
 from .plan_report import training_of
 
@@ -39,7 +40,8 @@ def bench(options: argparse.Namespace) -> None:
         if path is not None:
             check_writable(path)
     check_settings()
-    training = training_of(config_of(options, layers=options.layers), lora=False)
+    with mistakes(LayersDiffer):
+        training = training_of(config_of(options, layers=options.layers), lora=False)
     shape = options.shape or DEFAULT_SHAPE
     job = _job(options, shape)
     with mistakes(Unavailable):

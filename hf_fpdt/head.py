@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .ambient import RandomState, untouched_random_state
-from .comms import SAMPLE_KEY, own_tokens, sharded_batch
+from .by_layer import by_layer
+from .comms import SAMPLE_KEY, batch_shared_by, own_tokens
 from .layers import check_stack
 from .loss import Head, check_loss_arguments, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, caches_in, patch
@@ -131,7 +132,7 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if sharded:
         _check_shard(arguments, sample, self._fpdt.settings)
         arguments["use_cache"] = False
-    with sharded_batch(sharded):
+    with batch_shared_by(self._fpdt.settings.group.size if sharded else 1):
         outputs = self._fpdt.forward(**arguments)
     if call is None:
         return outputs
@@ -144,7 +145,7 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _check_router(config: Any, arguments: dict[str, Any]) -> None:
-    if arguments.get("output_router_logits") or getattr(config.get_text_config(), "output_router_logits", False):
+    if arguments.get("output_router_logits") or any(by_layer(config.get_text_config(), "output_router_logits")):
         raise NotImplementedError(
             "fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False (TRL's "
             "trainers set it themselves: router_aux_loss_coef=0.0 in their config)."

@@ -39,9 +39,11 @@ class Call:
 
     Attributes:
         unread: of "q", "k", "v" and "rest" (what the layer computes after attention) those whose values nobody reads.
+        n_tokens: of the whole sequence, where the attention function sees a part of it.
     """
 
     unread: frozenset[str] = frozenset()
+    n_tokens: int | None = None
 
     def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
         """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
@@ -222,7 +224,7 @@ class AttentionCall(Call):
     scale: float
 
     def __init__(self, run: LayerRun, chunk: Chunk, store: KVStore) -> None:
-        self.run, self.chunk, self.store = run, chunk, store
+        self.run, self.chunk, self.store, self.n_tokens = run, chunk, store, run.plan.n_tokens
 
     def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
         """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""

@@ -18,8 +18,8 @@ PACKAGE = "hf_fpdt"
 # A module imports from strictly lower ranks, so modules of one rank do not know each other.
 RANKS = MappingProxyType(
     {
-        **dict.fromkeys(("config", "ambient", "layer_state", "support", "trace_intervals", "shrink", "versions"), 0),
-        **dict.fromkeys(("layout", "keep", "disk", "trace", "arguments"), 1),
+        **dict.fromkeys(("config", "ambient", "by_layer", "layer_state", "trace_intervals", "versions"), 0),
+        **dict.fromkeys(("layout", "keep", "disk", "trace", "arguments", "support", "shrink"), 1),
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
         **dict.fromkeys(("kernels", "offload", "pinned", "comms", "reference", "planner", "memory"), 3),
         **dict.fromkeys(("liger", "optimizers"), 3),

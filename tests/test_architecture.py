@@ -84,7 +84,7 @@ def test_the_package_is_found() -> None:
         ("kernels", "from hf_fpdt.offload import KVStore"),
         ("kernels", "from hf_fpdt import offload"),
         ("planner", "import hf_fpdt.kernels"),
-        ("support", "from . import config"),
+        ("by_layer", "from . import config"),
         ("trainer", "from hf_fpdt.accelerate import FPDTAccelerator"),
         ("model", "from hf_fpdt import FPDTPlugin"),
         ("model", "import hf_fpdt"),
