@@ -19,8 +19,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .ambient import RandomState, untouched_random_state
 from .by_layer import by_layer
-from .comms import SAMPLE_KEY, batch_shared_by, own_tokens
+from .comms import SAMPLE_KEY, SequenceParallelGroup, batch_shared_by, own_tokens
 from .layers import check_stack
+from .layout import ChunkPlan
 from .loss import Head, check_loss_arguments, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, caches_in, patch
 from .support import homes_of
@@ -130,7 +131,7 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     # With a cache it is generation, in which every rank has the whole of a sequence.
     sharded = self._fpdt.settings.group.size > 1 and not caches_in(arguments)
     if sharded:
-        _check_shard(arguments, sample, self._fpdt.settings)
+        check_shard(arguments, sample, self._fpdt.settings.group, self._fpdt.settings.plan)
         arguments["use_cache"] = False
     with batch_shared_by(self._fpdt.settings.group.size if sharded else 1):
         outputs = self._fpdt.forward(**arguments)
@@ -152,11 +153,22 @@ def _check_router(config: Any, arguments: dict[str, Any]) -> None:
         )
 
 
-def _check_shard(arguments: dict[str, Any], sample_B: Tensor | None, settings: Settings) -> None:
+def check_shard(
+    arguments: dict[str, Any],
+    sample_B: Tensor | None,
+    group: SequenceParallelGroup,
+    plan_of: Callable[[Tensor], ChunkPlan],
+) -> None:
     """Every rank of the group must hold its own part of the same samples, else all of them raise.
 
     A rank's tokens are told from a whole sequence by their positions alone, so these may not be guessed. Parts of
     different lengths would hang in the first exchange; parts of different samples would train on a mixture of them.
+
+    Args:
+        arguments: of the base model's forward.
+        sample_B: what `ShardingCollator` made of each whole row; None: nothing was.
+        group: the ranks.
+        plan_of: how the sequence is cut of which a rank holds these tokens.
     """
     if arguments.get("position_ids") is None or arguments.get("attention_mask") is not None:
         raise ValueError(
@@ -167,7 +179,7 @@ def _check_shard(arguments: dict[str, Any], sample_B: Tensor | None, settings: S
     ids = arguments.get("input_ids")
     tokens = ids if ids is not None else arguments["inputs_embeds"]
     batch, length = tokens.shape[:2]
-    group, plan = settings.group, settings.plan_of(length, on_gpu=tokens.is_cuda)
+    plan = plan_of(tokens)
     own, positions = own_tokens(plan, group.rank, tokens.device), arguments["position_ids"]
     sizes = torch.tensor([batch, length], device=tokens.device)
     sample = sizes.new_zeros(()) if sample_B is None else sample_B.sum().to(tokens.device)

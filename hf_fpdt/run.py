@@ -181,18 +181,6 @@ class LayerRun:
         resident = kv.backward_resident if backward else kv.forward_resident
         return KVStore(self.plan, resident, self.store.room(device))
 
-    def on_chunk(self, chunk: Chunk, x_BSD: Tensor, call: AttentionCall) -> Tensor:
-        """The layer's own forward on one chunk."""
-        kwargs = {key: tokens_of(value, chunk, self.plan) for key, value in self.kwargs.items()}
-        with calling(call):
-            y_BSD = hidden_states_of(self.forward(x_BSD, **kwargs))
-        if call.qkv is None:
-            raise RuntimeError(
-                f"fpdt: {self.name} never called its attention function this time, so cutting it in chunks is not "
-                "exact; models whose layers attend in another way are not supported."
-            )
-        return y_BSD
-
 
 def _reading(value: Tensor) -> tuple[object, ...]:
     """How a tensor reads its memory, and how often that was written: another view of it is another value."""
