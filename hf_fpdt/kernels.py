@@ -87,19 +87,19 @@ def _passed_over(reasons: list[str]) -> str:
     return f" (passed over: {'; '.join(reasons)})" if reasons else ""
 
 
-def _deterministic() -> dict[str, bool]:
+def deterministic_argument() -> dict[str, bool]:
     """For kernels that have to be asked; PyTorch's own look for themselves."""
     return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
 
 
-def _import(name: str) -> ModuleType | None:
+def import_or_none(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError:
         return None
 
 
-def _half_on_gpu(
+def why_not_half_on_gpu(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, least_sm: int, most_dim: int, on_rocm: str | None
 ) -> str | None:
     """Why a half-precision GPU kernel with these limits cannot serve.
@@ -164,6 +164,16 @@ def _math_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
     return None
 
 
+MATH = Kernel(
+    name="math",
+    forward=_math_forward,
+    backward=_math_backward,
+    why_not=_math_why_not,
+    row_shape="pair",
+    row_tokens=1024,
+)
+
+
 # -- cpu: PyTorch's flash attention for the CPU; causal is top-left aligned -------------------------------------------
 
 
@@ -191,6 +201,16 @@ def _cpu_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str
     return None if dtype in served else f"takes {', '.join(map(str, served))}, not {dtype}"
 
 
+CPU = Kernel(
+    name="cpu",
+    forward=_cpu_forward,
+    backward=_cpu_backward,
+    why_not=_cpu_why_not,
+    row_shape="rectangle",
+    row_tokens=4096,
+)
+
+
 # -- flash: FlashAttention-2 as PyTorch ships it; causal is bottom-right aligned --------------------------------------
 
 
@@ -214,7 +234,16 @@ def _flash_backward(
 def _flash_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     # PyTorch runs AOTriton there: a row would read the keys of an earlier one, and nothing would say so.
     on_rocm = "aligns the causal mask with the first key on AMD GPUs, not with the last; install flash-attn"
-    return _half_on_gpu(device, dtype, head_dim, least_sm=80, most_dim=256, on_rocm=on_rocm)
+    return why_not_half_on_gpu(device, dtype, head_dim, least_sm=80, most_dim=256, on_rocm=on_rocm)
+
+
+FLASH = Kernel(
+    name="flash",
+    forward=_flash_forward,
+    backward=_flash_backward,
+    why_not=_flash_why_not,
+    row_shape="prefix",
+)
 
 
 # -- cudnn: builds a plan for each shape, so it is asked for few (pairs); causal is top-left aligned ------------------
@@ -259,7 +288,16 @@ def _cudnn_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return "this PyTorch was built without cuDNN"
     if torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic, and deterministic algorithms are asked for"
-    return _half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
+    return why_not_half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
+
+
+CUDNN = Kernel(
+    name="cudnn",
+    forward=_cudnn_forward,
+    backward=_cudnn_backward,
+    why_not=_cudnn_why_not,
+    row_shape="pair",
+)
 
 
 # -- fa4: flash-attn-4 (CuTe DSL); causal is bottom-right aligned -----------------------------------------------------
@@ -275,16 +313,23 @@ def _fa4_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     fa4 = importlib.import_module("flash_attn.cute.interface")
-    grads = fa4._flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, **_deterministic())
+    grads = fa4._flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, **deterministic_argument()
+    )
     dq, dk, dv = grads[:3]
     return dq, dk, dv
 
 
 def _fa4_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    reason = _half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
-    if reason is None and _import("flash_attn.cute.interface") is None:
+    reason = why_not_half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
+    if reason is None and import_or_none("flash_attn.cute.interface") is None:
         return "the package flash-attn-4 is not installed (pip install flash-attn-4)"
     return reason
+
+
+FLASH_ATTN_4 = Kernel(
+    name="fa4", forward=_fa4_forward, backward=_fa4_backward, why_not=_fa4_why_not, row_shape="prefix"
+)
 
 
 # -- flash-attn-2 and flash-attn-3: the packages of those names; causal is bottom-right aligned -----------------------
@@ -309,14 +354,23 @@ def _fa2_backward(
 
 
 def _fa2_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    reason = _half_on_gpu(device, dtype, head_dim, least_sm=80, most_dim=256, on_rocm=None)
+    reason = why_not_half_on_gpu(device, dtype, head_dim, least_sm=80, most_dim=256, on_rocm=None)
     if reason is not None:
         return reason
-    interface = _import("flash_attn.flash_attn_interface")
+    interface = import_or_none("flash_attn.flash_attn_interface")
     if interface is None:
         return "the package flash-attn (2.7 or later) is not installed"
-    version = getattr(_import("flash_attn"), "__version__", "0.0").split(".")
+    version = getattr(import_or_none("flash_attn"), "__version__", "0.0").split(".")
     return None if (int(version[0]), int(version[1])) >= (2, 7) else "the package flash-attn is older than 2.7"
+
+
+FLASH_ATTN_2 = Kernel(
+    name="flash-attn-2",
+    forward=_fa2_forward,
+    backward=_fa2_backward,
+    why_not=_fa2_why_not,
+    row_shape="prefix",
+)
 
 
 def _fa3_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -331,66 +385,38 @@ def _fa3_backward(
     fa3 = importlib.import_module("flash_attn_interface")
     grads = SimpleNamespace(dq=torch.empty_like(q), dk=torch.empty_like(k), dv=torch.empty_like(v))
     fa3._flash_attn_backward(
-        dout.contiguous(), q, k, v, out, lse, **vars(grads), softmax_scale=scale, is_causal=causal, **_deterministic()
+        dout.contiguous(),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        **vars(grads),
+        softmax_scale=scale,
+        is_causal=causal,
+        **deterministic_argument(),
     )
     return grads.dq, grads.dk, grads.dv
 
 
 def _fa3_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    reason = _half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=256, on_rocm=NVIDIA_ALONE)
+    reason = why_not_half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=256, on_rocm=NVIDIA_ALONE)
     if reason is None and torch.cuda.get_device_capability()[0] != 9:
         return "is built for Hopper GPUs alone"
-    if reason is None and _import("flash_attn_interface") is None:
+    if reason is None and import_or_none("flash_attn_interface") is None:
         return "the package flash-attn 3 (flash_attn_interface) is not installed"
     return reason
 
 
-# "auto" takes the first that serves.
-_TABLE = (
-    Kernel(name="fa4", forward=_fa4_forward, backward=_fa4_backward, why_not=_fa4_why_not, row_shape="prefix"),
-    Kernel(
-        name="flash-attn-3",
-        forward=_fa3_forward,
-        backward=_fa3_backward,
-        why_not=_fa3_why_not,
-        row_shape="prefix",
-    ),
-    Kernel(
-        name="cudnn",
-        forward=_cudnn_forward,
-        backward=_cudnn_backward,
-        why_not=_cudnn_why_not,
-        row_shape="pair",
-    ),
-    Kernel(
-        name="flash-attn-2",
-        forward=_fa2_forward,
-        backward=_fa2_backward,
-        why_not=_fa2_why_not,
-        row_shape="prefix",
-    ),
-    Kernel(
-        name="flash",
-        forward=_flash_forward,
-        backward=_flash_backward,
-        why_not=_flash_why_not,
-        row_shape="prefix",
-    ),
-    Kernel(
-        name="cpu",
-        forward=_cpu_forward,
-        backward=_cpu_backward,
-        why_not=_cpu_why_not,
-        row_shape="rectangle",
-        row_tokens=4096,
-    ),
-    Kernel(
-        name="math",
-        forward=_math_forward,
-        backward=_math_backward,
-        why_not=_math_why_not,
-        row_shape="pair",
-        row_tokens=1024,
-    ),
+FLASH_ATTN_3 = Kernel(
+    name="flash-attn-3",
+    forward=_fa3_forward,
+    backward=_fa3_backward,
+    why_not=_fa3_why_not,
+    row_shape="prefix",
 )
+
+
+# "auto" takes the first that serves.
+_TABLE = (FLASH_ATTN_4, FLASH_ATTN_3, CUDNN, FLASH_ATTN_2, FLASH, CPU, MATH)
 KERNELS = MappingProxyType({kernel.name: kernel for kernel in _TABLE})

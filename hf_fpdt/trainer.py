@@ -41,7 +41,7 @@ class FPDTTrainerMixin:
     """
 
     fpdt_group: SequenceParallelGroup
-    _fpdt_evaluation: _Evaluation | None = None
+    _fpdt_evaluation: Evaluation | None = None
     _fpdt_speed: TrainingSpeed | None = None
 
     def __init__(self, *args: Any, fpdt_plugin: FPDTPlugin | None = None, **kwargs: Any) -> None:
@@ -134,7 +134,7 @@ class FPDTTrainerMixin:
             # One rank's last batch may be shorter.
             ranks = self._data_parallel_size()
             multiple = batch_size * ranks if ranks > 1 else 1
-            dataset, rows = _filled(dataset, rows, multiple), rows if rows % multiple else None
+            dataset, rows = filled(dataset, rows, multiple), rows if rows % multiple else None
         loader = super()._get_dataloader(dataset, description, batch_size, **kwargs)  # type: ignore[misc]
         loader.fpdt_rows = rows
         seeded = loader.worker_init_fn
@@ -156,7 +156,7 @@ class FPDTTrainerMixin:
         """
         rows = getattr(dataloader, "fpdt_rows", None)
         arguments: Any = self.args  # type: ignore[attr-defined]
-        self._fpdt_evaluation = _Evaluation(
+        self._fpdt_evaluation = Evaluation(
             rows, self._data_parallel_rank(), self._data_parallel_size(), arguments.logging_nan_inf_filter
         )
         try:
@@ -170,7 +170,7 @@ class FPDTTrainerMixin:
         if evaluation.rows is None:
             return output
         arrays = {
-            name: _first_rows(getattr(output, name), evaluation.rows, arguments.eval_do_concat_batches)
+            name: first_rows(getattr(output, name), evaluation.rows, arguments.eval_do_concat_batches)
             for name in ("predictions", "label_ids")
         }
         return output._replace(num_samples=evaluation.rows, **arrays)
@@ -199,7 +199,7 @@ class FPDTTrainer(FPDTTrainerMixin, Trainer):
 
 
 @dataclass
-class _Evaluation:
+class Evaluation:
     """One run over an evaluation set.
 
     Attributes:
@@ -251,7 +251,7 @@ class _Evaluation:
         return total / rows if rows else None
 
 
-def _first_rows(arrays: Any, rows: int, concatenated: bool) -> Any:
+def first_rows(arrays: Any, rows: int, concatenated: bool) -> Any:
     """Arrays that Trainer gathered (a list by batch, or one), without the filling at the end."""
     if arrays is None:
         return None
@@ -264,7 +264,7 @@ def _first_rows(arrays: Any, rows: int, concatenated: bool) -> Any:
     return kept
 
 
-def _filled(dataset: Any, rows: int, multiple: int) -> Any:
+def filled(dataset: Any, rows: int, multiple: int) -> Any:
     """The set with its first sample repeated at the end until the rows are a multiple."""
     missing = -rows % multiple
     if not missing:
