@@ -34,7 +34,7 @@ def test_files_without_a_column_for_gpus_are_of_one() -> None:
 
 
 def test_what_does_not_fit_says_so_and_is_drawn(tmp_path: Path) -> None:
-    assert "| `hf` | out of GPU memory |" in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert "| `hf` | out of GPU memory |" in (ROOT / "docs/results/benchmarks.md").read_text(encoding="utf-8")
     for name in PICTURES:
         draw(name, tmp_path / "x.png")
         assert (tmp_path / "x.png").stat().st_size > 10_000
@@ -46,7 +46,7 @@ def test_a_step_has_what_was_measured_beside_what_was_foretold() -> None:
     step = read_json("1m-4xh200")
     device, host = step["measured"]["predicted_device_gib"], step["foretold"]["host_bytes"] / 2**30
     assert f"({device:.1f})" in line and f"({host:.1f})" in line
-    assert line in (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    assert line in (ROOT / "docs/results/benchmarks.md").read_text(encoding="utf-8")
     fewer = steps_table(["1m-8-layers-h100"])
     assert "| llama-8b, 8 layers |" in fewer and "8 layers" not in line
 

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md from docs/results/, and draws their pictures.
+"""Writes the tables of README.md and the pages of benchmarks from docs/results/, and draws their pictures.
 
     python scripts/bench/publish.py           # tables and pictures
     python scripts/bench/publish.py --check   # exit status 1 where a table is not what its CSV says
@@ -18,7 +18,7 @@ from typing import Any
 
 from bench_results import ROOT, Row, read, read_json, read_step
 
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/results/benchmarks.md")
 SEVERAL, LONGER = "several-h200", ("512k-4xh200", "1m-4xh200")
 REACH = ("lora-8b-h100", "longest-8b-h100"), ("512k-h100", "768k-h100")
 MARKER = re.compile(r"(<!-- (bench|steps) ([\w-]+)([^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
