@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,24 @@ from .layout import Span, row_spans
 from .offload import accumulation_dtype
 
 Stream = Iterable[tuple[Span, Tensor, Tensor]]
+
+
+class KVSource(Protocol):
+    """K and V of a sequence, wherever they lie, by spans of keys; `KVStore` is one."""
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """Batch, heads and head dimension of K and V."""
+
+    @property
+    def resident_tokens(self) -> int:
+        """Keys [0, resident_tokens) lie side by side on the device."""
+
+    def stream(self, spans: Sequence[Span], *, with_grads: bool = False) -> Iterator[tuple[Span, Tensor, Tensor]]:
+        """(span, K, V) on the device for each span of one row, in order."""
+
+    def add_grad(self, span: Span, dk_BSGH: Tensor, dv_BSGH: Tensor) -> None:
+        """Add one call's gradients to those of its keys."""
 
 
 def forward_row(kernel: Kernel, q_BSNH: Tensor, kv: Stream, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -56,7 +74,7 @@ def backward_row(
     dout_BSNH: Tensor,
     q_BSNH: Tensor,
     row: tuple[Tensor, Tensor],
-    store: KVStore,
+    store: KVSource,
     spans: Sequence[Span],
     *,
     scale: float,
@@ -72,7 +90,7 @@ def backward_row(
 
 
 def kernel_spans(
-    kernel: Kernel, diagonal: tuple[int, int], unit_tokens: int, store: KVStore, *, most_tokens: int = MAX_ELEMENTS
+    kernel: Kernel, diagonal: tuple[int, int], unit_tokens: int, store: KVSource, *, most_tokens: int = MAX_ELEMENTS
 ) -> tuple[Span, ...]:
     """The calls for the row with that diagonal over the keys of `store`, none over the kernels' 32-bit limit.
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import kernels
 from .attention import attend_whole
 from .config import FPDTPlugin
+from .kernels import KERNELS
 from .model import apply_fpdt
 from .reference import attention, peaked_qkv
 from .shapes import build_random
@@ -65,7 +65,7 @@ class Finding:
 
 def kernels_here(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
     """By kernel, why it cannot serve; None where it can. In the order in which "auto" looks."""
-    return {name: kernel.why_not(device, dtype, head_dim) for name, kernel in kernels.KERNELS.items()}
+    return {name: kernel.why_not(device, dtype, head_dim) for name, kernel in KERNELS.items()}
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
@@ -75,7 +75,7 @@ def training_dtype(device: torch.device) -> torch.dtype:
 
 def check_dtype(kernel: str, device: torch.device, head_dim: int) -> torch.dtype | None:
     """The widest dtype that the kernel takes, for errors stand out most there; None where it serves in none."""
-    takes = kernels.KERNELS[kernel].why_not
+    takes = KERNELS[kernel].why_not
     return next((t for t in (torch.float32, torch.bfloat16) if takes(device, t, head_dim) is None), None)
 
 
@@ -219,6 +219,21 @@ class TinyModel:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         return {LOSS: loss.detach(), **dict(_gradients(model))}
+
+
+def why_refused_tiny(config: Any) -> str | None:
+    """Why `apply_fpdt` will not have a tiny copy with a text configuration's features, whose layers it tries.
+
+    Returns:
+        What it says; None if it takes the copy, or if there is none that runs.
+    """
+    try:
+        apply_fpdt(build_random(shrunk(config), "cpu", torch.float32, False), FPDTPlugin(sp_size=1, progress=False))
+    except NotImplementedError as error:
+        return " ".join(str(error).split())
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None
+    return None
 
 
 def _gradients(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .ambient import OneThread
 from .budget import Available, PassPlan, available, budgets_of, described, plan_pass
 from .comms import SequenceParallelGroup
 from .config import FPDTPlugin
@@ -92,6 +93,9 @@ class CheckpointStore:
         plugin: policy and budgets.
         group: ranks that share a sequence, which must keep the same.
         training: what gradients and optimizer will still take of the device; None: nothing.
+
+    Attributes:
+        one_thread: who is in a layer.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class CheckpointStore:
         self._reads: deque[Entry] = deque()
         self._pass: Pass | None = None
         self._last: weakref.ref[Any] | None = None
+        self.one_thread = OneThread()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointStore:
         # A copied model has memory of its own: streams and pinned buffers cannot be copied.

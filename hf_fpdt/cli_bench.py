@@ -7,15 +7,16 @@ import sys
 
 import torch
 
-from .bench import options as bench_options
 from .bench.catalogue import STACKS
 from .bench.children import Children, command_for
 from .bench.driver import Bench
 from .bench.figures import FORMULAS, Trained
 from .bench.job import Job
+from .bench.options import EXAMPLES, add_options, description
 from .bench.report import Files, as_table, conditions_line
 from .bench.stack import Unavailable
-from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_writable, config_of, mistakes
+from .by_layer import LayersDiffer
+from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_settings, check_writable, config_of, mistakes
 from .plan_report import training_of
 
 
@@ -24,13 +25,13 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser(
         "bench",
         help="steps of this package and of others side by side: speed, memory, the longest sequence",
-        description=bench_options.description(),
-        epilog=bench_options.EXAMPLES,
+        description=description(),
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=bench)
     add_model(parser.add_argument_group("what to train").add_mutually_exclusive_group())
-    bench_options.add_options(parser)
+    add_options(parser)
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -38,7 +39,9 @@ def bench(options: argparse.Namespace) -> None:
     for path in (options.csv, options.json):
         if path is not None:
             check_writable(path)
-    training = training_of(config_of(options, layers=options.layers), lora=False)
+    check_settings()
+    with mistakes(LayersDiffer):
+        training = training_of(config_of(options, layers=options.layers), lora=False)
     shape = options.shape or DEFAULT_SHAPE
     job = _job(options, shape)
     with mistakes(Unavailable):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .by_layer import attention_sizes, head_dims
 from .check import (
     FACTOR,
     Finding,
@@ -23,12 +24,20 @@ from .check import (
     kernels_here,
     training_dtype,
 )
-from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_writable, config_of, mistakes
+from .cli_options import (
+    DEFAULT_SHAPE,
+    UserMistake,
+    add_model,
+    built_without_memory,
+    check_settings,
+    check_writable,
+    config_of,
+    mistakes,
+)
 from .measure import link_rates, measured
 from .model import why_refused
 from .rates import GPU
 from .rates_file import save_rates
-from .shapes import build_random
 
 CHECK_HELP = """\
 Answers before you train: which attention kernels does this machine have, and why not the others? Can FPDT train this
@@ -71,13 +80,17 @@ def check(options: argparse.Namespace) -> int:
     """`hf-fpdt check`: prints what it finds; 0 where the model is served and computed exactly, else 1."""
     device = Device("cuda" if torch.cuda.is_available() else "cpu")
     _check_rates_option(options, device)
+    check_settings()
     config = config_of(options, layers=None)
-    text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    architecture, reasons = _refusals(config)
     print(f"machine   {_machine(device)}")
-    _print_kernels(device, head_dim)
-    name = options.model or f"the {options.shape or DEFAULT_SHAPE} shape"
-    passed = _check_model(name, config, device, head_dim)
+    text = config.get_text_config()
+    for head_dim in head_dims(text):
+        _print_kernels(device, head_dim)
+    name = f"{options.model or f'the {options.shape or DEFAULT_SHAPE} shape'} ({architecture})"
+    if reasons:
+        _print_refused(name, reasons)
+    passed = not reasons and _check_model(name, text, device)
     if options.measure:
         _measure(device, options.rates)
     return 0 if passed else 1
@@ -120,22 +133,18 @@ def _short(dtype: torch.dtype) -> str:
 # The model -----------------------------------------------------------------------------------------------------------
 
 
-def _check_model(name: str, config: Any, device: Device, head_dim: int) -> bool:
-    architecture, reasons = _refusals(config)
-    if reasons:
-        _print_refused(f"{name} ({architecture})", reasons)
-        return False
-    tiny = TinyModel(config.get_text_config(), device)
+def _check_model(name: str, text: Any, device: Device) -> bool:
+    tiny = TinyModel(text, device)
     try:
-        findings = list(_findings(tiny, device, head_dim))
+        findings = list(_findings(tiny, device))
     except NothingToCompare as error:
-        print(f"model     {name} ({architecture}) has nothing that FPDT refuses.")
+        print(f"model     {name} has nothing that FPDT refuses.")
         print(f"result    nothing was compared: a tiny copy of the model does not run by itself ({error}).")
         return False
     except (NotImplementedError, RuntimeError) as error:
-        _print_refused(f"{name} ({architecture})", [" ".join(str(error).split())])
+        _print_refused(name, [" ".join(str(error).split())])
         return False
-    print(f"model     {name} ({architecture}) is supported: FPDT can train it exactly.")
+    print(f"model     {name} is supported: FPDT can train it exactly.")
     print(
         f"errors    as multiples of plain attention's in the same dtype, on a tiny copy of "
         f"{tiny.config.num_hidden_layers} layers; up to {FACTOR:.1f} is right"
@@ -147,8 +156,7 @@ def _check_model(name: str, config: Any, device: Device, head_dim: int) -> bool:
 
 def _refusals(config: Any) -> tuple[str, list[str]]:
     """The class of the model, built without memory for its weights, and why FPDT will not have it."""
-    with mistakes(ValueError, ImportError):
-        model = build_random(config, "meta", torch.bfloat16, False)
+    model = built_without_memory(config)
     return type(model).__name__, why_refused(model)
 
 
@@ -158,10 +166,9 @@ def _print_refused(model: str, reasons: list[str]) -> None:
         print(textwrap.fill(f"{reason}.".replace("..", "."), 110, initial_indent="  - ", subsequent_indent="    "))
 
 
-def _findings(tiny: TinyModel, device: Device, head_dim: int) -> Iterator[Finding]:
+def _findings(tiny: TinyModel, device: Device) -> Iterator[Finding]:
     """Of every kernel that is here: attention alone, and a step of the model."""
-    heads = tiny.config.num_attention_heads
-    kv_heads = getattr(tiny.config, "num_key_value_heads", None) or heads
+    heads, kv_heads, head_dim = attention_sizes(tiny.config)
     for kernel in kernels_here(device, training_dtype(device), head_dim):
         dtype = check_dtype(kernel, device, head_dim)
         if dtype is not None:

@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .shapes import SHAPES, with_layers
+from .config import FPDTPlugin
+from .shapes import SHAPES, build_random, with_layers
 
 DEFAULT_SHAPE = "llama-8b"
+# What a model's own constructor raises of a configuration that it does not understand.
+_OF_CONSTRUCTORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 PICTURE_ENDINGS = (".png", ".svg", ".pdf")
 
 
@@ -28,6 +33,12 @@ def mistakes(*kinds: type[Exception]) -> Iterator[None]:
         raise UserMistake(" ".join(str(error).split())) from error
 
 
+def check_settings() -> None:
+    """What FPDT_* variables say can be read; before anything runs."""
+    with mistakes(ValueError):
+        FPDTPlugin()
+
+
 def add_model(group: argparse._MutuallyExclusiveGroup) -> None:
     """MODEL or --shape, as `config_of` reads them."""
     group.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder whose configuration is taken")
@@ -39,11 +50,22 @@ def config_of(options: argparse.Namespace, *, layers: int | None) -> PreTrainedC
     if options.model is None:
         config = SHAPES[options.shape or DEFAULT_SHAPE]()
         return config if layers is None else with_layers(config, layers)
-    with mistakes(OSError, ValueError):
+    with mistakes(OSError, ValueError, StrictDataclassError):
         config = AutoConfig.from_pretrained(options.model)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserMistake(f"{options.model} is a {config.model_type} model; a causal language model is expected.")
     return config if layers is None else with_layers(config, layers)
+
+
+def built_without_memory(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, every weight trained, without memory for one; for questions about it."""
+    try:
+        return build_random(config, "meta", torch.bfloat16, False)
+    except _OF_CONSTRUCTORS as error:
+        why = " ".join(str(error).split())
+        raise UserMistake(
+            f"transformers makes no causal language model of this {type(config).__name__}: {why}"
+        ) from error
 
 
 def check_picture(option: str, path: Path) -> None:

@@ -11,7 +11,16 @@ from pathlib import Path
 from rich.console import Console, Group
 
 from .arguments import amount, count, tokens
-from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_picture, config_of, mistakes
+from .check import why_refused_tiny
+from .cli_options import (
+    DEFAULT_SHAPE,
+    UserMistake,
+    add_model,
+    built_without_memory,
+    check_picture,
+    config_of,
+    mistakes,
+)
 from .config import CHECKPOINT_POLICIES
 from .fit import (
     STEP_TOKENS,
@@ -24,12 +33,13 @@ from .fit import (
     machine_bytes,
     what_would_help,
 )
+from .model import why_refused
 from .offload import GIB
 from .optimizers import OPTIMIZERS
 from .patch import auto_chunk_tokens
 from .plan_curves import Reach, memory_curve, reach_by_host
 from .plan_picture import draw_plan
-from .plan_report import as_json, training_of
+from .plan_report import as_json, training_of_model
 from .plan_tables import WIDTH, plan_tables
 from .rates import GPU, GPUS, with_memory
 from .rates_file import read_rates
@@ -39,7 +49,7 @@ PLAN_HELP = """\
 Says from a model's configuration alone, without weights and without a GPU, whether a sequence of --seq-len tokens
 can be trained on the given GPUs and host memory, what lies where, and about how long a step takes; without --seq-len,
 the longest sequence that can, and what would make it longer; without --host-mem, the host memory that it needs. All
-GPUs share one sequence (sp_size).
+GPUs share one sequence (sp_size). A model that FPDT refuses to train is not planned; the reasons are printed.
 
 Bytes are those that FPDT itself plans with at run time. Seconds come from rates measured on an H100 (thirty-one
 steps of Llama, GPT-NeoX and Qwen3 shapes were within 5 % of them); for other GPUs they are derived from data sheets.
@@ -140,7 +150,12 @@ def _console() -> Console:
 
 
 def _training(options: argparse.Namespace) -> Training:
-    training = training_of(config_of(options, layers=None), lora=not options.full)
+    model = built_without_memory(config_of(options, layers=None))
+    reasons = "; ".join(why_refused(model))
+    refusal = f"FPDT cannot run {type(model).__name__}: {reasons}." if reasons else None
+    if refusal := refusal or why_refused_tiny(model.config.get_text_config()):
+        raise UserMistake(f"there is nothing to plan. {refusal}")
+    training = training_of_model(model, lora=not options.full)
     chunk_tokens = options.chunk_tokens or auto_chunk_tokens(options.gpus, on_gpu=True)
     weights = replace(training.weights, optimizer=options.optimizer)
     return replace(training, weights=weights, chunk_tokens=chunk_tokens, checkpoints=options.checkpoints)

@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 
 from .arguments import count, gib, tokens
+from .by_layer import LayersDiffer
 from .cli_options import DEFAULT_SHAPE, UserMistake, add_model, check_picture, check_writable, config_of, mistakes
 from .config import CHECKPOINT_POLICIES, KERNEL_NAMES, FPDTPlugin
 from .recording import Recording, record_step
@@ -133,7 +134,7 @@ def _recording(options: argparse.Namespace) -> Recording:
 def _record(recording: Recording, path: Path) -> None:
     PartialState().print(f"recording a step of {recording.name}, {recording.n_tokens:,} tokens …", file=sys.stderr)
     try:
-        with mistakes(NotImplementedError, OSError):
+        with mistakes(NotImplementedError, LayersDiffer, OSError):
             record_step(recording, path)
     except torch.OutOfMemoryError as error:
         raise UserMistake(

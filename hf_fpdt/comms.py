@@ -28,22 +28,22 @@ GROUP_TIMEOUT = timedelta(hours=24)
 # What a sharded batch calls the number that tells whole samples apart.
 SAMPLE_KEY = "fpdt_sample"
 
-_sharded_batch: ContextVar[bool] = ContextVar("fpdt_sharded_batch", default=False)
+_ranks_of_batch: ContextVar[int] = ContextVar("fpdt_ranks_of_batch", default=1)
 
 
-def in_sharded_batch() -> bool:
-    """Whether the model runs on a rank's own tokens of a sequence, whose position_ids then have gaps."""
-    return _sharded_batch.get()
+def ranks_of_batch() -> int:
+    """How many ranks share the sequence the model runs on; above 1 this rank's position_ids have gaps."""
+    return _ranks_of_batch.get()
 
 
 @contextmanager
-def sharded_batch(sharded: bool) -> Iterator[None]:
+def batch_shared_by(ranks: int) -> Iterator[None]:
     """Say so for the calls inside."""
-    token = _sharded_batch.set(sharded)
+    token = _ranks_of_batch.set(ranks)
     try:
         yield
     finally:
-        _sharded_batch.reset(token)
+        _ranks_of_batch.reset(token)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 Every field can also be set by an environment variable, so that a script started by `accelerate launch` needs no code:
 `FPDT_` and the field's name in capitals (`FPDT_CHUNK_TOKENS=32K`). An argument given in code wins over the
-environment. Sizes in tokens take the suffixes K and M (1K = 1024) in the environment and on command lines.
+environment, and takes the same texts. Sizes in tokens take the suffixes K and M (1K = 1024), on command lines too.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
-from dataclasses import dataclass, field
+import tempfile
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 KERNEL_NAMES = ("auto", "fa4", "flash-attn-3", "flash-attn-2", "cudnn", "flash", "cpu", "math")
@@ -37,19 +39,33 @@ def _tokens_or_auto(text: str) -> int | str:
     return "auto" if text == "auto" else parse_tokens(text)
 
 
+def _count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"A whole number from 1 was expected, got {text!r}.") from None
+
+
 def _number_or_auto(text: str) -> float | str:
-    return "auto" if text == "auto" else float(text)
+    try:
+        return "auto" if text == "auto" else float(text)
+    except ValueError:
+        raise ValueError(f'"auto" or a number of GiB was expected, got {text!r}.') from None
 
 
 def _flag(text: str) -> bool:
     values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     if text.lower() not in values:
-        raise ValueError(f"expected one of {', '.join(values)}, got {text!r}")
+        raise ValueError(f"True or False was expected (as text {', '.join(values)}), got {text!r}.")
     return values[text.lower()]
 
 
 def _from_env(name: str, parse: Any, default: Any) -> Any:
-    """A dataclass field whose default is the environment variable `FPDT_<name>`, else `default`."""
+    """A dataclass field whose default is the environment variable `FPDT_<name>`, else `default`.
+
+    Args:
+        parse: reads the field from a text.
+    """
 
     def read() -> Any:
         text = os.environ.get(f"FPDT_{name}")
@@ -60,12 +76,14 @@ def _from_env(name: str, parse: Any, default: Any) -> Any:
         except ValueError as error:
             raise ValueError(f"The environment variable FPDT_{name} cannot be read: {error}") from None
 
-    return field(default_factory=read)
+    return field(default_factory=read, metadata={"parse": parse})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FPDTPlugin:
     """Settings of FPDT (Fully Pipelined Distributed Transformer, arXiv 2408.16978) for one model.
+
+    A field takes the text that its environment variable takes, too: `FPDTPlugin(chunk_tokens="32K")`.
 
     Attributes:
         sp_size: Ranks that share one sequence (Ulysses, paper section 4.1). 1: each process trains its own sequences.
@@ -83,18 +101,18 @@ class FPDTPlugin:
             what a step leaves (on a CPU: no limit).
         host_budget_gib: Pinned host memory that they may fill, in GiB of EACH process; "auto": what is available, less
             6 GiB, shared by the processes of the machine.
-        disk_dir: Folder for what neither holds; a local SSD, shared likewise. Nothing is left there, however the
-            process ends.
+        disk_dir: Folder for what neither holds, which exists; a local SSD, shared likewise. Nothing is left there,
+            however the process ends.
         loss_chunk_tokens: Tokens whose logits exist at a time. "auto": as many as make 1 GiB of fp32 logits.
         fused: Run faster twins of a layer's own pieces: LoRA without passes of its own, no product whose value nobody
             reads, and Liger's norm, SwiGLU and RoPE on a GPU where `liger-kernel` is installed.
         progress: Show a line inside long steps (layer, chunk, speed, time left) where there is a terminal.
 
     Raises:
-        ValueError: a field has a value that is not allowed.
+        ValueError: a field has a value that is not allowed, or a variable FPDT_... is none of a field.
     """
 
-    sp_size: int = _from_env("SP_SIZE", int, 1)
+    sp_size: int = _from_env("SP_SIZE", _count, 1)
     chunk_tokens: int | Literal["auto"] = _from_env("CHUNK_TOKENS", _tokens_or_auto, "auto")
     kernel: str = _from_env("KERNEL", str, "auto")
     checkpoints: str = _from_env("CHECKPOINTS", str, "auto")
@@ -106,6 +124,11 @@ class FPDTPlugin:
     progress: bool = _from_env("PROGRESS", _flag, False)
 
     def __post_init__(self) -> None:
+        _check_environment([f"FPDT_{f.name.upper()}" for f in fields(self)])
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, str):
+                object.__setattr__(self, f.name, _read(f.name, value, f.metadata["parse"]))
         _check_count("sp_size", self.sp_size)
         for name in ("chunk_tokens", "loss_chunk_tokens"):
             if getattr(self, name) != "auto":
@@ -116,13 +139,51 @@ class FPDTPlugin:
         _check_choice("checkpoints", self.checkpoints, CHECKPOINT_POLICIES)
         for name in ("fused", "progress"):
             _check_flag(name, getattr(self, name))
-        if self.disk_dir is not None and not isinstance(self.disk_dir, (str, os.PathLike)):
-            raise ValueError(f"FPDTPlugin(disk_dir={self.disk_dir!r}): a folder or None is expected.")
+        if self.disk_dir is not None:
+            _check_folder("disk_dir", self.disk_dir)
         if self.chunk_tokens != "auto" and self.chunk_tokens % self.sp_size:
             raise ValueError(
                 f"FPDTPlugin(chunk_tokens={self.chunk_tokens}): it is cut in sp_size={self.sp_size} equal pieces; "
                 f"take a multiple of {self.sp_size}."
             )
+
+
+def _check_environment(known: list[str]) -> None:
+    """A variable that nobody reads would leave its setting at the default, and nobody would know."""
+    for name in sorted(os.environ):
+        if name.startswith("FPDT_") and name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"The environment variable {name}={os.environ[name]!r} is no setting of FPDT; {nearest} is the "
+                f"nearest one. Rename or unset it; known are {', '.join(known)}."
+            )
+
+
+def _read(name: str, text: str, parse: Any) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ValueError(f"FPDTPlugin({name}={text!r}): {error}") from None
+
+
+def _check_folder(name: str, value: object) -> None:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"FPDTPlugin({name}={value!r}): a folder or None is expected.")
+    folder, why = os.fspath(value), None
+    if not os.path.isdir(folder):
+        why = "it is no folder" if os.path.exists(folder) else "it does not exist"
+    else:
+        try:
+            # Permissions do not tell of a file system that is read-only, or of root on a network's.
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            why = f"no file can be made there ({error.strerror})"
+    if why is not None:
+        raise ValueError(
+            f"FPDTPlugin({name}={value!r}): {why}; a folder that you may write to is expected. Make it, or name "
+            "another one, on a local SSD."
+        )
 
 
 def _check_count(name: str, value: object) -> None:

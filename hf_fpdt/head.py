@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .ambient import RandomState, untouched_random_state
-from .comms import SAMPLE_KEY, own_tokens, sharded_batch
+from .by_layer import by_layer
+from .comms import SAMPLE_KEY, SequenceParallelGroup, batch_shared_by, own_tokens
 from .layers import check_stack
-from .loss import Head, chunked_loss, norm_by_chunks, shifted
+from .layout import ChunkPlan
+from .loss import Head, check_loss_arguments, chunked_loss, norm_by_chunks, shifted
 from .patch import Settings, arguments_by_name, caches_in, patch
 from .support import homes_of
 from .trial import mixes_tokens, visiting
@@ -129,9 +131,9 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     # With a cache it is generation, in which every rank has the whole of a sequence.
     sharded = self._fpdt.settings.group.size > 1 and not caches_in(arguments)
     if sharded:
-        _check_shard(arguments, sample, self._fpdt.settings)
+        check_shard(arguments, sample, self._fpdt.settings.group, self._fpdt.settings.plan)
         arguments["use_cache"] = False
-    with sharded_batch(sharded):
+    with batch_shared_by(self._fpdt.settings.group.size if sharded else 1):
         outputs = self._fpdt.forward(**arguments)
     if call is None:
         return outputs
@@ -144,17 +146,29 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _check_router(config: Any, arguments: dict[str, Any]) -> None:
-    if arguments.get("output_router_logits") or getattr(config.get_text_config(), "output_router_logits", False):
+    if arguments.get("output_router_logits") or any(by_layer(config.get_text_config(), "output_router_logits")):
         raise NotImplementedError(
-            "fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False."
+            "fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False (TRL's "
+            "trainers set it themselves: router_aux_loss_coef=0.0 in their config)."
         )
 
 
-def _check_shard(arguments: dict[str, Any], sample_B: Tensor | None, settings: Settings) -> None:
+def check_shard(
+    arguments: dict[str, Any],
+    sample_B: Tensor | None,
+    group: SequenceParallelGroup,
+    plan_of: Callable[[Tensor], ChunkPlan],
+) -> None:
     """Every rank of the group must hold its own part of the same samples, else all of them raise.
 
     A rank's tokens are told from a whole sequence by their positions alone, so these may not be guessed. Parts of
     different lengths would hang in the first exchange; parts of different samples would train on a mixture of them.
+
+    Args:
+        arguments: of the base model's forward.
+        sample_B: what `ShardingCollator` made of each whole row; None: nothing was.
+        group: the ranks.
+        plan_of: how the sequence is cut of which a rank holds these tokens.
     """
     if arguments.get("position_ids") is None or arguments.get("attention_mask") is not None:
         raise ValueError(
@@ -165,7 +179,7 @@ def _check_shard(arguments: dict[str, Any], sample_B: Tensor | None, settings: S
     ids = arguments.get("input_ids")
     tokens = ids if ids is not None else arguments["inputs_embeds"]
     batch, length = tokens.shape[:2]
-    group, plan = settings.group, settings.plan_of(length, on_gpu=tokens.is_cuda)
+    plan = plan_of(tokens)
     own, positions = own_tokens(plan, group.rank, tokens.device), arguments["position_ids"]
     sizes = torch.tensor([batch, length], device=tokens.device)
     sample = sizes.new_zeros(()) if sample_B is None else sample_B.sum().to(tokens.device)
@@ -275,6 +289,7 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
             "fpdt: the loss is computed in chunks, so a loss_function set on the model would not be called; call the "
             "model without labels and compute the loss from its logits."
         )
+    check_loss_arguments(arguments)
     if arguments.get("shift_labels") is None and self._fpdt.settings.group.size > 1:
         raise ValueError("fpdt: with sp_size above 1 labels are shifted before they are cut: pass shift_labels too.")
     loss_arguments = {name: arguments.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .attention import attend_whole
-from .comms import in_sharded_batch
+from .comms import ranks_of_batch
 from .run import current_call
 
 logger = logging.getLogger(__name__)
@@ -56,8 +56,10 @@ def fpdt_attention(
     Raises:
         NotImplementedError: the model asks for something that is not computed exactly; the message names it.
     """
-    _refuse(module, key, attention_mask, dropout, kwargs)
     call = current_call()
+    # Of the whole sequence: a chunk's own keys say nothing about a window.
+    keys = (call and call.n_tokens) or key.shape[2]
+    _refuse(module, keys, attention_mask, dropout, kwargs)
     if attention_mask is not None or (query.shape[2] == 1 and call is None):
         if attention_mask is not None:
             _refuse_mask_in_training(attention_mask, query, key, value)
@@ -91,13 +93,13 @@ _REFUSED_ARGUMENTS = (
 )
 
 
-def _refuse(module: nn.Module, key: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse(module: nn.Module, keys: int, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
     reason = next((why for name, why in _REFUSED_ARGUMENTS if kwargs.get(name) is not None), None)
     window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
     if dropout:
         reason = f"attention dropout {dropout} is not supported; load the model with attention_dropout=0.0"
-    elif window is not None and (mask is None or mask.is_meta) and window < key.shape[2]:
-        reason = f"a sliding window of {window} over {key.shape[2]} keys is not served by a kernel yet"
+    elif window is not None and (mask is None or mask.is_meta) and window < keys:
+        reason = f"a sliding window of {window} over {keys} keys is not served by a kernel yet"
     elif not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         reason = "attention that is not causal is not supported"
     elif kwargs.get("output_attentions"):
@@ -137,9 +139,11 @@ def fpdt_mask(
     Raises:
         NotImplementedError: a mask is needed while gradients are on, or it would fill memory.
     """
-    if in_sharded_batch() and attention_mask is None:
-        return None  # transformers takes the gaps in a rank's position_ids for packed documents
     window = kwargs.get("local_size")  # Qwen2-MoE makes a mask for a window of 0 too, which no layer uses
+    ranks = ranks_of_batch()
+    if ranks > 1 and attention_mask is None:
+        # transformers takes the gaps in a rank's position_ids for packed documents
+        return _unusable(batch_size, q_length, kv_length) if window and window < kv_length * ranks else None
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset
     plain = allow_is_causal_skip and aligned
     plain = plain and _padded_on_the_right_at_most(attention_mask, q_length, kv_length)
@@ -147,14 +151,18 @@ def fpdt_mask(
         return None
     needed = batch_size * q_length * kv_length
     if plain and (torch.is_grad_enabled() or needed > MASK_BYTES_LIMIT):
-        # Some models ask for the mask of a window that none of their layers has. Whoever uses this one is refused.
-        return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+        return _unusable(batch_size, q_length, kv_length)
     reason = _why_no_mask(attention_mask, allow_is_causal_skip and not window, needed)
     if reason is not None:
         raise NotImplementedError(f'attn_implementation="{NAME}": {reason}')
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask}
     # Never None from here: over a static cache SDPA means by it that the FIRST query is aligned with the first key.
     return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, **kwargs)
+
+
+def _unusable(batch_size: int, q_length: int, kv_length: int) -> Tensor:
+    """Some models ask for the mask of a window that none of their layers has. Whoever uses this one is refused."""
+    return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
 
 
 def _padded_on_the_right_at_most(mask_BT: Tensor | None, q_length: int, kv_length: int) -> bool:

@@ -30,6 +30,7 @@ aten = torch.ops.aten
 
 # Kernels index with 32 bits: one call may see at most this many elements of K (flash-attn issues 1841, 2611).
 MAX_ELEMENTS = 2**31 - 1
+NVIDIA_ALONE = "runs on NVIDIA GPUs alone"
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -99,11 +100,17 @@ def _import(name: str) -> ModuleType | None:
 
 
 def _half_on_gpu(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, least_sm: int, most_dim: int
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, least_sm: int, most_dim: int, on_rocm: str | None
 ) -> str | None:
-    """Why a half-precision GPU kernel with these limits cannot serve."""
+    """Why a half-precision GPU kernel with these limits cannot serve.
+
+    Args:
+        on_rocm: why it cannot where "cuda" is an AMD GPU; None: it can.
+    """
     if device.type != "cuda":
         return f"runs on CUDA devices, not on {device.type}"
+    if torch.version.hip is not None and on_rocm is not None:
+        return f"{on_rocm} (this PyTorch is built for ROCm {torch.version.hip})"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {dtype}"
     if head_dim % 8 or head_dim > most_dim:
@@ -205,7 +212,9 @@ def _flash_backward(
 
 
 def _flash_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    return _half_on_gpu(device, dtype, head_dim, least_sm=80, most_dim=256)
+    # PyTorch runs AOTriton there: a row would read the keys of an earlier one, and nothing would say so.
+    on_rocm = "aligns the causal mask with the first key on AMD GPUs, not with the last; install flash-attn"
+    return _half_on_gpu(device, dtype, head_dim, least_sm=80, most_dim=256, on_rocm=on_rocm)
 
 
 # -- cudnn: builds a plan for each shape, so it is asked for few (pairs); causal is top-left aligned ------------------
@@ -245,11 +254,12 @@ def _cudnn_backward(
 
 
 def _cudnn_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device.type == "cuda" and not torch.backends.cudnn.is_available():
+    # torch.backends.cudnn is there on ROCm too, and means MIOpen.
+    if device.type == "cuda" and torch.version.hip is None and not torch.backends.cudnn.is_available():
         return "this PyTorch was built without cuDNN"
     if torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic, and deterministic algorithms are asked for"
-    return _half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128)
+    return _half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
 
 
 # -- fa4: flash-attn-4 (CuTe DSL); causal is bottom-right aligned -----------------------------------------------------
@@ -271,7 +281,7 @@ def _fa4_backward(
 
 
 def _fa4_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    reason = _half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128)
+    reason = _half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
     if reason is None and _import("flash_attn.cute.interface") is None:
         return "the package flash-attn-4 is not installed (pip install flash-attn-4)"
     return reason
@@ -299,7 +309,7 @@ def _fa2_backward(
 
 
 def _fa2_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    reason = _half_on_gpu(device, dtype, head_dim, least_sm=80, most_dim=256)
+    reason = _half_on_gpu(device, dtype, head_dim, least_sm=80, most_dim=256, on_rocm=None)
     if reason is not None:
         return reason
     interface = _import("flash_attn.flash_attn_interface")
@@ -327,7 +337,7 @@ def _fa3_backward(
 
 
 def _fa3_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    reason = _half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=256)
+    reason = _half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=256, on_rocm=NVIDIA_ALONE)
     if reason is None and torch.cuda.get_device_capability()[0] != 9:
         return "is built for Hopper GPUs alone"
     if reason is None and _import("flash_attn_interface") is None:

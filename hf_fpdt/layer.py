@@ -29,7 +29,17 @@ from .ambient import RandomState, untouched_random_state
 from .gradients import GradientSums
 from .kv_store import KVStore
 from .layout import Chunk
-from .run import AttentionCall, AttentionReached, CaptureCall, LayerRun, RebuildCall, ReplayCall
+from .run import (
+    AttentionCall,
+    AttentionReached,
+    CaptureCall,
+    LayerRun,
+    RebuildCall,
+    ReplayCall,
+    calling,
+    hidden_states_of,
+    tokens_of,
+)
 
 
 def run_layer(run: LayerRun, hidden_BSD: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -54,7 +64,7 @@ class _ChunkedLayer(torch.autograd.Function):
             for chunk in run.plan.chunks:
                 x = hidden[:, chunk.rank_slice]
                 _keep_input(run, chunk, x)
-                y = run.on_chunk(chunk, x, AttentionCall(run, chunk, store))
+                y = _on_chunk(run, chunk, x, AttentionCall(run, chunk, store))
                 output = y.new_empty(*hidden.shape[:2], y.shape[2]) if output is None else output
                 output[:, chunk.rank_slice] = y
                 if run.checkpoint is not None:
@@ -73,7 +83,11 @@ class _ChunkedLayer(torch.autograd.Function):
         run.check_unchanged(parameters)
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed]
         sums = GradientSums(wanted)
-        with record_function(f"fpdt::backward {run.name}"), untouched_random_state(d_output.device):
+        with (
+            run.store.one_thread.entered(run.name),
+            record_function(f"fpdt::backward {run.name}"),
+            untouched_random_state(d_output.device),
+        ):
             _rebuild_input(run, d_output.device)
             d_hidden = torch.zeros_like(d_output, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[1] else None
             _expect_backward(run)
@@ -87,6 +101,19 @@ class _ChunkedLayer(torch.autograd.Function):
                         run.advance("backward", chunk, attends=attends)
         grads = sums.totals()
         return None, d_hidden, *(grads.get(id(p)) for p in parameters)
+
+
+def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall) -> Tensor:
+    """The layer's own forward on one chunk, its attention done by `call`."""
+    kwargs = {key: tokens_of(value, chunk, run.plan) for key, value in run.kwargs.items()}
+    with calling(call):
+        y_BSD = hidden_states_of(run.forward(x_BSD, **kwargs))
+    if call.qkv is None:
+        raise RuntimeError(
+            f"fpdt: {run.name} never called its attention function this time, so cutting it in chunks is not exact; "
+            "models whose layers attend in another way are not supported."
+        )
+    return y_BSD
 
 
 def _keep_input(run: LayerRun, chunk: Chunk, x: Tensor) -> None:
@@ -119,7 +146,7 @@ def _forward_again(lower: LayerRun, upper: LayerRun, device: torch.device) -> No
         for chunk in chunks:
             lower.random_states[chunk.index].restore()
             x, attends = lower.kept.peek("input", chunk), not lower.kept.holds("out", chunk)
-            upper.kept.put("input", chunk, lower.on_chunk(chunk, x, RebuildCall(lower, chunk, store)), rebuilt=True)
+            upper.kept.put("input", chunk, _on_chunk(lower, chunk, x, RebuildCall(lower, chunk, store)), rebuilt=True)
             lower.kept.settle()
             upper.kept.settle()
             lower.advance("rebuild", chunk, attends=attends)
@@ -144,7 +171,7 @@ def _capture_kv(run: LayerRun, store: KVStore) -> None:
         for chunk in run.plan.chunks[:-1]:
             run.random_states[chunk.index].restore()
             with suppress(AttentionReached):
-                run.on_chunk(chunk, run.kept.peek("input", chunk), CaptureCall(run, chunk, store))
+                _on_chunk(run, chunk, run.kept.peek("input", chunk), CaptureCall(run, chunk, store))
 
 
 def _backward_chunk(
@@ -154,7 +181,7 @@ def _backward_chunk(
     run.random_states[chunk.index].restore()
     x = run.kept.take("input", chunk).detach().requires_grad_(dx is not None)
     call = ReplayCall(run, chunk, store)
-    y = run.on_chunk(chunk, x, call)
+    y = _on_chunk(run, chunk, x, call)
     inputs, qkv = [] if dx is None else [x], call.qkv
     assert qkv is not None
     if chunk is run.plan.chunks[-1]:

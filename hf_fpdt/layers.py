@@ -88,9 +88,11 @@ class ChunkedLayer(nn.Module):
         elif _needs_whole_sequence(self, arguments):
             return raw(self, hidden, **arguments)
         _check_arguments(arguments, hidden, self._fpdt_name)
-        self._fpdt_try(raw, hidden, arguments)
-        if visiting():
-            return hidden
+        with self._fpdt_settings.store.one_thread.entered(self._fpdt_name):
+            self._fpdt_try(raw, hidden, arguments)
+            return hidden if visiting() else self._fpdt_in_chunks(raw, hidden, arguments)
+
+    def _fpdt_in_chunks(self, raw: Callable[..., Any], hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         settings, parameters = self._fpdt_settings, list(self.parameters())
         if settings.plugin.fused:
             fuse_layer(self, raw, settings)

@@ -8,24 +8,59 @@ divided once, at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.nn.functional import pad
+from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 
 from .ambient import Autocast
 from .cross_entropy import cross_entropy
 from .gradients import GradientSums
 
+# Of the loss's parameters those that are heard here, and those that the model's forward fills.
+_HEARD = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
+_FILLED = ("logits", "vocab_size", "source", "input", "target", "kwargs")
+
 
 def shifted(labels_BS: Tensor, ignore_index: int = -100) -> Tensor:
     """Label of the NEXT token at every position; the last position is ignored."""
     return pad(labels_BS, (0, 1), value=ignore_index)[:, 1:]
+
+
+@functools.cache
+def _unheard_parameters() -> Mapping[str, Any]:
+    """Defaults of what a cross-entropy may be asked for, by name, and ours is not."""
+    losses = (functional.cross_entropy, fixed_cross_entropy, ForCausalLMLoss)
+    parameters = [p for loss in losses for p in inspect.signature(loss).parameters.values()]
+    return MappingProxyType({p.name: p.default for p in parameters if p.name not in (*_HEARD, *_FILLED)})
+
+
+def check_loss_arguments(arguments: dict[str, Any]) -> None:
+    """Raise NotImplementedError for what only a loss function would hear of a call, and the one in chunks does not.
+
+    A model's forward hands on to its loss function what it does not know itself.
+    """
+    unheard = [
+        name
+        for name, default in _unheard_parameters().items()
+        if (value := arguments.get(name, default)) is not default and (isinstance(value, Tensor) or value != default)
+    ]
+    if unheard:
+        raise NotImplementedError(
+            f"fpdt: the loss in chunks does not take {', '.join(unheard)}, only {', '.join(_HEARD)}: leave it out "
+            "(transformers' own loss may ignore it in silence), or call the model without labels and compute the loss "
+            "from its logits, which are whole then (tokens x vocabulary)."
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .by_layer import attention_sizes, by_layer, largest, one_value
 from .keep import LayerBytes
 from .layout import ChunkPlan
 from .shelves import KVBytes
@@ -42,7 +43,8 @@ class ModelSizes:
     Attributes:
         layers: decoder layers.
         hidden: hidden size D.
-        intermediate: width of the MLP; of the experts that one token visits together.
+        intermediate: width of the MLP; of the experts that one token visits together; where layers differ, the
+            largest, by which bytes are right and operations are counted as if every layer had it.
         q_heads, kv_heads, head_dim: attention's N, G, H.
         rotary_dim: elements of cos and sin a token.
         layer_parameters: all parameters of one layer.
@@ -74,24 +76,28 @@ class ModelSizes:
 
     @classmethod
     def of(cls, config: Any, *, layers: int, layer_parameters: int) -> ModelSizes:
-        """Read off a transformers text configuration."""
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        experts = getattr(config, "num_experts_per_tok", None) or 1
-        width = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
-        width = width or getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        """Read off a transformers text configuration.
+
+        Raises:
+            LayersDiffer: its layers differ in what is one number here; `by_layer.why_no_sizes` says so beforehand.
+        """
+        q_heads, kv_heads, head_dim = attention_sizes(config)
+        hidden = one_value(config, "hidden_size")
+        experts = largest(config, "num_experts_per_tok") or 1
+        width = largest(config, "moe_intermediate_size") if experts > 1 else None
+        width = width or largest(config, "intermediate_size") or 4 * hidden
         # Experts that every token visits beside the chosen ones: of a width of their own, or more of the same.
-        shared = getattr(config, "shared_expert_intermediate_size", None) if experts > 1 else None
-        shared = shared or (getattr(config, "n_shared_experts", None) or 0) * width
-        rope = getattr(config, "rope_parameters", None) or {}
+        shared = largest(config, "shared_expert_intermediate_size") if experts > 1 else None
+        shared = shared or (largest(config, "n_shared_experts") or 0) * width
+        partial = [(rope or {}).get("partial_rotary_factor") or 1.0 for rope in by_layer(config, "rope_parameters")]
         return cls(
             layers=layers,
-            hidden=config.hidden_size,
+            hidden=hidden,
             intermediate=experts * width + shared,
-            q_heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
             head_dim=head_dim,
-            rotary_dim=int(head_dim * (rope.get("partial_rotary_factor") or 1.0)),
+            rotary_dim=int(head_dim * max(partial)),
             layer_parameters=layer_parameters,
         )
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .ambient import untouched_random_state
+from .by_layer import attention_sizes, largest
 from .checkpoint_store import CheckpointStore
 from .comms import SequenceParallelGroup, build_group, check_heads
 from .config import FPDTPlugin
@@ -69,7 +70,7 @@ def apply_fpdt(
     if reasons := why_refused(target):
         raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
     group = build_group(plugin.sp_size) if group is None else group
-    check_heads(target.config.get_text_config().num_attention_heads, group.size)
+    check_heads(attention_sizes(target.config.get_text_config())[0], group.size)
     if group.size > 1 and (reasons := why_not_shared(target) + unshared_loss_reasons(target)):
         raise NotImplementedError(
             f"FPDT cannot run {type(target).__name__} with sp_size above 1: {'; '.join(reasons)}."
@@ -95,7 +96,7 @@ def try_layers(model: PreTrainedModel) -> None:
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         return
     text, device = model.config.get_text_config(), next(model.parameters()).device
-    tokens = min(TRIAL_TOKENS, getattr(text, "max_position_embeddings", None) or TRIAL_TOKENS)
+    tokens = min(TRIAL_TOKENS, largest(text, "max_position_embeddings") or TRIAL_TOKENS)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, max(4, min(text.vocab_size, 1000)), (1, tokens), generator=generator).to(device)
     with torch.no_grad(), untouched_random_state(device), _in_training_mode(model), visit():

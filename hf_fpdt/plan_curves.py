@@ -68,7 +68,8 @@ def moments(found: Fit) -> list[Moment]:
         seen.append(Moment(phase, layer, chunk, used["device"], pool.used_bytes, kv_pool.used_bytes, used["disk"]))
 
     recorder: Look = look
-    assert all(PlayedStep(told.kept, found.step.layer_bytes(), plan.kv, shelves, recorder).play())
+    fits = list(PlayedStep(told.kept, found.step.layer_bytes(), plan.kv, shelves, recorder).play())
+    assert all(fits)
     return seen
 
 

@@ -6,25 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .fit import Fit, Training, Weights
 from .layers import decoder_layers
 from .memory import ModelSizes
 from .optimizers import parameter_count
 from .patch import AUTO_CHUNK_TOKENS_GPU, auto_loss_tokens
-from .shapes import build_random
+from .shapes import build_random, with_lora
 
 
 def training_of(config: PreTrainedConfig, *, lora: bool) -> Training:
     """Sizes of a model with this configuration; it is built without memory for its weights, to count them."""
-    built: Any = build_random(config, "meta", torch.bfloat16, lora)
-    model = built.get_base_model() if lora else built
+    return training_of_model(build_random(config, "meta", torch.bfloat16, False), lora=lora)
+
+
+def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
+    """Sizes of a model; with `lora` its adapters are put into it, and what they train is counted."""
+    if lora:
+        with_lora(model)
     layers = decoder_layers(model)
     inside = [list(layer.parameters()) for layer in layers]
     total, trained = parameter_count(model.parameters()), parameter_count(model.parameters(), trained=True)
     in_layers = [parameter_count(parameters, trained=True) for parameters in inside]
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     largest = max(map(parameter_count, inside))
     return Training(
         model=ModelSizes.of(text, layers=len(layers), layer_parameters=largest),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from .by_layer import attention_sizes
 from .comms import SequenceParallelGroup, build_group
 from .config import FPDTPlugin
 from .data import ShardingCollator
@@ -49,9 +50,9 @@ class Recording:
 
         Raises:
             NotImplementedError: none does; every reason is named.
+            LayersDiffer: the model's layers have heads of different sizes.
         """
-        text = self.config.get_text_config()
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        _, _, head_dim = attention_sizes(self.config.get_text_config())
         return select_kernel(self.plugin.kernel, torch.device(DEVICE), DTYPE, head_dim).name
 
     def about(self) -> dict[str, str]:

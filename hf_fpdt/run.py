@@ -39,9 +39,11 @@ class Call:
 
     Attributes:
         unread: of "q", "k", "v" and "rest" (what the layer computes after attention) those whose values nobody reads.
+        n_tokens: of the whole sequence, where the attention function sees a part of it.
     """
 
     unread: frozenset[str] = frozenset()
+    n_tokens: int | None = None
 
     def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
         """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
@@ -179,18 +181,6 @@ class LayerRun:
         resident = kv.backward_resident if backward else kv.forward_resident
         return KVStore(self.plan, resident, self.store.room(device))
 
-    def on_chunk(self, chunk: Chunk, x_BSD: Tensor, call: AttentionCall) -> Tensor:
-        """The layer's own forward on one chunk."""
-        kwargs = {key: tokens_of(value, chunk, self.plan) for key, value in self.kwargs.items()}
-        with calling(call):
-            y_BSD = hidden_states_of(self.forward(x_BSD, **kwargs))
-        if call.qkv is None:
-            raise RuntimeError(
-                f"fpdt: {self.name} never called its attention function this time, so cutting it in chunks is not "
-                "exact; models whose layers attend in another way are not supported."
-            )
-        return y_BSD
-
 
 def _reading(value: Tensor) -> tuple[object, ...]:
     """How a tensor reads its memory, and how often that was written: another view of it is another value."""
@@ -222,7 +212,7 @@ class AttentionCall(Call):
     scale: float
 
     def __init__(self, run: LayerRun, chunk: Chunk, store: KVStore) -> None:
-        self.run, self.chunk, self.store = run, chunk, store
+        self.run, self.chunk, self.store, self.n_tokens = run, chunk, store, run.plan.n_tokens
 
     def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
         """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""

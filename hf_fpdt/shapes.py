@@ -21,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from .by_layer import take_layers
+
 MAX_POSITIONS = 2 * 1024**2
 LORA_RANK = 16
 
@@ -120,9 +122,7 @@ SHAPES: MappingProxyType[str, Callable[[], PreTrainedConfig]] = MappingProxyType
 def with_layers(config: PreTrainedConfig, n_layers: int) -> PreTrainedConfig:
     """The configuration with its number of layers changed in place, and returned."""
     text: Any = config.get_text_config()
-    text.num_hidden_layers = n_layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[i % len(text.layer_types)] for i in range(n_layers)]
+    take_layers(text, [i % text.num_hidden_layers for i in range(n_layers)])
     return config
 
 

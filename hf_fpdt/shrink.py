@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from .by_layer import layer_lists, layer_overrides, layer_sets, one_value, take_layers
+
 LAYERS, MOST_LAYERS = 2, 4
 # PLAIN_HEADS where each query head has its own key head; at most SHARED_KV_QUERIES query heads share one.
 KV_HEADS, PLAIN_HEADS, SHARED_KV_QUERIES = 2, 4, 8
@@ -29,13 +31,38 @@ _AT_MOST: tuple[tuple[tuple[str, ...], int], ...] = (
     (("sliding_window",), WINDOW),
     (("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
 )
+# In the names of settings that draw random numbers in training; with 0 they draw none.
+_RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def shrunk(config: Any) -> Any:
-    """A copy of a transformers text configuration with small sizes and every feature of the model."""
+    """A copy of a transformers text configuration with small sizes and every feature of the model.
+
+    Raises:
+        LayersDiffer: its layers have different numbers of heads, so no smaller numbers keep their ratios.
+    """
     small = copy.deepcopy(config)
-    _shrink_layers(small)
+    take_layers(small, _one_of_each_kind(small))
+    overrides = layer_overrides(small)
+    if not overrides:
+        _shrink_sizes(small)
+        return small
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
+        one_value(small, name)
+    layers = list(small.per_layer_config)
+    small.per_layer_config = None
+    for name, value in overrides[0].items():
+        setattr(small, name, value)
+    for each in (small, *layers):
+        _shrink_sizes(each)
+    small.per_layer_config = {
+        i: {name: getattr(layer, name) for name in overrides[i]} for i, layer in enumerate(layers)
+    }
+    return small
+
+
+def _shrink_sizes(small: Any) -> None:
     _shrink_heads(small)
     for names, most in _AT_MOST:
         for name in names:
@@ -43,30 +70,26 @@ def shrunk(config: Any) -> Any:
             if _is_number(value) and value > most:
                 setattr(small, name, most)
     for name, value in list(vars(small).items()):
-        if name.endswith(("dropout", "pdrop")) and _is_number(value):
+        if any(word in name for word in _RANDOM) and _is_number(value):
             setattr(small, name, 0.0)
     for i, name in enumerate(_TOKEN_IDS):
         if getattr(small, name, None) is not None:
             setattr(small, name, i)
-    return small
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _shrink_layers(small: Any) -> None:
-    """One layer of each kind, and at least two: lists with an entry a layer say which kinds there are."""
-    layers = small.num_hidden_layers
-    lists = {name: value for name, value in vars(small).items() if isinstance(value, list) and len(value) == layers}
-    kinds = list(zip(*lists.values(), strict=True)) if lists else []
+def _one_of_each_kind(config: Any) -> list[int]:
+    """One layer of each kind, and at least two: what has an entry a layer says which kinds there are."""
+    layers = range(config.num_hidden_layers)
+    sets = [[i in places for i in layers] for places in layer_sets(config).values()]
+    columns = [column for column in (*layer_lists(config).values(), *sets, layer_overrides(config)) if column]
+    kinds = list(zip(*columns, strict=True)) if columns else []
     chosen = sorted({kinds.index(kind) for kind in kinds})[:MOST_LAYERS]
-    chosen += [i for i in range(layers) if i not in chosen][: max(0, LAYERS - len(chosen))]
-    small.num_hidden_layers = len(chosen)
-    for name, value in lists.items():
-        setattr(small, name, [value[i] for i in sorted(chosen)])
-    if isinstance(getattr(small, "mlp_only_layers", None), list):
-        small.mlp_only_layers = [i for i in small.mlp_only_layers if i < len(chosen)]
+    chosen += [i for i in layers if i not in chosen][: max(0, LAYERS - len(chosen))]
+    return sorted(chosen)
 
 
 def _shrink_heads(small: Any) -> None:
@@ -84,5 +107,5 @@ def _shrink_heads(small: Any) -> None:
     if kv_heads is not None:
         small.num_key_value_heads = fewer_kv
     small.hidden_size = -(-hidden * fewer // heads // fewer) * fewer
-    if head_dim is not None:
+    if head_dim != getattr(small, "head_dim", None):
         small.head_dim = head_dim

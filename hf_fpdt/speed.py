@@ -7,7 +7,7 @@ which Trainer waits for anyway, and the begin and end of an evaluation.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,7 @@ class TrainingSpeed:
         """This process's part of a batch is about to be trained on; the clock runs from the first one on.
 
         Args:
+            inputs: a batch with input_ids, or a list of samples; what has none yet (TRL's prompts) counts no tokens.
             step: optimizer steps that are done.
         """
         if model is not self._model:
@@ -49,10 +50,12 @@ class TrainingSpeed:
             self._full = mostly_trained(list(model.parameters()))
         if self._began is None:
             self._began, self._step = time.perf_counter(), step
-        ids = inputs.get("input_ids")
-        if isinstance(ids, Tensor) and ids.dim() == 2 and self._settings is not None:
-            self._tokens += ids.numel()
-            self._operations += self._operations_of(*ids.shape, on_gpu=ids.is_cuda)
+        if self._settings is None:
+            return
+        on_gpu = self._accelerator.device.type == "cuda"
+        for rows, tokens in _sizes(inputs):
+            self._tokens += rows * tokens
+            self._operations += self._operations_of(rows, tokens, on_gpu=on_gpu)
 
     def _operations_of(self, rows: int, rank_tokens: int, *, on_gpu: bool) -> float:
         """Of this rank's share of a step."""
@@ -87,8 +90,8 @@ class TrainingSpeed:
 
         Returns:
             step_seconds: of an optimizer step, on average.
-            tokens_per_second: of all processes, padding included.
-            strict_mfu: of a GPU, on average, where its peak is known: no recomputation, attention at half.
+            tokens_per_second: of all processes, padding included; where any were counted.
+            strict_mfu: of a GPU, on average, likewise, where its peak is known: no recomputation, attention at half.
             device_peak_gib: the most that was allocated on any GPU so far.
             host_gib: host memory that holds K, V and checkpoints, of all processes together.
         """
@@ -103,9 +106,22 @@ class TrainingSpeed:
         tokens, operations, devices, hosts = zip(*self._accelerator.gather(own).tolist(), strict=True)
         steps, self._step = max(step - self._step, 1), step
         self._tokens, self._operations = 0, 0.0
-        logs = {"step_seconds": seconds / steps, "tokens_per_second": sum(tokens) / seconds}
-        if (peak := device_peak()) is not None:
+        logs = {"step_seconds": seconds / steps}
+        if any(tokens):
+            logs["tokens_per_second"] = sum(tokens) / seconds
+        if any(tokens) and (peak := device_peak()) is not None:
             logs["strict_mfu"] = sum(operations) / len(operations) / seconds / peak
         if device.type == "cuda":
             logs["device_peak_gib"] = max(devices) / GIB
         return {**logs, "host_gib": sum(hosts) / GIB}
+
+
+def _sizes(inputs: Any) -> Iterator[tuple[int, int]]:
+    """(rows, tokens of each) of what a trainer trains on, as far as it says."""
+    if isinstance(inputs, Mapping):
+        ids = inputs.get("input_ids")
+        if isinstance(ids, Tensor) and ids.dim() == 2:
+            yield ids.shape[0], ids.shape[1]
+    elif isinstance(inputs, (list, tuple)):
+        samples = (sample.get("input_ids") for sample in inputs if isinstance(sample, Mapping))
+        yield from ((1, len(ids)) for ids in samples if isinstance(ids, (list, tuple, Tensor)) and len(ids))

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .by_layer import by_layer, largest, why_no_sizes
+
 # Wrappers that would run around our layers, by class name: importing them would pull in the distributed package.
 _REFUSED_WRAPPERS = (
     ("FullyShardedDataParallel", "FSDP version 1 is not supported; use FSDP2 (fsdp_version: 2)"),
@@ -21,6 +23,8 @@ _REFUSED_WRAPPERS = (
 
 # Kinds of PEFT's layers, by the name of their package, that need the whole sequence or a whole forward pass.
 _SEQUENCE_TUNERS = ("lily", "poly")
+# What configurations, and a few modules, call the dropout of attention's weights.
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # Transformers takes the frequencies of these from the largest position that it is given.
 _ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
@@ -32,11 +36,15 @@ def why_unsupported(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
         model: a transformers model, not wrapped.
         layers: its decoder layers.
     """
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    try:
+        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    except ValueError as error:
+        return [f"it has not one text model ({str(error).partition('. ')[0]}); apply FPDT to the one that trains"]
     return [
         *_registry_reasons(model, layers),
         *_config_reasons(config),
         *_attention_reasons(config, layers),
+        *why_no_sizes(config),
         *_wrapper_reasons(model, layers),
         *_adapter_reasons(layers),
     ]
@@ -88,33 +96,49 @@ def _config_reasons(config: Any) -> list[str]:
         reasons.append("encoder-decoder models are not causal throughout")
     if other_kinds:
         reasons.append(f"layers of type {', '.join(other_kinds)} are not full attention (config.layer_types)")
-    if getattr(config, "attn_logit_softcapping", None):
+    if any(by_layer(config, "num_kv_shared_layers")):
+        reasons.append("some of its layers take keys and values from another layer (config.num_kv_shared_layers)")
+    if any(by_layer(config, "attn_logit_softcapping")):
         reasons.append("attention softcap is not served by a kernel yet (config.attn_logit_softcapping)")
-    if getattr(config, "output_router_logits", False):
-        reasons.append("the router's auxiliary loss needs all tokens at once; set config.output_router_logits=False")
+    if any(by_layer(config, "output_router_logits")):
+        reasons.append(
+            "the router's auxiliary loss needs all tokens at once; set config.output_router_logits=False (TRL's "
+            "trainers set it themselves: router_aux_loss_coef=0.0 in their config)"
+        )
     return reasons
 
 
 def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
     modules = [module for layer in layers for module in layer.modules()]
-    # Where no module says, the config's window is passed to attention by every layer (Mistral's habit).
-    windows: set[Any] = {m.sliding_window for m in modules if hasattr(m, "sliding_window")}
-    # Zero means none there (Qwen2-MoE).
-    window = (windows or {getattr(config, "sliding_window", None)}) - {None, 0}
-    dropout = {getattr(m, "attention_dropout", 0.0) for m in modules} | {getattr(config, "attention_dropout", 0.0)}
     reasons = []
-    if window:
+    if window := _window(config, modules):
         reasons.append(
-            f"sliding-window attention (window {max(window)}) is not served by a kernel yet; if the model may attend "
+            f"sliding-window attention (window {window}) is not served by a kernel yet; if the model may attend "
             "to everything, load it with sliding_window=None"
         )
-    if any(isinstance(p, (int, float)) and p > 0 for p in dropout):
-        reasons.append("attention dropout is not supported; load the model with attention_dropout=0.0")
     if any(hasattr(m, "sinks") for m in modules):
         reasons.append("attention sinks are not served by a kernel yet")
     if any(getattr(m, "is_causal", True) is False for m in (config, *modules)):
         reasons.append("its attention is not causal")
+    if dropout := [name for name in ATTENTION_DROPOUTS if _draws(name, config, modules)]:
+        settings = ", ".join(f"{name}=0.0" for name in dropout)
+        reasons.append(f"attention dropout is not supported; load the model with {settings}")
     return reasons
+
+
+def _draws(dropout: str, config: Any, modules: Sequence[nn.Module]) -> bool:
+    values = [*by_layer(config, dropout), *(getattr(module, dropout, 0.0) for module in modules)]
+    return any(isinstance(p, (int, float)) and p > 0 for p in values)
+
+
+def _window(config: Any, modules: Sequence[nn.Module]) -> int | None:
+    """The largest of the layers' windows that is one: shorter than what the model was made for."""
+    # Where no module says, the config's window is passed to attention by every layer (Mistral's habit).
+    windows: set[Any] = {m.sliding_window for m in modules if hasattr(m, "sliding_window")}
+    windows = windows or set(by_layer(config, "sliding_window"))
+    most = largest(config, "max_position_embeddings") or float("inf")
+    # Zero means none there (Qwen2-MoE). A longer sequence than the window is refused when it comes.
+    return max((window for window in windows - {None, 0} if window < most), default=None)
 
 
 def _rope_kinds(config: Any) -> set[Any]:

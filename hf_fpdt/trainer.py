@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,17 @@ from .loaders import join_group, sharding_collator
 from .model import applied_settings, apply_fpdt, has_fpdt, train_with
 from .speed import TrainingSpeed
 
+_LOGITS = "whole logits (tokens x vocabulary), which FPDT does not make"
+_WHERE_THEY_FIT = "where they fit, train with transformers' Trainer on a model with apply_fpdt, sp_size=1"
+
 
 class FPDTTrainerMixin:
     """Mix in before a Trainer class: `class MyTrainer(FPDTTrainerMixin, SFTTrainer)`.
 
     Everything that Trainer counts stays what it is without sequence parallelism: the batch size is that of the
     data-parallel groups, losses are means over tokens, `evaluate()` gives the loss that one process gives, also where
-    the set does not divide (of a set without a length, the rows that Accelerate repeats at its end count too).
+    the set does not divide (of a set without a length, and where the Trainer class has an evaluation sampler of its
+    own, the rows that Accelerate repeats at the end count too).
 
     Args:
         fpdt_plugin: settings; None: `FPDTPlugin()`, which reads FPDT_* environment variables.
@@ -120,7 +125,10 @@ class FPDTTrainerMixin:
     def _get_dataloader(self, dataset: Dataset, description: str, batch_size: int, **kwargs: Any) -> DataLoader:
         """Evaluation sets are filled up to whole batches on every rank; `prediction_step` leaves the filling out."""
         sized: Any = dataset
-        rows = None if isinstance(dataset, IterableDataset) or kwargs.get("is_training") else len(sized)
+        sampler = getattr(kwargs.get("sampler_fn"), "__func__", Trainer._get_eval_sampler)
+        # A sampler of the class's own (TRL's repeats prompts) says what is evaluated, and how often.
+        left_alone = kwargs.get("is_training") or sampler is not Trainer._get_eval_sampler
+        rows = None if isinstance(dataset, IterableDataset) or left_alone else len(sized)
         if rows is not None:
             kwargs["sampler_fn"] = SequentialSampler
             # One rank's last batch may be shorter.
@@ -207,15 +215,16 @@ class _Evaluation:
     steps: int = 0
     sums: Tensor | None = None  # of losses and of rows
 
-    def next_rows(self, inputs: dict[str, Any]) -> int:
+    def next_rows(self, inputs: Any) -> int:
         """Rows of this rank's next batch that are no filling; the labels of filling are switched off."""
-        batch = find_batch_size(inputs)
+        batch = find_batch_size(inputs) or len(inputs)  # of samples that are not collated: their number
         first = (self.steps * self.ranks + self.rank) * batch
         self.steps += 1
         real = batch if self.rows is None else min(max(self.rows - first, 0), batch)
         if real == batch:
             return real
-        labels = [name for name in ("labels", "shift_labels") if inputs.get(name) is not None]
+        names = ("labels", "shift_labels") if isinstance(inputs, Mapping) else ()
+        labels = [name for name in names if inputs.get(name) is not None]
         if not labels:
             raise NotImplementedError(
                 f"fpdt: {self.rows} rows do not divide into whole batches on {self.ranks} ranks, and what fills them "
@@ -284,14 +293,18 @@ def _refused_options(trainer: Any, sp_size: int) -> list[str]:
     args = trainer.args
     liger = args.liger_kernel_config or {}
     checks = (
-        (args.label_smoothing_factor, "label_smoothing_factor needs whole logits; set it to 0"),
         (
-            trainer.compute_metrics is not None and _metrics_need_logits(trainer),
-            "compute_metrics needs whole logits; evaluate them in a script of your own",
+            args.label_smoothing_factor,
+            f"label_smoothing_factor needs {_LOGITS}: set it to 0; {_WHERE_THEY_FIT}",
         ),
         (
-            trainer.compute_loss_func is not None,
-            "compute_loss_func needs whole logits; the loss is computed in chunks",
+            trainer.compute_metrics is not None and _metrics_need_logits(trainer),
+            f"compute_metrics needs {_LOGITS}, before preprocess_logits_for_metrics too: leave it out; evaluate() "
+            "gives eval_loss, whose exp is the perplexity, and docs/troubleshooting.md predicts tokens in slices",
+        ),
+        (
+            callable(trainer.compute_loss_func),  # TRL has a string there, for old releases of transformers
+            f"compute_loss_func needs {_LOGITS}: leave it out; {_WHERE_THEY_FIT}",
         ),
         (
             args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True),
@@ -308,6 +321,11 @@ def _refused_options(trainer: Any, sp_size: int) -> list[str]:
         (
             sp_size > 1 and args.neftune_noise_alpha is not None,
             "neftune_noise_alpha scales its noise by a rank's own number of tokens; leave it out",
+        ),
+        (
+            getattr(trainer, "aux_loss_enabled", False),  # of TRL's trainers, which set the model's config by it
+            "the router's auxiliary loss needs all tokens at once; set router_aux_loss_coef=0.0 in the trainer's "
+            "config",
         ),
         (args.n_gpu > 1, "DataParallel is not supported; start one process a GPU with accelerate launch"),
     )

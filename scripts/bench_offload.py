@@ -80,7 +80,8 @@ def step(model: nn.Module, ids: torch.Tensor, optimizer: torch.optim.Optimizer) 
     optimizer.zero_grad(set_to_none=True)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
-    assert torch.isfinite(loss), "the loss is not finite"
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"a step's loss is {loss.item()}; its time says nothing. Report the case and the model.")
     return seconds, loss.item()
 
 

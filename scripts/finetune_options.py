@@ -257,5 +257,8 @@ def make_folder(folder: Path) -> None:
 
 
 def fpdt_plugin(options: Options) -> FPDTPlugin:
-    """The settings of hf_fpdt that the command line offers."""
-    return FPDTPlugin(chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints, sp_size=options.sp_size)
+    """The settings of hf_fpdt: what the command line offers, and what the environment says."""
+    try:
+        return FPDTPlugin(chunk_tokens=options.chunk_tokens, checkpoints=options.checkpoints, sp_size=options.sp_size)
+    except ValueError as error:
+        raise UserError(f"settings of FPDT: {error}") from error

@@ -138,6 +138,12 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return wide.T if tall else wide
 
 
+def _refuse_closure(closure: Any) -> None:
+    """Trainer passes none."""
+    if closure is not None:
+        raise TypeError(f"step(closure={closure!r}): None is expected; compute the gradients before.")
+
+
 class Muon(torch.optim.Optimizer):
     """`torch.optim.Muon` in fp32: that one goes in bfloat16, 0.32 of a step's 0.46 s on a CPU with AVX2 alone."""
 
@@ -146,7 +152,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
+        _refuse_closure(closure)
         for group in self.param_groups:
             for matrix in group["params"]:
                 state = self.state[matrix]
@@ -176,7 +182,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
+        _refuse_closure(closure)
         self.muon.step()
         self.adamw.step()
 

@@ -18,8 +18,8 @@ PACKAGE = "hf_fpdt"
 # A module imports from strictly lower ranks, so modules of one rank do not know each other.
 RANKS = MappingProxyType(
     {
-        **dict.fromkeys(("config", "ambient", "layer_state", "support", "trace_intervals", "shrink", "versions"), 0),
-        **dict.fromkeys(("layout", "keep", "disk", "trace", "arguments"), 1),
+        **dict.fromkeys(("config", "ambient", "by_layer", "layer_state", "trace_intervals", "versions"), 0),
+        **dict.fromkeys(("layout", "keep", "disk", "trace", "arguments", "support", "shrink"), 1),
         **dict.fromkeys(("shelves", "trace_file", "trace_picture"), 2),
         **dict.fromkeys(("kernels", "offload", "pinned", "comms", "reference", "planner", "memory"), 3),
         **dict.fromkeys(("liger", "optimizers"), 3),
@@ -60,6 +60,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.Match)
 MUTABLE_LITERALS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"})
+LOOKING_CALLS = frozenset({"isinstance", "hasattr", "len", "all", "any", "set", "sorted", "min", "max", "sum"})
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
 HOT_PATH = frozenset(
     ["attention", "layer", "run", "offload", "pinned", "kernels", "loss", "streamed_kv", "kv_store", "entries"]
@@ -273,6 +274,16 @@ def broad_except(module: Module) -> Problems:
             yield f"{module.name}:{getattr(node, 'lineno', 0)}: catches every Exception"
 
 
+def asserts(module: Module) -> Problems:
+    """An assert only looks: `python -O` leaves it out, and what it calls with it."""
+    for node in ast.walk(module.tree):
+        for inner in ast.walk(node.test) if isinstance(node, ast.Assert) else ():
+            if isinstance(inner, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
+                yield f"{module.name}:{inner.lineno}: an assert does more than look"
+            elif isinstance(inner, ast.Call) and _dotted(inner.func) not in LOOKING_CALLS:
+                yield f"{module.name}:{inner.lineno}: an assert calls {_dotted(inner.func)}(); call it before"
+
+
 # Budgets -------------------------------------------------------------------------------------------
 
 
@@ -347,4 +358,4 @@ def _public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctio
                 yield from _public(node.body)
 
 
-RULES: tuple[Rule, ...] = (import_order, forbidden_words, module_state, broad_except, budgets, docstrings)
+RULES: tuple[Rule, ...] = (import_order, forbidden_words, module_state, broad_except, asserts, budgets, docstrings)

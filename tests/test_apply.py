@@ -27,6 +27,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
+    MusicgenConfig,
+    MusicgenForConditionalGeneration,
     PreTrainedModel,
 )
 from transformers.utils.generic import can_return_tuple
@@ -211,6 +213,11 @@ def test_the_handle_says_in_one_line_what_was_applied() -> None:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 FULL = {"layer_types": ["full_attention"] * 2}
+MUSICGEN = MusicgenConfig(
+    text_encoder={"model_type": "t5", "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2},
+    audio_encoder={"model_type": "encodec", "num_filters": 2, "hidden_size": 16, "codebook_size": 64},
+    decoder={"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16},
+)
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sliding window": (lambda: tiny("mistral", sliding_window=8), "sliding_window=None"),
     "sliding layers": (
@@ -220,6 +227,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "softcap": (lambda: tiny("gemma2", attention="eager", sliding_window=8, **FULL), "softcap"),
     "sinks": (lambda: tiny("gpt_oss", attention="eager", sliding_window=8, num_local_experts=4, **FULL), "sinks"),
     "attention dropout": (lambda: tiny(attention_dropout=0.1), "attention_dropout=0.0"),
+    "attention dropout by another name": (lambda: tiny("gpt2", resid_pdrop=0.0, embd_pdrop=0.0), "attn_pdrop=0.0"),
+    "no attention": (lambda: without_heads(tiny("xlstm", attention="eager", num_heads=4)), "no num_attention_heads"),
+    "two text models": (lambda: MusicgenForConditionalGeneration(MUSICGEN), "['text_encoder', 'decoder']"),
     "router loss": (lambda: tiny("mixtral", output_router_logits=True), "output_router_logits=False"),
     "recurrent layers": (lambda: tiny("mamba", attention="eager", state_size=4), "linear_attention"),
     "own attention": (lambda: tiny("bloom", attention="eager", n_layer=2), "ignores the attention registry"),
@@ -263,6 +273,11 @@ class OwnForward(LlamaForCausalLM):
 
 def causality_off(model: PreTrainedModel) -> PreTrainedModel:
     model.config.is_causal = False
+    return model
+
+
+def without_heads(model: PreTrainedModel) -> PreTrainedModel:
+    del model.config.num_attention_heads
     return model
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from pathlib import Path
 
 import pytest
 
-from tests import architecture
+from tests import architecture, support
 from tests.architecture import (
     MAX_MEDIAN_FUNCTION_LINES,
     RANKS,
     RULES,
     Module,
     Rule,
+    asserts,
     broad_except,
     budgets,
     docstrings,
@@ -24,7 +26,8 @@ from tests.architecture import (
     read_package,
 )
 
-PACKAGE = read_package(Path(__file__).parent.parent)
+ROOT = Path(__file__).parent.parent
+PACKAGE = read_package(ROOT)
 
 
 def problems(rule: Rule, name: str, source: str) -> list[str]:
@@ -52,6 +55,23 @@ def test_median_function_is_short() -> None:
     assert not lengths or statistics.median(lengths) <= MAX_MEDIAN_FUNCTION_LINES
 
 
+def test_contributing_has_the_rules_that_hold() -> None:
+    """Each by its name, with its numbers; files, tables and helpers that it names are there."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert re.findall(r"^- `(\w+)`:", text, re.MULTILINE) == [rule.__name__ for rule in RULES]
+    for said in (
+        f"at most {architecture.MAX_FILE_LINES} lines a file; {architecture.MAX_FUNCTION_LINES} lines, "
+        f"{architecture.MAX_PARAMETERS} parameters and {architecture.MAX_NESTING} nested blocks a function",
+        f"{MAX_MEDIAN_FUNCTION_LINES} lines the median one",
+        f"of more than {architecture.MAX_UNDOCUMENTED_LINES} lines",
+    ):
+        assert said in " ".join(text.split())
+    for path in re.findall(r"`([\w./]+\.(?:py|sh|txt|md))`", text):
+        assert (ROOT / path).exists(), path
+    names = {*vars(architecture), *vars(support)}
+    assert {*re.findall(r"`([A-Z_]+)`", text), *re.findall(r"`(\w+)\(", text)} <= names
+
+
 def test_the_package_is_found() -> None:
     assert any(module.name == "__init__" for module in PACKAGE)
 
@@ -64,7 +84,7 @@ def test_the_package_is_found() -> None:
         ("kernels", "from hf_fpdt.offload import KVStore"),
         ("kernels", "from hf_fpdt import offload"),
         ("planner", "import hf_fpdt.kernels"),
-        ("support", "from . import config"),
+        ("by_layer", "from . import config"),
         ("trainer", "from hf_fpdt.accelerate import FPDTAccelerator"),
         ("model", "from hf_fpdt import FPDTPlugin"),
         ("model", "import hf_fpdt"),
@@ -177,6 +197,24 @@ def test_broad_except_flags(catch: str) -> None:
     assert problems(broad_except, "layout", f"try:\n    pass\n{catch}\n    pass")
     assert problems(broad_except, "layout", "with suppress(Exception):\n    pass")
     assert not problems(broad_except, "layout", "try:\n    pass\nexcept (OSError, KeyError):\n    pass")
+
+
+@pytest.mark.parametrize(
+    "test", ["all(step.play())", "x.pop() is None", "(y := f)", "next(rows) == 1", "all(x.add(y) for y in z)"]
+)
+def test_asserts_flag_what_does_more_than_look(test: str) -> None:
+    assert problems(asserts, "layout", f"def f():\n    assert {test}, message()")
+
+
+def test_asserts_may_look() -> None:
+    good = "assert a is not None\nassert all(fits) and len(a) == b[c].d\nassert isinstance(a, B), f'{a()}'"
+    assert not problems(asserts, "layout", good)
+
+
+def test_asserts_of_scripts_look_alone() -> None:
+    scripts = sorted((ROOT / "scripts").rglob("*.py"))
+    found = [problem for path in scripts for problem in asserts(Module.parse(path.name, path.read_text()))]
+    assert scripts and not found, "\n".join(["", *found])
 
 
 def test_budgets_flag_length() -> None:

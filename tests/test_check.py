@@ -21,7 +21,7 @@ from hf_fpdt.check import FACTOR, TinyModel, check_attention, worst_ratio
 from hf_fpdt.cli import main
 from hf_fpdt.rates import GPUS
 from hf_fpdt.rates_file import read_rates, save_rates
-from tests.test_model_zoo import LATENT, ROUTED
+from tests.test_model_zoo import GEMMA4, LATENT, ROUTED
 
 CPU = torch.device("cpu")
 NEOX = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "rotary_pct": 0.5}
@@ -76,6 +76,7 @@ def test_the_command_says_that_a_llama_is_right_here(folder: Callable[..., str])
         ("gpt_neox", {**NEOX, "use_parallel_residual": False}),
         ("qwen3", GROUPED),
         ("apertus", GROUPED),  # has parameters of one number
+        ("gemma4_text", {**GROUPED, **GEMMA4}),  # its layers' head dimension is not to be read off the whole
         ("qwen3_moe", {**GROUPED, "num_experts": 16, "moe_intermediate_size": 32}),
     ],
 )
@@ -93,6 +94,8 @@ def test_supported_models_are_right_here(
     ("name", "config", "reason"),
     [
         ("bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 2}, "ignores the attention registry"),
+        ("gemma4_text", {**GROUPED, "layer_types": ["sliding_attention", "full_attention"]}, "differ in head_dim"),
+        ("xlstm", {"hidden_size": 64, "num_heads": 4, "num_hidden_layers": 2}, "has no num_attention_heads"),
         ("mistral", {**GROUPED, "sliding_window": 4096}, "load it with sliding_window=None"),
         ("gpt_oss", {**GROUPED, "num_local_experts": 4}, "sinks"),
         # Shows when the layers run.
@@ -238,6 +241,42 @@ def test_one_number_alone_proves_nothing_but_the_loss_does() -> None:
 def test_mistakes_end_with_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, *arguments)
     assert status == 2 and said in err and "Traceback" not in err and not out
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_a_setting_in_the_environment_that_is_none_ends_with_2(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FPDT_KERNELS", "math")
+    assert main([command]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: The environment variable FPDT_KERNELS='math'") and not said.out
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "said"),
+    [
+        ("llama", {**GROUPED, "per_layer_config": {0: {"intermediate_size": 64}}}, "per-layer attribute"),
+        ("musicgen", {part: {} for part in ("text_encoder", "audio_encoder", "decoder")}, "has no attribute"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "plan"])
+def test_a_configuration_that_makes_no_model_ends_with_2_and_a_line(
+    command: str,
+    name: str,
+    config: dict[str, Any],
+    said: str,
+    folder: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if name == "musicgen":
+        kinds = {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_decoder"}
+        config = {part: {"model_type": kind} for part, kind in kinds.items()}
+    model = folder(name, **config)
+    status = main([command, model, *(["--host-mem", "8"] if command == "plan" else [])])
+    error = capsys.readouterr().err
+    assert status == 2 and "transformers makes no causal language model" in error and said in error
+    assert error.count("\n") == 1
 
 
 def test_help_says_what_it_answers_and_how_it_ends(capsys: pytest.CaptureFixture[str]) -> None:

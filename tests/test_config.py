@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from hf_fpdt import FPDTPlugin
 from hf_fpdt.config import CHECKPOINT_POLICIES, KERNEL_NAMES, parse_tokens
 from hf_fpdt.kernels import KERNELS
+
+FOLDER = tempfile.gettempdir()
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +42,21 @@ def test_what_is_no_number_of_tokens_is_refused_with_examples(text: str) -> None
         ("sp_size", 2.0, "whole number from 1"),
         ("sp_size", True, "whole number from 1"),
         ("chunk_tokens", -1, "whole number from 1"),
-        ("chunk_tokens", "32K", "whole number from 1"),
+        ("chunk_tokens", "32G", "8192, 32K, 1M"),
+        ("loss_chunk_tokens", "Auto", "8192, 32K, 1M"),
+        ("sp_size", "two", "whole number from 1"),
         ("loss_chunk_tokens", 0, "whole number from 1"),
         ("loss_chunk_tokens", None, "whole number from 1"),
         ("device_budget_gib", -0.5, "GiB from 0"),
         ("host_budget_gib", float("nan"), "GiB from 0"),
-        ("host_budget_gib", "64", "GiB from 0"),
+        ("host_budget_gib", "64G", "number of GiB"),
         ("host_budget_gib", float("inf"), "GiB from 0"),
         ("disk_dir", 5, "a folder or None"),
-        ("fused", "no", "True or False"),
+        ("disk_dir", "", "does not exist; a folder"),
+        ("disk_dir", "/no/such", "does not exist; a folder"),
+        ("disk_dir", __file__, "is no folder; a folder that you may write to is expected. Make it, or name another"),
+        ("disk_dir", "/proc/self", "no file can be made there .* may write to"),
+        ("fused", "maybe", "True or False"),
         ("progress", 1, "True or False"),
         ("kernel", "fa5", "'cudnn'"),
         ("checkpoints", "all", "'segment'"),
@@ -75,26 +84,44 @@ def test_a_chunk_must_divide_among_the_ranks() -> None:
         ("FPDT_CHECKPOINTS", "input", "checkpoints", "input"),
         ("FPDT_DEVICE_BUDGET_GIB", "1.5", "device_budget_gib", 1.5),
         ("FPDT_HOST_BUDGET_GIB", "auto", "host_budget_gib", "auto"),
-        ("FPDT_DISK_DIR", "/scratch", "disk_dir", "/scratch"),
+        ("FPDT_DISK_DIR", FOLDER, "disk_dir", FOLDER),
         ("FPDT_LOSS_CHUNK_TOKENS", "1K", "loss_chunk_tokens", 1024),
         ("FPDT_PROGRESS", "Yes", "progress", True),
         ("FPDT_PROGRESS", "0", "progress", False),
     ],
 )
-def test_the_environment_sets_a_field(
+def test_the_environment_and_code_set_a_field_by_the_same_text(
     monkeypatch: pytest.MonkeyPatch, variable: str, text: str, name: str, value: Any
 ) -> None:
+    in_code: dict[str, Any] = {name: text}
+    plugins = [FPDTPlugin(**in_code)]
     monkeypatch.setenv(variable, text)
-    plugin = FPDTPlugin()
-    assert getattr(plugin, name) == value and type(getattr(plugin, name)) is type(value)
+    for plugin in (*plugins, FPDTPlugin()):
+        assert getattr(plugin, name) == value and type(getattr(plugin, name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("FPDT_CHUNK_TOKEN", "FPDT_CHUNK_TOKENS"),
+        ("FPDT_HOST_BUDGET", "FPDT_HOST_BUDGET_GIB"),
+        ("FPDT_SPSIZE", "FPDT_SP_SIZE"),
+    ],
+)
+def test_a_variable_of_no_field_is_refused_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, variable: str, nearest: str
+) -> None:
+    monkeypatch.setenv("HF_FPDT_COMMIT", "1234567")  # the project's own, and no setting
+    assert FPDTPlugin().sp_size == 1
+    monkeypatch.setenv(variable, "4")
+    for given in ({}, {"sp_size": 1}):
+        with pytest.raises(ValueError, match=f"{variable}='4' is no setting of FPDT; {nearest} is the nearest"):
+            FPDTPlugin(**given)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(FPDTPlugin)])
 def test_every_field_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(f"FPDT_{name.upper()}", "?")
-    if name == "disk_dir":  # any text is a folder
-        assert FPDTPlugin().disk_dir == "?"
-        return
     with pytest.raises(ValueError, match=f"(?i){name}"):
         FPDTPlugin()
 

@@ -395,6 +395,15 @@ def test_a_token_without_an_embedding_is_refused_before_weights_are_read(
     assert "loaded" not in printed
 
 
+def test_a_setting_in_the_environment_that_is_none_ends_in_one_line(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FPDT_HOST_BUDGET", "112")
+    test_a_mistake_ends_in_one_line_and_code_2(
+        [], ["FPDT_HOST_BUDGET", "FPDT_HOST_BUDGET_GIB is the nearest"], inputs, tmp_path, monkeypatch, capsys
+    )
+
+
 def test_a_model_fpdt_cannot_run_is_refused_before_it_loads(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,10 +113,8 @@ def options(**changes: Any) -> SimpleNamespace:
         "neftune_noise_alpha": None,
         "n_gpu": 1,
     }
-    compute_metrics, model = changes.pop("compute_metrics", None), changes.pop("model", None)
-    return SimpleNamespace(
-        args=SimpleNamespace(**(args | changes)), compute_metrics=compute_metrics, compute_loss_func=None, model=model
-    )
+    own = {name: changes.pop(name, None) for name in ("compute_metrics", "compute_loss_func", "model")}
+    return SimpleNamespace(args=SimpleNamespace(**(args | changes)), **own)
 
 
 CLASSIFIER = SimpleNamespace(get_output_embeddings=lambda: None)
@@ -133,7 +131,9 @@ CLASSIFIER = SimpleNamespace(get_output_embeddings=lambda: None)
         ({"train_sampling_strategy": "batch_rebalance"}, 1, None),
         ({"neftune_noise_alpha": 5.0}, 2, "neftune_noise_alpha"),
         ({"neftune_noise_alpha": 5.0}, 1, None),
-        ({"compute_metrics": print}, 1, "compute_metrics needs whole logits"),
+        ({"compute_metrics": print}, 1, "compute_metrics needs whole logits.*eval_loss.*in slices"),
+        ({"label_smoothing_factor": 0.1}, 1, "whole logits.*: set it to 0; .*transformers' Trainer .*apply_fpdt"),
+        ({"compute_loss_func": print}, 1, "whole logits.*: leave it out; .*transformers' Trainer .*apply_fpdt"),
         ({"compute_metrics": print, "predict_with_generate": True}, 1, None),
         ({"compute_metrics": print, "model": CLASSIFIER}, 1, None),
         ({}, 4, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, DynamicCache, PreTrainedModel
 
 import hf_fpdt.interface
-from tests.models import Step, assert_same_step, broken_steps, tiny, tokens, train_step
+from hf_fpdt import apply_fpdt
+from hf_fpdt.comms import batch_shared_by
+from hf_fpdt.interface import fpdt_attention, fpdt_mask
+from tests.models import PLUGIN, Step, assert_same_step, broken_steps, tiny, tokens, train_step
 from tests.support import assert_rejects, max_error
 
 WAY_OUT = 'choose "sdpa" or "eager"'
@@ -214,6 +218,30 @@ def test_a_window_longer_than_the_sequence_is_no_window() -> None:
     ids = tokens(2, 23)
     ours, theirs = (train_step(tiny("mistral", attention=a, sliding_window=23), ids) for a in ("fpdt", "sdpa"))
     assert_same_step(ours, theirs)
+
+
+def test_a_window_as_long_as_the_model_is_made_for_is_refused_where_a_sequence_is_longer() -> None:
+    """Each chunk of the sequence is shorter than the window."""
+    ids, windowed = tokens(1, 37), {"max_position_embeddings": 24, "sliding_window": 24, "resid_pdrop": 0.0}
+    truth = train_step(tiny("phi3", **windowed), ids[:, :23])
+    model = tiny("phi3", **windowed)
+    apply_fpdt(model, PLUGIN)
+    assert_same_step(train_step(model, ids[:, :23]), truth)
+    with pytest.raises(NotImplementedError, match="attention_mask"):
+        train_step(model, ids)
+
+
+def test_a_window_is_compared_with_the_whole_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which a chunk, or a rank, has a part."""
+    assert fpdt_mask(1, 20, 20, local_size=24) is None
+    with batch_shared_by(2):
+        assert fpdt_mask(1, 20, 20, local_size=40) is None
+        mask = fpdt_mask(1, 20, 20, local_size=24)
+    assert mask is not None and mask.is_meta
+    layer, q = tiny().model.layers[0].self_attn, torch.ones(1, 4, 8, 8)
+    monkeypatch.setattr(hf_fpdt.interface, "current_call", lambda: Mock(n_tokens=37))
+    with pytest.raises(NotImplementedError, match="sliding window of 24 over 37 keys"):
+        fpdt_attention(layer, q, q, q, None, sliding_window=24)
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,24 @@ def test_kernels_are_asked_to_be_deterministic(as_before: None, monkeypatch: pyt
     assert "not deterministic" in (KERNELS["cudnn"].why_not(*case) or "")
 
 
+def test_kernels_of_nvidia_alone_are_passed_over_on_an_amd_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There "cuda" is an AMD GPU of a capability like a Hopper's, and cuDNN is MIOpen."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 4))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.cute.interface", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__version__="2.8.3"))
+    case = torch.device("cuda"), torch.bfloat16, 104
+    assert KERNELS["cudnn"].why_not(*case) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0.2")
+    reasons = {name: kernel.why_not(*case) for name, kernel in KERNELS.items()}
+    assert reasons["flash-attn-2"] is None and select_kernel("auto", *case).name == "flash-attn-2"
+    for name in ("fa4", "flash-attn-3", "cudnn"):
+        assert reasons[name] == "runs on NVIDIA GPUs alone (this PyTorch is built for ROCm 7.0.2)"
+    assert "aligns the causal mask with the first key" in (reasons["flash"] or "")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert "NVIDIA" in (KERNELS["cudnn"].why_not(*case) or "")
+
+
 def test_the_choice_is_made_again_for_deterministic_algorithms(
     as_before: None, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
+from hf_fpdt.by_layer import LayersDiffer, why_no_sizes
 from hf_fpdt.layout import ChunkPlan
 from hf_fpdt.memory import PHASES, ModelSizes, StepSizes
 from hf_fpdt.offload import GIB
@@ -58,6 +59,29 @@ def test_an_mlp_of_experts_is_as_wide_as_what_one_token_visits() -> None:
     assert sizes_of(shared).intermediate == 4 * 1408 + 5632
     more = AutoConfig.for_model("glm4_moe", moe_intermediate_size=1408, num_experts_per_tok=8, n_shared_experts=1)
     assert sizes_of(more).intermediate == 9 * 1408
+
+
+def test_what_layers_have_in_common_is_read_off_any_of_them() -> None:
+    by_layer = {i: {"head_dim": 64, "num_key_value_heads": 2} for i in range(2)}
+    sizes = {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 8}
+    found = sizes_of(Qwen3Config(**sizes, intermediate_size=512, per_layer_config=by_layer))
+    assert (found.hidden, found.q_heads, found.kv_heads, found.head_dim, found.intermediate) == (256, 8, 2, 64, 512)
+    wider = {0: {"intermediate_size": 1024}}
+    assert sizes_of(Qwen3Config(**sizes, intermediate_size=512, per_layer_config=wider)).intermediate == 1024
+    assert (
+        sizes_of(AutoConfig.for_model("gemma3n_text", intermediate_size=[64] * 30, num_hidden_layers=30)).intermediate
+        == 64
+    )
+
+
+@pytest.mark.parametrize("name", ["num_attention_heads", "num_key_value_heads", "head_dim"])
+def test_sizes_that_differ_by_layer_are_named_with_their_values(name: str) -> None:
+    config = Qwen3Config(num_hidden_layers=2, num_attention_heads=8, per_layer_config={1: {name: 4}})
+    values = {"num_attention_heads": "8, 4", "num_key_value_heads": "32, 4", "head_dim": "128, 4"}[name]
+    with pytest.raises(LayersDiffer, match=rf"differ in {name} \({values}\)"):
+        sizes_of(config)
+    assert [reason for reason in why_no_sizes(config) if f"{name} ({values})" in reason]
+    assert not why_no_sizes(Qwen3Config())
 
 
 def assert_llama_bytes(of: Callable[[StepSizes], StepSizes]) -> None:

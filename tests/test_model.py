@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,28 @@ def test_a_loss_on_the_logits_trains_as_well() -> None:
     assert_same_step(step(applied()), step(tiny()))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("weight", torch.ones(80)), ("label_smoothing", 0.1), ("reduction", "sum"), ("reduce", False)]
+)
+def test_an_argument_that_the_loss_does_not_hear_is_refused_by_name(name: str, value: Any) -> None:
+    """Transformers' own loss drops them in silence, today."""
+    ids, model = tokens(1, 23), applied()
+    with pytest.raises(NotImplementedError, match=f"does not take {name}, only labels, .*without labels"):
+        model(input_ids=ids, labels=ids, **{name: value})
+    assert model(input_ids=ids, **{name: value}).logits is not None, "without labels there is no loss to hear it"
+    as_it_is = {"weight": None, "label_smoothing": 0.0, "reduction": "mean", "output_hidden_states": False}
+    assert_same_step(train_step(model, ids, **as_it_is), train_step(tiny(), ids))
+
+
+def test_tokens_can_be_predicted_in_slices() -> None:
+    """As docs/troubleshooting.md has it, for metrics of which one process has the whole logits."""
+    ids, model = tokens(2, 37), applied().eval()
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        found = torch.cat([model.get_output_embeddings()(part).argmax(-1) for part in hidden.split(7, dim=1)], dim=1)
+        assert torch.equal(found, tiny().eval()(input_ids=ids).logits.argmax(-1))
+
+
 LOSS_ARGUMENTS: dict[str, dict[str, Any]] = {
     "num_items_in_batch": {"num_items_in_batch": 117},
     "num_items_in_batch as a tensor": {"num_items_in_batch": torch.tensor(117)},
@@ -363,6 +386,74 @@ def test_one_backward_pass_over_two_forward_passes() -> None:
         return taken_step(model, _backward(sum(losses)))
 
     assert_same_step(step(applied()), step(tiny()))
+
+
+def in_another_thread(act: Callable[[], Any]) -> str:
+    """The error that it raised there, or ""."""
+    said: list[str] = []
+
+    def run() -> None:
+        try:
+            act()
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=run, name="second")
+    thread.start()
+    thread.join()
+    return said[0]
+
+
+@pytest.mark.parametrize("second", ["forward", "evaluation", "backward"])
+def test_a_second_thread_in_the_middle_of_a_step_is_refused_and_the_step_goes_on(second: str) -> None:
+    ids, other = tokens(1, 23), tokens(1, 16, seed=1)
+    model = applied()
+    logits = model(input_ids=other).logits  # those of labels are used up by a first try
+
+    def act() -> None:
+        if second == "backward":
+            torch.autograd.grad(logits.sum(), [model.model.embed_tokens.weight], retain_graph=True)
+        with torch.set_grad_enabled(second == "forward"):
+            model(input_ids=other, use_cache=False)
+
+    said: dict[str, str] = {}
+
+    def in_the_middle(*_: Any) -> None:
+        phase = "backward" if torch.is_grad_enabled() else "forward"
+        if threading.current_thread().name != "second" and phase not in said:
+            said[phase] = in_another_thread(act)
+
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(in_the_middle)
+    ours = train_step(model, ids)
+    hook.remove()
+    assert said.keys() == {"forward", "backward"}
+    for line in said.values():
+        assert "already running a step in another thread: 'second' came to layer" in line
+        assert "'MainThread' is in layer 0 (LlamaDecoderLayer)" in line and "accelerate launch" in line
+    assert_same_step(ours, train_step(tiny(), ids))
+    assert_same_step(train_step(model, ids), ours)
+
+
+def test_a_thread_may_generate_in_the_middle_of_a_step_and_another_one_runs_backward() -> None:
+    ids = tokens(1, 23)
+    model, plain = applied(), tiny()
+    answers: list[Tensor] = []
+
+    def generate(model: PreTrainedModel = model) -> None:
+        answers.append(model.generate(ids[:, :5], max_new_tokens=3, do_sample=False))
+
+    def in_the_middle(*_: Any) -> None:
+        if threading.current_thread().name != "second" and not answers:
+            assert in_another_thread(generate) == ""
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(in_the_middle)
+    loss = model(input_ids=ids, labels=ids).loss
+    hook.remove()
+    generate(plain)
+    assert torch.equal(*answers)
+    assert in_another_thread(loss.backward) == ""
+    assert_same_step(taken_step(model, loss), train_step(plain, ids))
 
 
 @pytest.mark.parametrize("through", ["loss", "logits"])

@@ -20,6 +20,8 @@ FULL: Config = {"layer_types": ["full_attention"] * 2}
 # A window that no layer has; the configs insist on a number.
 NO_WINDOW: Config = {**FULL, "sliding_window": 64}
 GPT2: Config = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+# Its head dimension is said by layer, and is the same in all of these.
+GEMMA4: Config = {**NO_WINDOW, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "attention_k_eq_v": False}
 EXPERTS: Config = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ROUTED: Config = {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 
@@ -32,6 +34,7 @@ DENSE: dict[str, Config] = {
     "ernie4_5": {},
     "gemma": {},
     "gemma3_text": NO_WINDOW,
+    "gemma4_text": GEMMA4,
     "glm": {},
     "glm4": {},
     "gpt2": GPT2,
@@ -156,6 +159,10 @@ REFUSED: dict[str, tuple[Config, str]] = {
     "falcon": ({}, "ignores the attention registry"),
     "falcon_h1": ({**MAMBA, "mamba_d_ssm": 64, "num_key_value_heads": 2}, "layers of type hybrid"),
     "gemma2": (NO_WINDOW, "softcap"),
+    "gemma4_text": (
+        {**GEMMA4, "layer_types": ["sliding_attention", "full_attention"]},
+        r"differ in head_dim \(8, 16\)",
+    ),
     "gpt_neo": ({"attention_types": [[["global"], 2]], "num_layers": 2}, "ignores the attention registry"),
     "gpt_oss": ({**NO_WINDOW, "num_local_experts": 4}, "sinks"),
     "llama4_text": ({"num_local_experts": 2, "intermediate_size_mlp": 48}, "chunked_attention"),
@@ -172,6 +179,13 @@ def test_a_family_that_cannot_be_exact_is_refused(name: str) -> None:
     config, reason = REFUSED[name]
     model = tiny(name, attention="eager", dtype=torch.float32, **config)
     with pytest.raises(NotImplementedError, match=reason):
+        apply_fpdt(model, PLUGIN)
+
+
+def test_keys_and_values_of_another_layer_are_refused() -> None:
+    model = tiny("gemma4_text", **{**GEMMA4, "num_hidden_layers": 3, "layer_types": ["full_attention"] * 3})
+    model.config.num_kv_shared_layers = 1
+    with pytest.raises(NotImplementedError, match="keys and values from another layer"):
         apply_fpdt(model, PLUGIN)
 
 

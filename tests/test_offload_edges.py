@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+import hf_fpdt.layer
 from hf_fpdt import FPDTPlugin, FPDTTrainer, apply_fpdt
 from hf_fpdt.entries import DeviceEntry
 from hf_fpdt.model import applied_settings
 from hf_fpdt.offload import Transfers
-from hf_fpdt.run import LayerRun
 from hf_fpdt.shelves import Budgets, BufferPool, Shelves
 from hf_fpdt.streamed_kv import HostRoom, _Entry
 from tests.offloaded import (
@@ -44,8 +44,8 @@ def test_too_little_memory_is_said_before_any_layer_runs(
     step(enough, data)
     assert handle.store.used_bytes()["pinned"] <= least
     ran: list[int] = []
-    on_chunk = LayerRun.on_chunk
-    monkeypatch.setattr(LayerRun, "on_chunk", lambda self, *args: ran.append(self.index) or on_chunk(self, *args))
+    on_chunk = hf_fpdt.layer._on_chunk
+    monkeypatch.setattr(hf_fpdt.layer, "_on_chunk", lambda run, *args: ran.append(run.index) or on_chunk(run, *args))
     short, handle = applied(model, **settings, host_budget_gib=(least - 1) / 2**30)
     with pytest.raises(MemoryError, match="Nothing was allocated") as refused:
         short(**data)

@@ -14,6 +14,7 @@ from hf_fpdt.fit import fit
 from hf_fpdt.plan_curves import CHECKPOINTS, Reach, memory_curve
 from hf_fpdt.plan_picture import _unit, draw_plan
 from hf_fpdt.trace_picture import PictureError
+from tests.app_support import run_python
 from tests.test_plan_curves import CASES
 from tests.test_plan_report import TINY
 
@@ -78,6 +79,10 @@ def test_the_command_draws_its_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert picture.exists() and f"picture: {picture}" in said.err and "262,144 tokens" in said.out
     mark = figures[0].axes[2].lines[1]
     assert (float(mark.get_xdata()[0]), float(mark.get_ydata()[0])) == (4.0, 256.0)
+    # Asserts play no part in it.
+    without = run_python("-O", "-m", "hf_fpdt.cli", *arguments, "--plot", tmp_path / "without.png")
+    assert without.returncode == 0 and without.stdout == said.out, without.stderr
+    assert (tmp_path / "without.png").read_bytes() == picture.read_bytes()
 
 
 def test_mistakes_end_before_anything_is_looked_for(

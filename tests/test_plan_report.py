@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from hf_fpdt.cli import main
 from hf_fpdt.fit import GIB, Machines, fit, machine_bytes
@@ -16,6 +16,7 @@ from hf_fpdt.optimizers import OPTIMIZERS
 from hf_fpdt.plan_report import as_json, training_of
 from hf_fpdt.rates import GPUS, UNUSABLE_GIB, with_memory
 from hf_fpdt.shapes import build_random, llama_8b, with_layers
+from tests.test_model_zoo import GEMMA4
 
 TINY = LlamaConfig(
     vocab_size=1024,
@@ -94,6 +95,40 @@ def test_mistakes_end_with_status_2_and_without_a_traceback(
         status = int(str(ended.code))
     error = capsys.readouterr().err
     assert status == 2 and said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qwen3_5_text", "layers of type linear_attention are not full attention"),
+        ("gemma4_text", "its layers differ in head_dim (256, 512)"),
+        ("deepseek_v3", "heads of 192 for keys and of 128 for values"),  # as a trial of its layers finds
+    ],
+)
+def test_what_fpdt_refuses_to_train_is_not_planned(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoConfig.for_model(name).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--host-mem", "128"]) == 2
+    printed = capsys.readouterr()
+    assert (
+        "there is nothing to plan. FPDT cannot run" in printed.err
+        and said in printed.err
+        and printed.err.count("\n") == 1
+    )
+    assert not printed.out
+
+
+def test_a_model_whose_sizes_stand_by_layer_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = AutoConfig.for_model("gemma4_text", **GEMMA4, num_hidden_layers=2, vocab_size=1024, intermediate_size=512)
+    assert config.is_heterogeneous
+    config.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--host-mem", "16", "--seq-len", "64K", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    machines = Machines(gpu=GPUS["h100"], gpus=1, host_bytes=16 * GIB)
+    plain = AutoConfig.for_model("gemma4_text", **GEMMA4, num_hidden_layers=2, vocab_size=1024, intermediate_size=512)
+    plain.per_layer_config, plain.head_dim = None, 16
+    assert told == json.loads(json.dumps(as_json(fit(training_of(plain, lora=True), machines, 2**16), {})))
 
 
 def test_without_host_memory_it_says_what_a_length_needs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,3 +70,6 @@ def test_layers_are_cut_with_their_kinds() -> None:
     config: Any = with_layers(Qwen3Config(**SMALL, num_hidden_layers=6, num_key_value_heads=2, head_dim=8), 3)
     assert config.num_hidden_layers == len(config.layer_types) == 3
     assert len(build_random(config, "cpu", torch.float32, lora=False).model.layers) == 3
+    own = Qwen3Config(num_hidden_layers=2, intermediate_size=8, per_layer_config={1: {"intermediate_size": 9}})
+    many: Any = with_layers(own, 5)
+    assert [layer.intermediate_size for layer in many.per_layer_config] == [8, 9, 8, 9, 8]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_fpdt.by_layer import LayersDiffer
 from hf_fpdt.shapes import SHAPES
-from hf_fpdt.shrink import VOCABULARY, WINDOW, shrunk
+from hf_fpdt.shrink import INTERMEDIATE, VOCABULARY, WINDOW, shrunk
 
 MOST_PARAMETERS = 30_000_000
 
@@ -53,11 +54,33 @@ def test_every_kind_of_layer_is_kept() -> None:
     assert small.num_hidden_layers == len(small.no_rope_layers) == 2 and set(small.no_rope_layers) == {0, 1}
 
 
+def test_layers_that_differ_are_made_small_one_by_one() -> None:
+    small = shrunk(AutoConfig.for_model("gemma4_text"))
+    assert small.layer_types == ["sliding_attention", "full_attention"]
+    assert [layer.head_dim for layer in small.per_layer_config] == [256, 512], "kernels are chosen by it"
+    assert {layer.hidden_size for layer in small.per_layer_config} == {small.hidden_size} and small.hidden_size < 2000
+    assert sum(p.numel() for p in built(small).parameters()) < MOST_PARAMETERS
+    widths = {i: {"intermediate_size": 5000 + i} for i in range(4)}
+    large = AutoConfig.for_model("qwen3", num_hidden_layers=6, intermediate_size=40, per_layer_config=widths)
+    small = shrunk(large)
+    assert [layer.intermediate_size for layer in small.per_layer_config] == [INTERMEDIATE] * 4
+    heads = AutoConfig.for_model("qwen3", per_layer_config={0: {"num_attention_heads": 8}})
+    with pytest.raises(LayersDiffer, match=r"num_attention_heads \(8, 32\)"):
+        shrunk(heads)
+
+
+def test_layers_that_a_list_names_are_still_those() -> None:
+    small = shrunk(AutoConfig.for_model("qwen2_moe", num_hidden_layers=6, mlp_only_layers=[0, 1, 4]))
+    assert small.num_hidden_layers == 2 and small.mlp_only_layers == [0], "one dense layer and one of experts"
+
+
 def test_experts_are_fewer_and_dropout_is_off() -> None:
     small = shrunk(AutoConfig.for_model("qwen3_moe"))
     assert small.num_experts == 8 and small.num_experts_per_tok == 2 and small.moe_intermediate_size == 64
     small = shrunk(AutoConfig.for_model("phi", resid_pdrop=0.1, embd_pdrop=0.1))
     assert small.resid_pdrop == small.embd_pdrop == 0.0
+    assert shrunk(AutoConfig.for_model("biogpt")).attention_probs_dropout_prob == 0.0
+    assert shrunk(AutoConfig.for_model("phimoe")).router_jitter_noise == 0.0
 
 
 def test_token_ids_lie_in_the_vocabulary() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from hf_fpdt import FPDTTrainer, FPDTTrainerMixin
+from hf_fpdt import FPDTPlugin, FPDTTrainer, FPDTTrainerMixin, apply_fpdt
 from hf_fpdt.layout import ChunkPlan
 from hf_fpdt.memory import ModelSizes, StepSizes
 from hf_fpdt.rates import strict_flops
@@ -166,6 +166,27 @@ def test_strict_mfu_is_the_models_operations_over_what_the_gpu_could(
         step = StepSizes(sizes_of_model, ChunkPlan(length, 16), batch=rows, vocabulary=model.config.vocab_size)
         operations = step.batch * strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=True)
         assert log["strict_mfu"] * log["step_seconds"] * peak == pytest.approx(operations)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "tokens"),
+    [
+        ([{"input_ids": [3, 4, 5]}, {"input_ids": torch.arange(7)}], 10),
+        ([{"prompt": "what is trained on is generated later"}], 0),
+        ([torch.zeros(1, 5)], 0),
+        ({"prompt_ids": torch.zeros(1, 5)}, 0),
+    ],
+)
+def test_what_a_trainer_hands_out_counts_as_far_as_it_says(inputs: Any, tokens: int) -> None:
+    here = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: own)
+    speed, model = TrainingSpeed(here), tiny()
+    handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=16))
+    model(input_ids=torch.full((1, 20), 3))  # host memory is there
+    speed.count(model, inputs, 0)
+    log = speed.log(1)
+    assert log["step_seconds"] > 0 and log.get("tokens_per_second", 0) * log["step_seconds"] == pytest.approx(tokens)
+    assert ("tokens_per_second" in log) == bool(tokens)
+    handle.remove()
 
 
 def test_a_model_without_fpdt_is_left_alone() -> None:

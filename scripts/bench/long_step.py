@@ -216,7 +216,10 @@ def main() -> None:
     options, state = parse(), PartialState()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hf_fpdt").setLevel(logging.INFO if state.is_main_process else logging.WARNING)
-    plugin = FPDTPlugin(sp_size=state.num_processes, progress=True)
+    try:
+        plugin = FPDTPlugin(sp_size=state.num_processes, progress=True)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     gpu_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     config = config_of(options, layers=options.layers)
     result: dict[str, Any] = conditions(options, plugin, gpu_name)
