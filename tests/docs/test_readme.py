@@ -1,0 +1,82 @@
+"""README stays short and plain: a page for who has never heard of this. Figures with their conditions are in docs/."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import re
+from pathlib import Path
+
+from tests.support import assert_rejects
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+MAX_LINES, MAX_NUMBERS, MAX_WORDS = 200, 3, 30
+EARLY_LINES, FEW_STATEMENTS = 40, 8
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# Standing for themselves: not those of names (H100, FSDP2, Llama-3.1-8B).
+NUMBER = re.compile(r"(?<![\w.,-])\d[\d.,]*(?:st|nd|rd|th|[KM%])?(?![\w-])")
+
+
+def paragraphs(text: str) -> list[str]:
+    """Prose without code, tables, headings, comments and the targets of links; each item of a list by itself."""
+    text = re.sub(r"<!--.*?-->", "", BLOCK.sub("", text), flags=re.DOTALL)
+    text = re.sub(r"^(\||#).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "code", text))
+    parts = re.split(r"\n\s*\n|\n(?=[*-] )", text)
+    return [" ".join(part.split()) for part in parts if part.strip()]
+
+
+def check_prose(text: str) -> None:
+    assert len(text.splitlines()) <= MAX_LINES
+    for paragraph in paragraphs(text):
+        assert len(NUMBER.findall(paragraph)) <= MAX_NUMBERS, f"a table or docs/ for these numbers: {paragraph}"
+        for sentence in re.split(r"[.!?:;] ", paragraph):
+            assert len(sentence.split()) <= MAX_WORDS, f"two sentences, please: {sentence}"
+
+
+def check_first_python(text: str) -> None:
+    """The first block of Python begins and ends early, is short, and defines or imports every name it uses."""
+    block = next(found for found in BLOCK.finditer(text) if found[1] == "python")
+    assert text.count("\n", 0, block.end()) < EARLY_LINES
+    nodes = list(ast.walk(tree := ast.parse(block[2])))
+    imported = {alias.asname or alias.name for node in nodes for alias in getattr(node, "names", [])}
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    known = imported | {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+    known |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    assert {node.id for node in names} <= known
+    statements = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert 0 < len(statements) <= FEW_STATEMENTS
+    assert any("hf_fpdt" in ast.unparse(node) for node in tree.body)
+
+
+def test_prose_is_short_and_leaves_figures_to_tables() -> None:
+    text = README.read_text(encoding="utf-8")
+    check_prose(text)
+    assert_rejects(
+        check_prose,
+        {
+            "four numbers": text + "\nIt took 18 min 20 s at 1,089 tokens/s and 47 %.\n",
+            "a long sentence": text + "\n" + "word " * 31 + "\n",
+            "a long page": text + "\n" * MAX_LINES,
+        },
+    )
+    check_prose("Llama-3.1-8B on an H100 80GB under FSDP2 at `1 2 3 4 5`: [see](a1.md#1-2-3).\n\n| 1 | 2 | 3 | 4 |\n")
+
+
+def test_python_comes_early_and_is_complete() -> None:
+    text = README.read_text(encoding="utf-8")
+    check_first_python(text)
+    assert_rejects(
+        check_first_python,
+        {
+            "a missing import": re.sub(r"^from peft .*\n", "", text, flags=re.MULTILINE),
+            "late": "\n" * EARLY_LINES + text,
+            "nothing of ours": text.replace("hf_fpdt import FPDTTrainer", "elsewhere import FPDTTrainer", 1),
+        },
+    )
+
+
+def test_the_two_commands_are_there() -> None:
+    text = README.read_text(encoding="utf-8")
+    for command in ("bash scripts/quickstart.sh", "bash scripts/test.sh"):
+        assert re.search(rf"^{re.escape(command)}\b", text, re.MULTILINE), command
