@@ -125,7 +125,7 @@ def reach_table(name: str, options: str) -> str:
             longest[row["stack"]] = row
     (other,), (tokens,) = wanted["beside"], wanted["tokens"]
     beside = {row["stack"]: row for row in read(other) if row["tokens"] == tokens}
-    lines = [["", "longest step, tokens", "seconds", f"tokens/s at {int(tokens):,}"], ["---"] * 4]
+    lines = [["", "longest step, tokens", "its seconds", f"tokens/s at {int(tokens):,}"], ["---"] * 4]
     for stack, row in longest.items():
         lines.append([TITLES[stack], *cells(row, ["tokens", "step_s"]), *cells(beside[stack], ["tokens_per_s"])])
     return markdown(lines)

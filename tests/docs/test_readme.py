@@ -6,7 +6,11 @@ import ast
 import builtins
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from tests.app_support import stories, write_tiny_checkpoint
 from tests.support import assert_rejects
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -73,6 +77,28 @@ def test_python_comes_early_and_is_complete() -> None:
             "late": "\n" * EARLY_LINES + text,
             "nothing of ours": text.replace("hf_fpdt import FPDTTrainer", "elsewhere import FPDTTrainer", 1),
         },
+    )
+
+
+def test_python_runs_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, with a tiny model for the one of the hub, a length it has, and one epoch of two short books."""
+    import datasets
+    import torch
+
+    write_tiny_checkpoint(tmp_path / "Qwen/Qwen3-4B-Instruct-2507")
+    (tmp_path / "books").mkdir()
+    for number, text in enumerate(stories(2)):
+        (tmp_path / f"books/{number}.txt").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    code = next(found[2] for found in BLOCK.finditer(README.read_text(encoding="utf-8")) if found[1] == "python")
+    code = code.replace("262_144", "256").replace("bf16=True", 'use_cpu=True, report_to="none", max_steps=2')
+    code, last, _ = code.rpartition(".train()")
+    names: dict[str, Any] = {}
+    exec(code.replace("FPDTTrainer(model", "trainer = FPDTTrainer(model"), names)
+    assert last and names["trainer"].train().global_step == 2
+    assert hasattr(names["trainer"], "fpdt_handle") and torch.isfinite(
+        torch.tensor(names["trainer"].state.log_history[-1]["train_loss"])
     )
 
 
