@@ -35,7 +35,7 @@ ONE = Machines(gpu=GPUS["h100"], gpus=1, host_bytes=128 * GIB)
 
 @pytest.mark.parametrize(("n_tokens", "device_gib"), [(2**17, 74.45), (2**18, 74.24), (2**19, 75.31)])
 def test_a_plan_foretells_the_memory_of_measured_steps(n_tokens: int, device_gib: float) -> None:
-    """One H100 and 128 GiB without Liger's kernels, docs/offload.md: within 10 %, its reserve included."""
+    """One H100 and 128 GiB without Liger's kernels, docs/results/offload.md: within 10 %, its reserve included."""
     found = fit(replace(TRAINING, fused=False), ONE, n_tokens)
     assert sum(size for _, size in found.device) / GIB == pytest.approx(device_gib, rel=0.1)
     assert found.copy_seconds < 0.05 * found.seconds

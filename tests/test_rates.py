@@ -26,7 +26,7 @@ def kept(layers: int, inputs: int, outputs: int) -> Kept:
     return Kept(tuple(i < inputs for i in range(layers)), tuple(i < outputs for i in range(layers)))
 
 
-# Steps of one H100, see docs/offload.md: model, tokens, vocabulary, kept, full, seconds.
+# Steps of one H100, see docs/results/offload.md: model, tokens, vocabulary, kept, full, seconds.
 MEASURED = [
     (replace(LLAMA_8B, layers=8), 2**18, 128_256, kept(8, 8, 8), False, 32.048),
     (replace(LLAMA_8B, layers=8), 2**18, 128_256, kept(8, 3, 8), False, 33.371),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The measurements of docs/benchmarks.md on one GPU:  bash scripts/bench/one_gpu.sh TABLE [options of hf-fpdt bench]
+# The measurements of docs/results/benchmarks.md on one GPU:  bash scripts/bench/one_gpu.sh TABLE [options of hf-fpdt bench]
 # TABLE: lora-8b lora-8b-long full-1b lora-neox attention longest. Later options win, e.g. --seq-len 32K --stacks fpdt.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

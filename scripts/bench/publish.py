@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md from docs/results/, and draws their pictures.
+"""Writes the tables of README.md and the pages of benchmarks from docs/results/, and draws their pictures.
 
     python scripts/bench/publish.py           # tables and pictures
     python scripts/bench/publish.py --check   # exit status 1 where a table is not what its CSV says
@@ -6,7 +6,8 @@
 A table lies between `<!-- bench NAME [columns=C,D] [steps=E,F] [stack=A,B] [result=ok] -->` and `<!-- end -->`; it is
 that of docs/results/bench-NAME.csv, with docs/results/step-E.json, which long_step.py wrote, as more rows. Without
 `columns` they are those for one GPU; a column's name keeps the rows that have one of its values. A table of steps
-alone begins with `<!-- steps NAME NAME -->`.
+alone begins with `<!-- steps NAME NAME -->`. `<!-- reach NAME beside=OTHER tokens=N [steps=E] -->` has a line for each
+stack: its longest step, of bench-NAME.csv, and its speed at N tokens, of bench-OTHER.csv.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from typing import Any
 
 from bench_results import ROOT, Row, read, read_json, read_step
 
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/results/benchmarks.md")
 SEVERAL, LONGER = "several-h200", ("512k-4xh200", "1m-4xh200")
 REACH = ("lora-8b-h100", "longest-8b-h100"), ("512k-h100", "768k-h100")
-MARKER = re.compile(r"(<!-- (bench|steps) ([\w-]+)([^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- (bench|steps|reach) ([\w-]+)([^>]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Column of the CSV: heading, format.
 COLUMNS = {
     "tokens": ("tokens", ","),
@@ -43,6 +44,14 @@ MORE_COLUMNS = {
     "chunk_tokens": ("chunk tokens", ","),
     "predicted_s": ("foretold s", ",.2f"),
     "predicted_device_gib": ("foretold GPU GiB", ".1f"),
+}
+# What a reader who knows none of the stacks calls them.
+TITLES = {
+    "hf": "Hugging Face, every layer checkpointed",
+    "liger": "the same with Liger's kernels",
+    "alst": "DeepSpeed's ALST",
+    "hf-offload": "Transformers' offloaded checkpointing",
+    "fpdt": "**hf_fpdt**",
 }
 STEP_HEADINGS = (
     "tokens",
@@ -85,18 +94,41 @@ def publish(page: Path, *, check: bool) -> bool:
 
 def filled(kind: str, name: str, options: str) -> str:
     """What belongs between the marks."""
-    return table(name, options) if kind == "bench" else steps_table([name, *options.split()])
+    if kind == "steps":
+        return steps_table([name, *options.split()])
+    return table(name, options) if kind == "bench" else reach_table(name, options)
 
 
 def table(name: str, options: str) -> str:
     """The table of one CSV as Markdown."""
-    wanted = {option: values.split(",") for option, values in re.findall(r"(\w+)=(\S+)", options)}
+    wanted = options_of(options)
     columns = wanted.pop("columns", list(COLUMNS))
     rows = read(name) + [read_step(step) for step in wanted.pop("steps", [])]
     for column, values in wanted.items():
         rows = [row for row in rows if row[column] in values]
     lines = [[heading(column)[0] for column in columns], ["---"] * len(columns)]
     return markdown(lines + [cells(row, columns) for row in rows])
+
+
+def options_of(text: str) -> dict[str, list[str]]:
+    """Of a mark: `tokens=1,2` as {"tokens": ["1", "2"]}."""
+    return {option: values.split(",") for option, values in re.findall(r"(\w+)=(\S+)", text)}
+
+
+def reach_table(name: str, options: str) -> str:
+    """How far each stack went, and how fast it is at one length."""
+    wanted = options_of(options)
+    rows = read(name) + [read_step(step) for step in wanted["steps"]]
+    longest: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: int(row["tokens"])):
+        if row["result"] == "ok":
+            longest[row["stack"]] = row
+    (other,), (tokens,) = wanted["beside"], wanted["tokens"]
+    beside = {row["stack"]: row for row in read(other) if row["tokens"] == tokens}
+    lines = [["", "longest step, tokens", "its seconds", f"tokens/s at {int(tokens):,}"], ["---"] * 4]
+    for stack, row in longest.items():
+        lines.append([TITLES[stack], *cells(row, ["tokens", "step_s"]), *cells(beside[stack], ["tokens_per_s"])])
+    return markdown(lines)
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The measurements of docs/benchmarks.md on several GPUs of one host:
+# The measurements of docs/results/benchmarks.md on several GPUs of one host:
 #     bash scripts/bench/two_gpus.sh TABLE [options of hf-fpdt bench]
 # TABLE: sp peers full longest. Later options win, e.g. --gpus 4 --seq-len 512K, or --gpus 1 for the row to compare with.
 set -euo pipefail
