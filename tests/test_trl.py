@@ -16,7 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.comms import SequenceParallelGroup
-from hf_fpdt.trainer import FPDTTrainerMixin, _Evaluation
+from hf_fpdt.trainer import FPDTTrainerMixin, Evaluation
 from tests.app_support import stories, write_tiny_checkpoint
 from tests.support import assert_rejects
 
@@ -156,11 +156,11 @@ def test_a_routers_auxiliary_loss_is_refused_with_what_turns_it_off(case: str, e
 
 def test_an_evaluation_that_would_count_filling_is_refused() -> None:
     """Ranks need whole batches; rows that fill them up are left out by their labels, which preferences do not have."""
-    evaluation = _Evaluation(rows=6, rank=0, ranks=2, finite_only=True)
+    evaluation = Evaluation(rows=6, rank=0, ranks=2, finite_only=True)
     batch = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "completion_mask": torch.ones(2, 5)}
     assert evaluation.next_rows(batch) == 2
     with pytest.raises(NotImplementedError, match="6 rows do not divide into whole batches on 2 ranks"):
-        _Evaluation(rows=6, rank=1, ranks=2, finite_only=True, steps=1).next_rows(batch)
+        Evaluation(rows=6, rank=1, ranks=2, finite_only=True, steps=1).next_rows(batch)
 
 
 def test_ranks_that_share_sequences_are_refused(checkpoint: Path) -> None:
