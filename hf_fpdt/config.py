@@ -60,7 +60,7 @@ def _from_env(name: str, parse: Any, default: Any) -> Any:
         except ValueError as error:
             raise ValueError(f"The environment variable FPDT_{name} cannot be read: {error}") from None
 
-    return field(default_factory=read)
+    return field(default_factory=read, metadata={"parse": parse})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

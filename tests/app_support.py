@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ROOT / "scripts"
-# The scripts import one another by bare name, as when they are run.
-sys.path += [str(folder) for folder in (SCRIPTS, SCRIPTS / "bench") if str(folder) not in sys.path]
 
 
 def run_python(*arguments: str | Path, timeout_s: int = 300) -> subprocess.CompletedProcess[str]:
