@@ -14,11 +14,13 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from ..cli_options import UserMistake
 
@@ -77,6 +79,7 @@ class CommandParser(HfArgumentParser):
                 self._parse_dataclass_field(group, field)
         for action in self._actions[before:]:
             self._add_aliases(action)
+            action.type = _readable(action, hints[action.dest])
         if hidden:
             self._hidden += self._actions[before:]
             self.add_argument("--help_all", "--help-all", action=_HelpAll, nargs=0, help="show all options, and exit")
@@ -120,15 +123,11 @@ class CommandParser(HfArgumentParser):
         for key, value in _read_yaml(path).items():
             option = _underscored(f"--{key}")
             if option not in self._option_string_actions or option in ("--help", "--help_all", "--config"):
-                raise UserMistake(
-                    f"--config {path}: unknown key {key!r}{_nearest(option, self._option_string_actions)}"
-                )
-            action = self._option_string_actions[option]
-            if value is None:
-                action.default, action.required = None, False
-            elif isinstance(value, list) and action.nargs == "+":
+                nearest = _nearest(option, self._option_string_actions)
+                raise UserMistake(f"--config: {path} has an unknown key {key!r}{nearest}")
+            if isinstance(value, list) and self._option_string_actions[option].nargs == "+":
                 words += [option, *map(_word, value)]
-            else:
+            elif value is not None:  # what is null is left at its default
                 words.append(f"{option}={_word(value)}")
         return words
 
@@ -168,6 +167,30 @@ def _without_config(words: Sequence[str]) -> list[str]:
         if before != "--config" and not re.match(r"--config(=|$)", word):
             kept.append(word)
     return kept
+
+
+def _readable(action: argparse.Action, hint: Any) -> Any:
+    """The action's type, or one for what transformers' parser takes for a type that no text is ever of."""
+    found: Any = action.type
+    if get_origin(found) is dict or dataclasses.is_dataclass(found):
+        return partial(_object, get_origin(found) or found)
+    return _flag_or_text if found is string_to_bool and str in get_args(hint) else found
+
+
+def _object(kind: Callable[..., Any], text: str) -> Any:
+    """A JSON object as what an option holds."""
+    try:
+        return kind(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"a JSON object was expected, got {text!r} ({error})") from error
+
+
+def _flag_or_text(text: str) -> bool | str:
+    try:
+        flag: bool = string_to_bool(text)
+        return flag
+    except argparse.ArgumentTypeError:
+        return text
 
 
 def _underscored(word: str) -> str:

@@ -161,8 +161,8 @@ PLUGIN_HELP: MappingProxyType[str, str] = MappingProxyType(
     }
 )
 EVERY_TRAINER_FIELD = """\
-Every field of transformers.TrainingArguments is an option by its own name. Defaults that differ from transformers' are
-those of --help-all; the most used ones:
+Every field of transformers.TrainingArguments is an option by its own name; --help-all shows them with the defaults
+of this command, which are not always those of transformers. The most used ones:
   --output_dir FOLDER (--output)   for the weights, the model card, the figure and checkpoints; must be given
   --max_steps N (--steps)          optimizer steps; 100, unless --num_train_epochs is given
   --learning_rate LR (--lr)        2e-4 at its peak, after --warmup_steps 5; a cosine falls to a tenth of it

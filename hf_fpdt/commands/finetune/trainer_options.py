@@ -109,6 +109,8 @@ def build_arguments(values: dict[str, Any], plugin: FPDTPlugin) -> TrainingArgum
     for name, instead in (("push_to_hub", "upload the folder afterwards: hf upload NAME FOLDER"), ("do_predict", "")):
         if values.get(name):
             raise UserMistake(f"--{name}: this command does not do that; leave it out{instead and ', and '}{instead}")
+    if values.get("load_best_model_at_end") and str(values.get("eval_strategy", "no")) == "no":
+        raise UserMistake("--load_best_model_at_end: nothing says which is best; add --eval_strategy, --save_strategy")
     with mistakes(ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSError):
         arguments = TrainingArguments(**values)
     with mistakes(RuntimeError, ValueError):  # a service whose package is not installed, or that there is not
