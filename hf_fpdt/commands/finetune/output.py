@@ -100,6 +100,8 @@ def checkpoint_of(options: Options) -> Path | None:
     if last is None:
         raise UserMistake(f"--resume: {output} holds no checkpoint; start without --resume, with --save_steps N")
     checkpoint = Path(last)
+    if not (checkpoint / "trainer_state.json").is_file():
+        raise UserMistake(f"--resume_from_checkpoint: {checkpoint} is no checkpoint; give a run's checkpoint-N")
     kept = _read(checkpoint.parent / SETTINGS).get("settings", {})
     now = settings_of(options)
     names = sorted(name for name in {*kept, *now} if kept.get(name) != now.get(name))

@@ -34,7 +34,7 @@ from .options import Options
 from .output import check_data, check_output, checkpoint_of, finished, write_settings
 from .rope import RopePlan, apply_rope, beyond_reach, plan_rope
 from .steps import Progress, StepPrinter, quiet
-from .trainer_options import autocast_dtype
+from .trainer_options import autocast_dtype, check_trainer
 from .windows import RightPadding, check_tokenizer
 
 ROPE_ONLY = MappingProxyType({"yarn": "YaRN only, before training", "linear": "linear scaling only, before training"})
@@ -88,6 +88,7 @@ def check_model(options: Options, config: PreTrainedConfig, tokenizer: Any, grou
     if not options.full:
         check_lora_targets(model, options.targets)
     check_tokenizer(tokenizer, known_ids(model))
+    check_trainer(options.trainer, options.plugin, group, model)
     check_weights(options.model, config)
     return known_ids(model)
 

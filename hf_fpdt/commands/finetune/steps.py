@@ -85,7 +85,8 @@ class StepPrinter(TrainerCallback):
         self.losses.append(float(logs["loss"]))
         seconds = sum(self.seconds[self._logged :])
         self._logged = len(self.seconds)
+        speed = f", {step_tokens / seconds:,.0f} tokens/s" if step_tokens else ""
         self.say(
             f"training step {state.global_step} of {state.max_steps}: loss {self.losses[-1]:.4f}, "
-            f"lr {logs['learning_rate']:.2e}, {seconds:.1f} s, {step_tokens / seconds:,.0f} tokens/s"
+            f"lr {logs['learning_rate']:.2e}, {seconds:.1f} s{speed}"
         )

@@ -10,11 +10,13 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ...cli_options import UserMistake, mistakes
+from ...comms import SequenceParallelGroup
 from ...config import FPDTPlugin
+from ...loaders import join_group
 from ...trainer import refused_options
 
 # Everything that differs from transformers' own defaults; None: `_derived` decides where the user has not.
@@ -113,12 +115,24 @@ def build_arguments(values: dict[str, Any], plugin: FPDTPlugin) -> TrainingArgum
         raise UserMistake("--load_best_model_at_end: nothing says which is best; add --eval_strategy, --save_strategy")
     with mistakes(ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSError):
         arguments = TrainingArguments(**values)
-    with mistakes(RuntimeError, ValueError):  # a service whose package is not installed, or that there is not
-        get_reporting_integration_callbacks(arguments.report_to)
     trainer = SimpleNamespace(args=arguments, compute_metrics=None, compute_loss_func=None)
     if reasons := refused_options(trainer, plugin.sp_size):
         raise UserMistake(f"FPDT cannot run this Trainer: {'; '.join(reasons)}")
     return arguments
+
+
+def check_trainer(
+    arguments: TrainingArguments, plugin: FPDTPlugin, group: SequenceParallelGroup, model: PreTrainedModel
+) -> None:
+    """Let a Trainer of next to nothing say now what one of `model` would after the first evaluation.
+
+    That is what is not installed (optimizers, services that logs are reported to), and what FPDT refuses of its
+    Accelerator.
+    """
+    with mistakes(ImportError, NotImplementedError, RuntimeError, ValueError):
+        trial = Trainer(model=nn.Linear(1, 1), args=arguments, train_dataset=[0], eval_dataset=[0])
+        join_group(trial.accelerator, plugin, group)
+        Trainer.get_optimizer_cls_and_kwargs(arguments, model)
 
 
 def autocast_dtype(arguments: TrainingArguments) -> torch.dtype | None:

@@ -342,6 +342,10 @@ MISTAKES = [
         for option in ("--learning_rate", "--weight_decay", "--lora_dropout", "--eval_fraction")
         for number in ("nan", "inf", "-1")
     ),
+    (["--report_to", "bogus"], ["bogus", "tensorboard"]),
+    (["--optim", "adamw_8bit"], ["bitsandbytes"]),
+    (["--torch_compile"], ["cannot run under this Accelerator", "torch.compile"]),
+    (["--resume_from_checkpoint", "nowhere"], ["nowhere is no checkpoint", "checkpoint-N"]),
     (["--lr", "0"], ["--learning_rate", "allowed: a number above 0"]),
     (["--warmup-steps=-1"], ["--warmup_steps", "-1", "allowed"]),
     (["--seed", "-1"], ["--seed", "-1", "allowed"]),

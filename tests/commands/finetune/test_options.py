@@ -169,7 +169,6 @@ def test_a_mistake_in_the_file_is_one_line(text: str, words: list[str], tmp_path
         (["--zzz"], ["unknown option --zzz; it is no option"]),
         (["--max_len", "1K"], ["unknown option --max_len"]),  # no abbreviations: new options would change them
         (["--optim", "bogus"], ["bogus", "adamw_torch"]),
-        (["--report_to", "bogus"], ["bogus", "tensorboard"]),
         (["--kernel", "bogus"], ["kernel='bogus'", "'math'"]),
         (["--checkpoints", "bogus"], ["checkpoints='bogus'"]),
         (["--sp_size", "0"], ["sp_size=0"]),
