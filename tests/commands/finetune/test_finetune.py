@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -295,8 +296,9 @@ def test_the_evaluation_of_the_adapters_folder_is_that_of_the_run(
 
 
 def test_what_is_left_out_is_said_and_padding_needs_no_token_of_its_own(
-    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And without matplotlib the run has no figure, says so, and its card shows none."""
     from transformers import AutoTokenizer
 
     model = shutil.copytree(inputs.model, tmp_path / "model")
@@ -308,6 +310,8 @@ def test_what_is_left_out_is_said_and_padding_needs_no_token_of_its_own(
     (data / "table.jsonl").write_text(inputs.train.read_text().splitlines()[0] + '\n{"broken\n')
     (data / "LICENSE").write_text("free")
     sources = ("--model", str(model), "--data", str(data))
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
     one_of_two_is_short = ("--max-length", "400", "--per_device_train_batch_size", "2", "--steps", "1")
     assert main(["finetune", *arguments(inputs, tmp_path / "output", *sources, *one_of_two_is_short)]) == 0
     facts = json.loads((tmp_path / "output" / "run.json").read_text())
@@ -320,6 +324,9 @@ def test_what_is_left_out_is_said_and_padding_needs_no_token_of_its_own(
     ]
     printed = capsys.readouterr().out
     assert all(line in printed for line in left_out)
+    assert "no loss_by_position.png: the picture is drawn by matplotlib, which is not installed" in printed
+    assert not (tmp_path / "output" / "loss_by_position.png").exists()
+    assert "![" not in (tmp_path / "output" / "README.md").read_text()
 
 
 MISTAKES = [

@@ -143,6 +143,11 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
     assert "--config" not in found.words and "--max_length=16K" in found.words, "the card's command needs no file"
 
 
+def test_the_example_of_a_file_is_read() -> None:
+    found = read_options(parsed("--config", str(ROOT / "examples" / "finetune.yaml"), *NEEDED))
+    assert (found.max_length, found.trainer.eval_steps, found.trainer.save_strategy.value) == (64 * 1024, 25, "steps")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
