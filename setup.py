@@ -17,7 +17,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["hf_fpdt", "hf_fpdt.*"]),
-    package_data={"hf_fpdt": ["py.typed"]},
+    package_data={"hf_fpdt": ["py.typed"], "hf_fpdt.commands.finetune": ["template.md"]},
     entry_points={"console_scripts": ["hf-fpdt = hf_fpdt.cli:main"]},
     install_requires=[
         "torch>=2.11",
@@ -27,6 +27,7 @@ setup(
         "datasets",
         "safetensors",
         "psutil",
+        "pyyaml",
         "tqdm",
         "rich>=13",
         "shtab>=1.7",

@@ -42,3 +42,11 @@ def amount(text: str) -> float:
     if not value >= 0 or value == float("inf"):
         raise argparse.ArgumentTypeError(f"A number of GiB from 0 was expected, got {text!r}.")
     return value
+
+
+def tokens_text(tokens: int) -> str:
+    """The shortest exact writing of a token count: 8192 -> "8K", 1048576 -> "1M", 8000 -> "8,000"."""
+    for unit, name in ((1024 * 1024, "M"), (1024, "K")):
+        if tokens >= unit and tokens % unit == 0:
+            return f"{tokens // unit}{name}"
+    return f"{tokens:,}"

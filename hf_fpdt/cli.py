@@ -1,4 +1,4 @@
-"""The command `hf-fpdt`. A sub-command is a module `cli_…`: one `add_…` for its options, one function that does it."""
+"""The command `hf-fpdt`: each sub-command has one `add_…` for its options and one function that does it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from .cli_bench import add_bench
 from .cli_check import add_check
 from .cli_completion import COMPLETION_HELP, add_completion
-from .cli_options import UserMistake
+from .cli_options import exit_status
 from .cli_plan import add_plan
 from .cli_trace import add_trace
+from .commands.eval.command import add_eval
+from .commands.finetune.command import add_finetune
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,18 +22,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0, 1 for a check that failed or where nobody reads on (as `rich` has it), 2 for a mistake of the user's.
     """
-    options = _parser().parse_args(arguments)
     try:
-        status: int | None = options.run(options)
-        sys.stdout.flush()
-    except UserMistake as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        return 2
+        return exit_status(lambda: _run(arguments))
     except BrokenPipeError:
         # `| head` has seen enough; what Python would still write when it ends goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return status or 0
+
+
+def _run(arguments: Sequence[str] | None) -> int | None:
+    options = _parser().parse_args(arguments)
+    status: int | None = options.run(options)
+    sys.stdout.flush()
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_trace(commands)
     add_bench(commands)
+    add_finetune(commands)
+    add_eval(commands)
     add_completion(parser)
     return parser
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +39,23 @@ def check_settings() -> None:
     """What FPDT_* variables say can be read; before anything runs."""
     with mistakes(ValueError):
         FPDTPlugin()
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and first line of what a library raised, to go into a message of ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def exit_status(command: Callable[[], int | None]) -> int:
+    """Of a command; a user's mistake ends it with one line on stderr and status 2, a bug with its traceback."""
+    try:
+        return command() or 0
+    except UserMistake as mistake:
+        # Every process of a host finds the same mistake; another host may lack a file that the first one has.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        return 2
 
 
 def add_model(group: argparse._MutuallyExclusiveGroup) -> None:

@@ -109,6 +109,14 @@ class SequenceParallelGroup:
         dist.all_reduce(total, group=self.process_group)
         return total
 
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """The tensor of each rank of the group, of one shape on all of them."""
+        if self.size == 1:
+            return [value]
+        parts = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(parts, value.contiguous(), group=self.process_group)
+        return parts
+
     def extremes(self, values: Tensor, *, everywhere: bool = False) -> list[tuple[int, int]]:
         """The smallest and the largest of each whole number over the ranks of the group; the host waits for them.
 

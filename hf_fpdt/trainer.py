@@ -50,7 +50,7 @@ class FPDTTrainerMixin:
         self._fpdt_applied = None if model is None else applied_settings(model)
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        reasons = _refused_options(trainer, self.fpdt_group.size)
+        reasons = refused_options(trainer, self.fpdt_group.size)
         if reasons:
             raise NotImplementedError(f"FPDT cannot run this Trainer: {'; '.join(reasons)}.")
         if not has_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group):
@@ -289,7 +289,8 @@ def _metrics_need_logits(trainer: Any) -> bool:
     return trainer.model is None or trainer.model.get_output_embeddings() is not None
 
 
-def _refused_options(trainer: Any, sp_size: int) -> list[str]:
+def refused_options(trainer: Any, sp_size: int) -> list[str]:
+    """What of a Trainer (its `args`, metrics and loss function) FPDT cannot honour, each with its way out."""
     args = trainer.args
     liger = args.liger_kernel_config or {}
     checks = (

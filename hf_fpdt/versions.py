@@ -1,4 +1,4 @@
-"""Of what code and when a measurement was made: versions of packages, the commit of this one, the date."""
+"""Of what code, where and when a run or a measurement was made: versions, hardware, the commit, the date."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 
 def version_of(package: str) -> str:
@@ -50,3 +51,31 @@ def conditions_of(packages: tuple[str, ...]) -> dict[str, Any]:
         "commit": commit(),
         "date": str(date.today()),
     }
+
+
+def version_facts(packages: tuple[str, ...]) -> dict[str, str]:
+    """Python's version and each package's, as installed."""
+    found = {name: version_of(name) or "not installed (source checkout)" for name in packages}
+    return {"python": platform.python_version(), **found}
+
+
+def hardware_facts(*, on_gpu: bool) -> dict[str, str | int | float]:
+    """The processor or GPU, its memory, and the number of threads torch used."""
+    facts: dict[str, str | int | float] = {
+        "cpu": _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "host_memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+    if on_gpu:
+        properties = torch.cuda.get_device_properties(0)
+        facts["gpu"] = properties.name
+        facts["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        facts["gpu_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return facts
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -27,16 +27,17 @@ echo "[quickstart] 1 of 2: a tokenizer and a small Llama, trained on the standar
 python scripts/quickstart_model.py --output "$output" ${tiny:+--tiny}
 model_seconds=$((SECONDS - began))
 
-length=8K size=(--chunk-tokens 2K --steps 32 --warmup 2 --eval-windows 24)
-if [ -n "$tiny" ]; then length=1K size=(--chunk-tokens 256 --steps 2 --warmup 0 --eval-windows 2); fi
+length=8K size=(--chunk_tokens 2K --max_steps 32 --warmup_steps 2 --eval_windows 24)
+if [ -n "$tiny" ]; then length=1K size=(--chunk_tokens 256 --max_steps 2 --warmup_steps 0 --eval_windows 2); fi
 echo "[quickstart] 2 of 2: extend it to $length tokens in chunks, with attn_implementation=\"fpdt\""
 # Two processes on the CPU share every sequence, as two GPUs would. Those that spin for the same core slow each other down
 # tenfold; waiting threads sleep in place of that.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    --main_process_port 0 scripts/finetune.py --device cpu --sp-size 2 --model "$output/small-llama-512" \
-    --data "$output/data/train.jsonl" --eval-data "$output/data/held_out.jsonl" --rope-scaling yarn --lora-r 16 --lora-alpha 32 --lr 3e-3 \
-    --max-length "$length" "${size[@]}" --output "$output/extended" --overwrite
+    --main_process_port 0 -m hf_fpdt.commands.finetune --use_cpu --sp_size 2 --model "$output/small-llama-512" \
+    --data "$output/data/train.jsonl" --eval_data "$output/data/held_out.jsonl" --rope_scaling yarn \
+    --lora_r 16 --lora_alpha 32 --learning_rate 3e-3 --max_length "$length" "${size[@]}" \
+    --output_dir "$output/extended" --overwrite
 
 echo
 echo "[quickstart] base model $model_seconds s, extension and evaluation $((SECONDS - began - model_seconds)) s"

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from long_text import RightPadding, WindowDataset, document_tokens, plan_windows, tokenise
-from text_sources import read_documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -31,7 +29,17 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from user_error import UserError, run_main
+
+from hf_fpdt.cli_options import UserMistake, exit_status
+from hf_fpdt.commands.finetune.sources import read_documents
+from hf_fpdt.commands.finetune.steps import quiet
+from hf_fpdt.commands.finetune.windows import (
+    RightPadding,
+    WindowDataset,
+    document_tokens,
+    plan_windows,
+    tokenise,
+)
 
 HELD_OUT = ("argparse", "asyncio", "email", "http", "json", "logging", "tarfile", "zipfile")
 TINY_TRAINING = ("ast", "csv", "random")
@@ -81,7 +89,7 @@ def standard_library() -> dict[str, str]:
             texts.setdefault(name, []).append(f"# file: {'/'.join(parts)}\n{text}")
     missing = [name for name in HELD_OUT if name not in texts]
     if missing:
-        raise UserError(
+        raise UserMistake(
             f"the standard library in {root} has no source of {', '.join(missing)}; use a full Python install"
         )
     return {name: "\n".join(files) for name, files in texts.items()}
@@ -241,6 +249,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="a few modules and steps: tries the flow, learns nothing")
     options = parser.parse_args()
+    quiet()
     recipe = Recipe(vocab=384, hidden=32, layers=2, heads=2, kv_heads=1, steps=4) if options.tiny else Recipe()
     make_base(options.output, recipe, options.seed, TINY_TRAINING if options.tiny else None)
 
@@ -272,4 +281,4 @@ def make_base(output: Path, recipe: Recipe, seed: int, training_names: Sequence[
 
 
 if __name__ == "__main__":
-    run_main(main)
+    raise SystemExit(exit_status(main))

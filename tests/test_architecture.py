@@ -111,6 +111,14 @@ def test_import_order_reaches_into_subfolders(monkeypatch: pytest.MonkeyPatch) -
     assert problems(import_order, "model", "from .sub.low import x")
 
 
+def test_import_order_reaches_into_folders_of_folders() -> None:
+    name = "commands.finetune.rope"
+    assert not problems(import_order, name, "from ...cli_options import x")
+    assert problems(import_order, name, "from .run import x") and problems(
+        import_order, name, "from ..eval import measure"
+    )
+
+
 def test_import_order_asks_for_the_rank_of_a_new_module() -> None:
     assert "give it a rank" in problems(import_order, "surprise", "")[0]
 
@@ -197,6 +205,9 @@ def test_broad_except_flags(catch: str) -> None:
     assert problems(broad_except, "layout", f"try:\n    pass\n{catch}\n    pass")
     assert problems(broad_except, "layout", "with suppress(Exception):\n    pass")
     assert not problems(broad_except, "layout", "try:\n    pass\nexcept (OSError, KeyError):\n    pass")
+    plain = "def {}():\n    try:\n        pass\n    except Exception as error:\n        raise"
+    assert not problems(broad_except, "commands.finetune.base_model", plain.format("_load_tokenizer"))
+    assert problems(broad_except, "commands.finetune.base_model", plain.format("load_weights"))
 
 
 @pytest.mark.parametrize(

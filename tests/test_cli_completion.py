@@ -42,11 +42,13 @@ def tab(folder: Path, *words: str) -> set[str]:
 
 
 def test_commands_options_and_choices_are_completed(folder: Path) -> None:
-    assert tab(folder, "") == {"check", "plan", "trace", "bench"}
+    assert tab(folder, "") == {"check", "plan", "trace", "bench", "finetune", "eval"}
     assert tab(folder, "pl") == {"plan"}
     assert tab(folder, "plan", "--host") == {"--host-mem"}
     assert tab(folder, "plan", "--host-mem", "128", "--checkpoints", "") == {"auto", "attention", "input", "segment"}
     assert "--host-mem" not in tab(folder, "bench", "--")
+    assert {"--max_length", "--learning_rate", "--lr_scheduler_type"} <= tab(folder, "finetune", "--")
+    assert tab(folder, "eval", "--dtype", "") == {"float32", "bfloat16"}
 
 
 @pytest.mark.parametrize(

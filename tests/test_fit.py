@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from bench_results import read_json
 
 from hf_fpdt.exchange import sharded_seconds, ulysses_seconds
 from hf_fpdt.fit import (
@@ -21,11 +22,7 @@ from hf_fpdt.fit import (
     what_would_help,
 )
 from hf_fpdt.rates import GPUS, step_seconds
-from tests import app_support  # noqa: F401  (where scripts are)
 from tests.test_rates import LLAMA_8B
-
-# isort: split
-from bench_results import read_json
 
 LORA = Weights(total=8_072_204_288, trained=41_943_040, largest_trained=1_310_720, outside=1_050_677_248)
 TRAINING = Training(model=LLAMA_8B, weights=LORA, vocabulary=128_256, chunk_tokens=32_768, loss_tokens=1024)

@@ -7,18 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import long_step
 import pytest
 import torch
+from long_step import Text, foretell, parse
 from transformers import LlamaConfig
 
-from tests import app_support  # noqa: F401  (where scripts are)
-from tests.test_bench import SIZES
-
-# isort: split
-import long_step
-from long_step import Text, foretell, parse
-
 from hf_fpdt import FPDTPlugin
+from tests.test_bench import SIZES
 
 H100 = "NVIDIA H100 80GB HBM3"
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from tests import app_support  # noqa: F401  (where scripts are)
-
-# isort: split
 from bench_pictures import PICTURES, draw, draw_reach, draw_scaling
 from bench_results import ROOT, read, read_json, read_step
 from publish import LONGER, PAGES, REACH, SEVERAL, publish, reach_table, steps_table, table

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quickstart_model import Muon, orthogonal
 from torch import nn
 
-from tests import app_support  # noqa: F401  (where scripts are)
 from tests.support import assert_rejects, relative_error
-
-# isort: split
-from quickstart_model import Muon, orthogonal
 
 SHAPES = ((96, 256), (256, 96), (96, 96))
 

@@ -1,5 +1,7 @@
 """The model to train: what can be known of it before a weight is read or a text tokenised, and then its weights."""
 
+from __future__ import annotations
+
 import json
 import pickle
 import zipfile
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -24,35 +27,52 @@ from transformers.utils import (
     WEIGHTS_NAME,
     find_adapter_config_file,
 )
-from user_error import UserError, one_line
 
-from hf_fpdt import FPDTPlugin, apply_fpdt
-from hf_fpdt.comms import SequenceParallelGroup
+from ...cli_options import UserMistake, one_line
+from ...comms import SequenceParallelGroup
+from ...config import FPDTPlugin
+from ...model import apply_fpdt
 
 # In transformers' own order: the first that is there is loaded.
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 CANNOT_BE_LOADED = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 # What sizes that do not fit together raise, such as a padding token beyond the vocabulary.
 CANNOT_BE_BUILT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+# What a broken config.json or tokenizer.json raises, of what it holds in place of what is expected.
+CANNOT_BE_READ = (*CANNOT_BE_BUILT, ImportError, OSError, StrictDataclassError, ValueError)
 FETCH_AGAIN = "copy or download the weights again (a clone without git-lfs has none)"
 
 
 def load_config_and_tokenizer(name: str) -> tuple[PreTrainedConfig, Any]:
     """The small files of the model; a wrong name is found here, before any weight is read."""
     _refuse_adapter(name)
-    loaded = []
-    for what, kind in (("config", AutoConfig), ("tokenizer", AutoTokenizer)):
-        try:
-            loaded.append(kind.from_pretrained(name))
-        except Exception as error:  # broken files raise anything, tokenizers a plain Exception
-            raise UserError(
-                f"--model: the {what} of {name!r} can't be read: {one_line(error)}; give a hub name or the whole "
-                "folder of a model with its tokenizer, and check the name, or the network"
-            ) from error
-    config, tokenizer = loaded
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except CANNOT_BE_READ as error:
+        raise _unreadable("config", name, error) from error
+    tokenizer = _load_tokenizer(name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return config, tokenizer
+
+
+def _load_tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except CANNOT_BE_READ as error:
+        raise _unreadable("tokenizer", name, error) from error
+    except Exception as error:
+        # The tokenizers library raises the class Exception itself, which has no narrower name to catch it by.
+        if type(error) is not Exception:
+            raise
+        raise _unreadable("tokenizer", name, error) from error
+
+
+def _unreadable(what: str, name: str, error: BaseException) -> UserMistake:
+    return UserMistake(
+        f"--model: the {what} of {name!r} can't be read: {one_line(error)}; give a hub name or the whole folder of a "
+        "model with its tokenizer, and check the name, or the network"
+    )
 
 
 def _refuse_adapter(name: str) -> None:
@@ -63,7 +83,7 @@ def _refuse_adapter(name: str) -> None:
     except (OSError, ValueError, AttributeError):  # no such model, or a broken file: another check says which
         return
     if path:
-        raise UserError(
+        raise UserMistake(
             f"--model: {name!r} is a PEFT adapter (it has an adapter_config.json), not a model; give its base model"
             f"{f', {base!r}' if base else ''}, or merge it first: merge_and_unload(), then save_pretrained()"
         )
@@ -76,7 +96,7 @@ def check_weights(name: str, config: PreTrainedConfig) -> None:
         return  # a hub name: its weights come with from_pretrained; or a file of a name of its own
     first = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
     if first is None:
-        raise UserError(
+        raise UserMistake(
             f"--model: the folder {folder} holds no weights, none of {', '.join(WEIGHT_FILES)}; give a folder that "
             "save_pretrained wrote, or a hub name"
         )
@@ -84,7 +104,7 @@ def check_weights(name: str, config: PreTrainedConfig) -> None:
         try:
             _check_head(path)
         except (OSError, SafetensorError, EOFError) as error:
-            raise UserError(f"--model: {path} can't be read: {one_line(error)}; {FETCH_AGAIN}") from error
+            raise UserMistake(f"--model: {path} can't be read: {one_line(error)}; {FETCH_AGAIN}") from error
 
 
 def _shards(path: Path) -> list[Path]:
@@ -94,7 +114,7 @@ def _shards(path: Path) -> list[Path]:
     try:
         files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"--model: {path} is no index of weights: {one_line(error)}; {FETCH_AGAIN}") from error
+        raise UserMistake(f"--model: {path} is no index of weights: {one_line(error)}; {FETCH_AGAIN}") from error
     return [path.with_name(str(file)) for file in sorted(files)]
 
 
@@ -113,15 +133,15 @@ def model_without_weights(
 ) -> nn.Module:
     """The model on no device, under FPDT; refuses what FPDT can't run."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"--model: {name} is no causal language model ({type(config).__name__}); give one that is")
+        raise UserMistake(f"--model: {name} is no causal language model ({type(config).__name__}); give one that is")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="fpdt")
         apply_fpdt(model, plugin, group)
     except (NotImplementedError, ValueError) as error:
-        raise UserError(f"--model: hf_fpdt can't train {name}: {error}") from error
+        raise UserMistake(f"--model: hf_fpdt can't train {name}: {error}") from error
     except CANNOT_BE_BUILT as error:
-        raise UserError(
+        raise UserMistake(
             f"--model: the config of {name!r} makes no model: {one_line(error)}; give the config that belongs to it"
         ) from error
     return model
@@ -132,8 +152,8 @@ def check_lora_targets(model: nn.Module, targets: str | list[str]) -> None:
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     missing = [target for target in targets if target not in names] if isinstance(targets, list) else []
     if missing:
-        raise UserError(
-            f"--lora-targets: {', '.join(missing)} is in no layer of this model; allowed: all-linear or any of "
+        raise UserMistake(
+            f"--lora_target_modules: {', '.join(missing)} is in no layer of this model; allowed: all-linear or any of "
             f"{', '.join(sorted(names))}"
         )
 
@@ -151,13 +171,13 @@ def load_weights(name: str, dtype: torch.dtype, config: PreTrainedConfig | None 
             name, config=config, attn_implementation="fpdt", dtype=dtype, output_loading_info=True
         )
     except CANNOT_BE_LOADED as error:
-        raise UserError(
+        raise UserMistake(
             f"--model: the weights of {name!r} can't be loaded: {one_line(error)}; give weights that are whole and "
             "belong to the config beside them"
         ) from error
     missing = sorted(found["missing_keys"])
     if missing:
-        raise UserError(
+        raise UserMistake(
             f"--model: the weights of {name!r} lack {len(missing)} parameter(s) of the model, the first {missing[0]}, "
             "which would start from random numbers; give weights that belong to the config beside them"
         )

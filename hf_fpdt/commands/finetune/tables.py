@@ -4,6 +4,8 @@ A line that is no row (broken JSON, half a surrogate pair, a field too many) is 
 `strict`; a file most of whose lines are broken is of another kind than its name says, and always refused.
 """
 
+from __future__ import annotations
+
 import csv
 import gzip
 import io
@@ -17,14 +19,15 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from skipped import Skipped
-from user_error import UserError
+
+from ...cli_options import UserMistake
+from .skipped import Skipped
 
 Row = tuple[int, dict[str, Any]]  # the number of its line or record, from 1, and its fields
 MOST_CHARACTERS = 2**31 - 1  # of a field in a .csv; Python's own limit is 131,072
 
 
-class NotATable(UserError):
+class NotATable(UserMistake):
     """The file has no text column: in a folder such files may lie beside the data."""
 
 
@@ -65,7 +68,7 @@ class Table:
         if self.text_column not in names:
             shown = ", ".join(name[:40] for name in names[:12]) + (", ..." if len(names) > 12 else "")
             raise NotATable(
-                f"--text-column: {self.path} has no column {self.text_column!r}; its columns: {shown}; name the one "
+                f"--text_column: {self.path} has no column {self.text_column!r}; its columns: {shown}; name the one "
                 "that holds a document's text, or leave the file out"
             )
 
@@ -82,7 +85,7 @@ class Table:
             self.columns.update(dict.fromkeys(fields))
             yield number, fields
         if self.broken > self.rows:
-            raise UserError(
+            raise UserMistake(
                 f"data: {self.broken} of {self.broken + self.rows} lines of {self.path} can't be read, the first is "
                 f"{self.first_broken}; check that the file is what its name says"
             )
@@ -90,8 +93,8 @@ class Table:
 
     def _add_broken(self, number: int, reason: str) -> None:
         if self.strict:
-            raise UserError(
-                f"data: {self.where(number)}: {reason}; mend it, or leave such lines out with --broken-lines skip"
+            raise UserMistake(
+                f"data: {self.where(number)}: {reason}; mend it, or leave such lines out with --broken_lines skip"
             )
         self.broken += 1
         self.first_broken = self.first_broken or f"{self._place(number)}: {reason}"

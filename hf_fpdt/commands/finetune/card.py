@@ -1,12 +1,15 @@
 """The model card (README.md of the output folder), filled from what was measured in the run."""
 
+from __future__ import annotations
+
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
+TEMPLATE = Path(__file__).resolve().with_name("template.md")
+PICTURE = "![Loss at each position of held-out windows, before and after]($name)\n\n"
 
 LOADING_ADAPTER = """\
 import hf_fpdt  # registers attn_implementation="fpdt"; without it, take "sdpa"
@@ -31,11 +34,11 @@ tokenizer = AutoTokenizer.from_pretrained(folder)"""
 def loading_code(facts: Mapping[str, Any]) -> str:
     """The exact code that loads the result with the rotary parameters it was trained with."""
     code = LOADING_FULL if facts["arguments"]["full"] else LOADING_ADAPTER
-    names = {"folder": facts["arguments"]["output"], "base": facts["arguments"]["model"]}
+    names = {"folder": facts["trainer"]["output_dir"], "base": facts["arguments"]["model"]}
     return Template(code).substitute(names, dtype=facts["arguments"]["dtype"])
 
 
-def write_card(path: Path, facts: Mapping[str, Any], loss_table: str) -> None:
+def write_card(path: Path, facts: Mapping[str, Any], loss_table: str, picture: str | None) -> None:
     """Fill the template; a place without a fact is an error, never an empty line in the card."""
     arguments, data = facts["arguments"], facts["data"]
     full = arguments["full"]
@@ -44,11 +47,12 @@ def write_card(path: Path, facts: Mapping[str, Any], loss_table: str) -> None:
         "base_model": "" if Path(arguments["model"]).exists() else f"base_model: {arguments['model']}\n",
         "library_name": "transformers" if full else "peft",
         "extra_tags": "- full-fine-tune" if full else "- lora",
-        "title": f"{Path(arguments['model']).name} at {arguments['max_length_tokens']:,} tokens",
+        "title": f"{Path(arguments['model']).name} at {arguments['max_length']:,} tokens",
         "summary": _summary(facts),
         "eval_windows": data["eval_windows"],
         "eval_length": f"{data['eval_length_tokens']:,}",
         "eval_documents": _names(data["eval_documents"]),
+        "picture": Template(PICTURE).substitute(name=picture) if picture else "",
         "loss_table": loss_table,
         "loss_note": _loss_note(facts),
         "loading_code": loading_code(facts),
@@ -63,10 +67,10 @@ def write_card(path: Path, facts: Mapping[str, Any], loss_table: str) -> None:
     path.write_text(Template(TEMPLATE.read_text(encoding="utf-8")).substitute(places), encoding="utf-8")
 
 
-def command_line(argv: list[str]) -> str:
+def command_line(argv: Sequence[str]) -> str:
     """The command as it can be pasted, options on their own lines."""
     words = [shlex.quote(word) for word in argv]
-    return " \\\n    ".join(["python scripts/finetune.py", *_grouped(words)])
+    return " \\\n    ".join(["hf-fpdt finetune", *_grouped(words)])
 
 
 def _grouped(words: list[str]) -> list[str]:
@@ -92,8 +96,8 @@ def _summary(facts: Mapping[str, Any]) -> str:
     arguments, rope = facts["arguments"], facts["rope"]
     what = "All weights" if arguments["full"] else f"A LoRA adapter (rank {arguments['lora_r']})"
     return (
-        f"{what} of `{arguments['model']}`, trained for {arguments['steps']} steps on sequences of "
-        f"{arguments['max_length_tokens']:,} tokens; the base was pre-trained up to {rope['pretrained_tokens']:,}."
+        f"{what} of `{arguments['model']}`, trained for {facts['steps']} steps on sequences of "
+        f"{arguments['max_length']:,} tokens; the base was pre-trained up to {rope['pretrained_tokens']:,}."
     )
 
 
@@ -122,21 +126,29 @@ def _rope_text(rope: Mapping[str, Any]) -> str:
 
 
 def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = facts["arguments"]
+    arguments, trainer, losses = facts["arguments"], facts["trainer"], facts["training_losses"]
+    batches = f"{trainer['per_device_train_batch_size']} × {trainer['gradient_accumulation_steps']} windows"
+    peak = f"{trainer['learning_rate']:g}, {trainer['warmup_steps']:g} warm-up steps"
     rows = {
-        "sequence length": f"{arguments['max_length_tokens']:,} tokens",
+        "sequence length": f"{arguments['max_length']:,} tokens",
         "chunk": f"{_count(arguments['chunk_tokens'])} tokens",
         "processes": f"{facts['processes']}, {arguments['sp_size']} a sequence",
-        "steps": f"{arguments['steps']} of {arguments['batch_size']} × {arguments['grad_accum']} windows",
-        "learning rate": f"{arguments['lr']:g}, {arguments['warmup']} warm-up steps, cosine to a tenth",
+        "steps": f"{facts['steps']} of {batches}",
+        "learning rate": f"{peak}, {_schedule(trainer)}",
+        "optimizer": trainer["optim"],
         "weights": "all" if arguments["full"] else _lora_text(arguments),
         "dtype": arguments["dtype"],
-        "loss of the first step": f"{facts['training_losses'][0]:.3f}",
-        "loss of the last step": f"{facts['training_losses'][-1]:.3f}",
-        "seed": arguments["seed"],
+        "seed": trainer["seed"],
     }
+    if losses:
+        rows |= {"loss of the first step": f"{losses[0]:.3f}", "loss of the last step": f"{losses[-1]:.3f}"}
     seconds = {f"seconds, {name}": f"{value:.1f}" for name, value in facts["phase_seconds"].items()}
     return {**rows, **seconds, "tokens a second in training": f"{facts['training_tokens_per_s']:,.0f}"}
+
+
+def _schedule(trainer: Mapping[str, Any]) -> str:
+    kwargs = trainer["lr_scheduler_kwargs"]
+    return f"{trainer['lr_scheduler_type']} {kwargs}" if kwargs else str(trainer["lr_scheduler_type"])
 
 
 def _count(tokens: int | str) -> str:
@@ -144,8 +156,7 @@ def _count(tokens: int | str) -> str:
 
 
 def _lora_text(arguments: Mapping[str, Any]) -> str:
-    targets = arguments["lora_targets"]
-    where = targets if isinstance(targets, str) else ", ".join(targets)
+    where = ", ".join(arguments["lora_target_modules"])
     numbers = f"rank {arguments['lora_r']}, alpha {arguments['lora_alpha']}, dropout {arguments['lora_dropout']}"
     return f"LoRA {numbers}, on {where}"
 

@@ -4,12 +4,15 @@ Works on `config.rope_parameters` of transformers 5 (one dictionary for the mode
 and rebuilds the rotary modules of a loaded model in place, so that the weights are read once.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from user_error import UserError
+
+from ...cli_options import UserMistake
 
 KINDS = ("none", "linear", "yarn")
 
@@ -39,9 +42,9 @@ def plan_rope(config: PreTrainedConfig, kind: str, factor: float | None, max_len
         reach = max(config.max_position_embeddings, max_length_tokens)
         return RopePlan(kind, 1.0, before, dict(before), reach, pretrained)
     if before["rope_type"] not in ("default", kind):
-        raise UserError(
-            f"--rope-scaling {kind}: this model already has rope_type {before['rope_type']!r}; allowed: "
-            f"default or {kind}; use --rope-scaling none to keep the model's own"
+        raise UserMistake(
+            f"--rope_scaling {kind}: this model already has rope_type {before['rope_type']!r}; allowed: "
+            f"default or {kind}; use --rope_scaling none to keep the model's own"
         )
     factor = factor if factor is not None else max(1.0, max_length_tokens / pretrained)
     reach = max(max_length_tokens, round(pretrained * factor))
@@ -58,10 +61,10 @@ def beyond_reach(config: PreTrainedConfig, plan: RopePlan, max_length_tokens: in
     if plan.changes or max_length_tokens <= config.max_position_embeddings:
         return None
     kind = plan.before["rope_type"]
-    what = "add --rope-scaling yarn" if kind == "default" else f"there is no other for its rope_type {kind!r} here"
+    what = "add --rope_scaling yarn" if kind == "default" else f"there is no other for its rope_type {kind!r} here"
     return (
         f"warning: windows have up to {max_length_tokens:,} tokens, the model's configuration ends at "
-        f"{config.max_position_embeddings:,} and --rope-scaling is none: {what}; see the loss by position"
+        f"{config.max_position_embeddings:,} and --rope_scaling is none: {what}; see the loss by position"
     )
 
 
@@ -69,7 +72,7 @@ def _rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
     parameters = getattr(config, "rope_parameters", None)
     if not isinstance(parameters, dict) or "rope_theta" not in parameters:
         kind = "one set for each layer type" if isinstance(parameters, dict) else "none"
-        raise UserError(
+        raise UserMistake(
             f"--model: {type(config).__name__} has no single set of rotary parameters (found {kind}); allowed: "
             "models with one config.rope_parameters, as Llama and GPT-NeoX have"
         )
@@ -84,7 +87,7 @@ def apply_rope(model: PreTrainedModel, plan: RopePlan) -> None:
         setattr(parent, name, type(rotary)(config=model.config).to(rotary.inv_freq.device))
 
 
-def rotary_modules(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+def rotary_modules(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """(parent, attribute, module) of every rotary embedding in the model."""
     return [
         (parent, name, child)

@@ -1,9 +1,11 @@
 """Documents in, training and evaluation windows out.
 
-A document is one text (`text_sources` reads them). Documents are held out whole, so that no evaluation window shares
+A document is one text (`sources` reads them). Documents are held out whole, so that no evaluation window shares
 a document with a training window. A window is a list of pieces (document, start, stop) that together hold at most
 max_length_tokens; which pieces go where is integer arithmetic (`plan_windows`), done before any token is copied.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from user_error import UserError
+
+from ...cli_options import UserMistake
 
 IGNORED_LABEL = -100
 
@@ -38,14 +41,14 @@ def hold_out(documents: Dataset, fraction: float, seed: int) -> tuple[Dataset, D
     """Split whole documents: (training, held out). At least one of each."""
     held_out_documents = max(1, round(len(documents) * fraction))
     if len(documents) == 1:
-        raise UserError(
+        raise UserMistake(
             f"data: there is one document only, {documents[0]['name']}, and one is held out to evaluate on; give more "
-            "documents, or one to hold out with --eval-data"
+            "documents, or one to hold out with --eval_data"
         )
     if held_out_documents >= len(documents):
-        raise UserError(
-            f"--eval-fraction: {len(documents)} document(s) and a fraction of {fraction} leave nothing to "
-            "train on; give a smaller fraction, more documents, or other documents with --eval-data"
+        raise UserMistake(
+            f"--eval_fraction: {len(documents)} document(s) and a fraction of {fraction} leave nothing to "
+            "train on; give a smaller fraction, more documents, or other documents with --eval_data"
         )
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = sorted(order[:held_out_documents])
@@ -57,8 +60,8 @@ def without_held_out_texts(training: Dataset, held_out: Dataset) -> Dataset:
     hashes = {sha256(text.encode()).digest() for text in held_out["text"]}
     kept = [row for row, text in enumerate(training["text"]) if sha256(text.encode()).digest() not in hashes]
     if not kept:
-        raise UserError(
-            "data: the text of every training document is also held out; give --data and --eval-data different "
+        raise UserMistake(
+            "data: the text of every training document is also held out; give --data and --eval_data different "
             "documents, or more of them"
         )
     return training.select(kept)
@@ -67,7 +70,7 @@ def without_held_out_texts(training: Dataset, held_out: Dataset) -> Dataset:
 def check_tokenizer(tokenizer: Any, known_ids: int | None = None) -> None:
     """Refuse one without an end of sequence that the model knows; its ids from `known_ids` on have no embedding."""
     if tokenizer.eos_token_id is None:
-        raise UserError(
+        raise UserMistake(
             "--model: the tokenizer has no end-of-sequence token, which must stand between documents; set "
             "eos_token in it"
         )
@@ -78,7 +81,7 @@ def _check_known(ids: Sequence[int], where: str, tokenizer: Any, known_ids: int 
     """Refuse the ids that are used and unknown; that a vocabulary is larger than the model's alone does no harm."""
     if known_ids is not None and (largest := max(ids, default=0)) >= known_ids:
         token = tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(
+        raise UserMistake(
             f"--model: {where} has the token {token!r} with id {largest}; the tokenizer has {len(tokenizer)} tokens, "
             f"the model knows {known_ids}; give the tokenizer that belongs to the model, or call "
             f"model.resize_token_embeddings({len(tokenizer)}) and save_pretrained() first"

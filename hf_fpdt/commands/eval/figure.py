@@ -1,24 +1,33 @@
 """The loss-by-position figure: one line a model state, positions on a log2 axis, a mark at the pre-training length."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
+from ...arguments import tokens_text
+from ...trace_picture import check_matplotlib
+from .curves import Curve, position_bins
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from loss_by_position import Curve, position_bins  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator  # noqa: E402
-from user_error import tokens_text  # noqa: E402
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = ("#b23a2e", "#7a7f87", "#1f5fa8")
 FIRST_POSITION_SHOWN = 16
 
 
 def draw(path: Path, curves: Sequence[Curve], pretrained_tokens: int, title: str) -> None:
-    """Write the figure as a PNG that stays readable at the width of a README (about 800 pixels)."""
-    figure, axes = plt.subplots(figsize=(8.0, 4.2), dpi=200)
+    """Write the figure as a PNG that stays readable at the width of a README (about 800 pixels).
+
+    Raises:
+        PictureError: matplotlib is not installed.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 4.2), dpi=200)
+    axes = figure.subplots()
     for number, curve in enumerate(curves):
         _draw_curve(axes, curve, number, is_last=number == len(curves) - 1)
     windows, positions = curves[0].losses.shape
@@ -29,7 +38,6 @@ def draw(path: Path, curves: Sequence[Curve], pretrained_tokens: int, title: str
     axes.legend(frameon=False, fontsize=9.5, loc="best")
     figure.tight_layout()
     figure.savefig(path)
-    plt.close(figure)
 
 
 def _draw_curve(axes: Axes, curve: Curve, number: int, is_last: bool) -> None:
@@ -37,13 +45,15 @@ def _draw_curve(axes: Axes, curve: Curve, number: int, is_last: bool) -> None:
     centres = [(max(first, FIRST_POSITION_SHOWN) * stop) ** 0.5 for first, stop in bins]
     losses = [curve.between(first, stop) for first, stop in bins]
     thin = not is_last and number > 0  # only the first and the last state are the comparison
-    style = (
+    style: dict[str, Any] = (
         {"linewidth": 1.2, "linestyle": (0, (4, 2))} if thin else {"linewidth": 2.2, "marker": "o", "markersize": 3.5}
     )
     axes.plot(centres, losses, color=COLOURS[-1] if is_last else COLOURS[number], label=curve.label, **style)
 
 
 def _label_axes(axes: Axes, length_tokens: int, pretrained_tokens: int) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     axes.set_xscale("log", base=2)
     ticks = [2**power for power in range(5, 31) if 2**power <= length_tokens]
     skip = max(1, len(ticks) // 9)

@@ -4,6 +4,8 @@ What is asked for by name must be readable as text; in a folder, files of other 
 What was left out is said in a line each, never silently.
 """
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, Features, Value, load_dataset
-from skipped import Skipped
-from text_tables import READERS, NoRows, NotATable, Table, json_kind, open_unpacked, read_rows, unpacked_suffix
-from user_error import UserError, one_line
+from datasets.exceptions import DatasetsError
 
-BROKEN_LINES = ("skip", "error")
-WHAT_IS_READ = (
-    "text and source files, tables (.jsonl, .ndjson, .json, .csv, .tsv, .parquet), each also as .gz, folders of "
-    "these, or hub data sets"
-)
+from ...cli_options import UserMistake, one_line
+from .skipped import Skipped
+from .tables import READERS, NoRows, NotATable, Table, json_kind, open_unpacked, read_rows, unpacked_suffix
+
 TEXT_SUFFIXES = frozenset(
     (".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg")
     + (".py", ".pyi", ".js", ".ts", ".tsx", ".java", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".go", ".rs")
@@ -29,11 +28,13 @@ TEXT_SUFFIXES = frozenset(
 )
 # In a folder these hold all sorts of things beside the data; .jsonl and .parquet are data.
 OFTEN_NO_DATA = frozenset((".json", ".csv", ".tsv"))
+# Not found, offline, gated, made by a script, of a split that it lacks.
+NO_HUB_DATA = (DatasetsError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError)
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 Document = tuple[str, str]  # name, text
 
 
-class NotText(UserError):
+class NotText(UserMistake):
     """The file's bytes are no text."""
 
 
@@ -54,7 +55,7 @@ def read_documents(
         else:
             reader.skipped.add("blank documents left out", name)
     if not texts:
-        raise UserError(
+        raise UserMistake(
             f"data: {', '.join(sources)} holds no text{reader.left_out()}; give files, folders or tables with at "
             "least one document"
         )
@@ -71,7 +72,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(
+        raise UserMistake(
             f"data: {path} can't be read: {one_line(error)}; check that it is whole and may be read, or leave it out"
         ) from error
 
@@ -98,9 +99,11 @@ class Reader:
         elif is_file:
             yield from self._file(path, path.name)
         elif is_there:
-            raise UserError(f"data: {path} is neither a file nor a folder, nor a link to one; give a file or a folder")
+            raise UserMistake(
+                f"data: {path} is neither a file nor a folder, nor a link to one; give a file or a folder"
+            )
         elif _looks_like_a_path(source):
-            raise UserError(f"data: no file or folder {path}; give an existing one, or the name of a hub data set")
+            raise UserMistake(f"data: no file or folder {path}; give an existing one, or the name of a hub data set")
         else:
             yield from self._hub(source)
 
@@ -118,7 +121,7 @@ class Reader:
     def _folder(self, folder: Path) -> Iterator[Document]:
         files = sorted(self._files(folder, set()))
         if not files:
-            raise UserError(
+            raise UserMistake(
                 f"data: the folder {folder} holds no text or source file and no table{self.left_out()}; read are "
                 f"files ending in .txt, .md, .py and the like, {', '.join(READERS)}, each also as .gz"
             )
@@ -178,20 +181,20 @@ class Reader:
             return value
         column = f"{where}, column {self.text_column!r}"
         if not isinstance(value, bytes):
-            raise UserError(f"--text-column: {column} holds {_kind_and_remedy(value)}")
+            raise UserMistake(f"--text_column: {column} holds {_kind_and_remedy(value)}")
         try:
             return value.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"--text-column: {column} holds bytes that are not UTF-8, from byte {error.start + 1} on; give a "
+            raise UserMistake(
+                f"--text_column: {column} holds bytes that are not UTF-8, from byte {error.start + 1} on; give a "
                 "column of text"
             ) from error
 
     def _hub(self, name: str) -> Iterator[Document]:
         try:
             rows = load_dataset(name, split="train")
-        except Exception as error:  # not found, offline, gated, script-based ...: the user has to change the name
-            raise UserError(
+        except NO_HUB_DATA as error:
+            raise UserMistake(
                 f"data: {name!r} is neither a file or folder here nor a hub data set that can be read with a "
                 f"'train' split ({type(error).__name__}); check the path or the name"
             ) from error

@@ -1,5 +1,7 @@
 """What reading data left out: how much of each kind, and the first case, for the log and for run.json."""
 
+from __future__ import annotations
+
 from collections import Counter
 from dataclasses import dataclass, field
 

@@ -1,7 +1,8 @@
-"""scripts/finetune.py as a user runs it: files, facts, a result that loads and repeats its loss, and mistakes."""
+"""`hf-fpdt finetune` as a user runs it: files, facts, a result that loads and repeats its loss, and mistakes."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -14,10 +15,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.app_support import ROOT, run_python, stories, write_jsonl, write_tiny_checkpoint
+from hf_fpdt.cli import main
+from tests.app_support import run_python, stories, write_jsonl, write_tiny_checkpoint
 
 MAX_LENGTH_TOKENS = 1024
-YARN = ("--rope-scaling", "yarn")
+YARN = ("--rope_scaling", "yarn")
+HF_FPDT = ("-m", "hf_fpdt.cli", "finetune")
+LAUNCH = (
+    "-m",
+    "accelerate.commands.launch",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+)
 RESULT_FILES = (
     "README.md",
     "run.json",
@@ -26,6 +39,9 @@ RESULT_FILES = (
     "config.json",
     "tokenizer.json",
 )
+
+
+FULL = ("--full", "--save_steps", "1")
 
 
 @dataclass(frozen=True)
@@ -61,14 +77,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 def arguments(inputs: Inputs, output: Path, *extra: str) -> list[str]:
     return [
-        *(str(ROOT / "scripts" / "finetune.py"), "--model", str(inputs.model), "--data", str(inputs.train)),
-        *("--eval-data", str(inputs.held_out), "--max-length", "1K", "--chunk-tokens", "256", "--steps", "2"),
-        *("--warmup", "0", "--lr", "1e-2", "--lora-r", "4", "--device", "cpu", "--output", str(output), *extra),
+        *("--model", str(inputs.model), "--data", str(inputs.train), "--eval_data", str(inputs.held_out)),
+        *("--max-length", "1K", "--chunk_tokens", "256", "--steps", "2", "--warmup_steps", "0", "--lr", "1e-2"),
+        *("--lora_r", "4", "--use_cpu", "--output", str(output), *extra),
     ]
 
 
-def finetuned(inputs: Inputs, output: Path, *extra: str) -> Result:
-    done = run_python(*arguments(inputs, output, *extra))
+def finetuned(inputs: Inputs, output: Path, *extra: str, start: tuple[str, ...] = HF_FPDT) -> Result:
+    done = run_python(*start, *arguments(inputs, output, *extra))
     assert done.returncode == 0, done.stderr
     return Result(output, done.stdout)
 
@@ -80,14 +96,17 @@ def lora(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 @pytest.fixture(scope="module")
 def full(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return finetuned(inputs, tmp_path_factory.mktemp("runs") / "full", *YARN, "--full", "--save-every", "1")
+    start = (*LAUNCH, "--num_processes", "1", "--cpu", "-m", "hf_fpdt.commands.finetune")
+    output = tmp_path_factory.mktemp("runs") / "full"
+    return finetuned(inputs, output, *YARN, *FULL, "--eval_strategy", "steps", "--eval_steps", "2", start=start)
 
 
 def held_out_loss(model: torch.nn.Module, inputs: Inputs) -> float:
     """The mean loss over the same windows, by the model's own loss on whole sequences."""
-    from long_text import WindowDataset, document_tokens, plan_eval_windows, tokenise
-    from text_sources import read_documents
     from transformers import AutoTokenizer
+
+    from hf_fpdt.commands.finetune.sources import read_documents
+    from hf_fpdt.commands.finetune.windows import WindowDataset, document_tokens, plan_eval_windows, tokenise
 
     tokenised = tokenise(
         read_documents([str(inputs.held_out)]), AutoTokenizer.from_pretrained(inputs.model), "held out"
@@ -111,17 +130,14 @@ def test_two_processes_that_share_every_sequence_give_the_same_run(
     lora: Result, inputs: Inputs, tmp_path: Path
 ) -> None:
     """Losses of every step, and the held-out loss at each position, as from one process."""
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = run_python(*launch, *arguments(inputs, tmp_path / "shared", *YARN, "--sp-size", "2"))
-    assert done.returncode == 0, done.stderr
-    shared = Result(tmp_path / "shared", done.stdout)
+    start = (*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "scripts/finetune.py")
+    shared = finetuned(inputs, tmp_path / "shared", *YARN, "--sp-size", "2", start=start)
     assert shared.facts["training_losses"] == pytest.approx(lora.facts["training_losses"], abs=1e-4)
     assert shared.facts["held_out_loss"] == pytest.approx(lora.facts["held_out_loss"], abs=1e-4)
     for name in ("loss_by_position.csv", "loss_by_position.png", "adapter_model.safetensors", "config.json"):
         assert (shared.output / name).stat().st_size > 0
     assert "| processes | 2, 2 a sequence |" in shared.card
-    assert done.stdout.count("training step 1 of 2") == 1, "each line is printed once, by the first process"
+    assert shared.printed.count("training step 1 of 2") == 1, "each line is printed once, by the first process"
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -154,7 +170,7 @@ def test_the_adapter_without_its_rotary_parameters_does_not(lora: Result, inputs
 
 
 def test_adapters_of_a_bfloat16_model_train_in_float32_under_autocast(inputs: Inputs, tmp_path: Path) -> None:
-    done = run_python(*arguments(inputs, tmp_path / "half", "--dtype", "bfloat16"))
+    done = run_python(*HF_FPDT, *arguments(inputs, tmp_path / "half", "--dtype", "bfloat16"))
     assert done.returncode == 0, done.stderr
     adapters = load_file(tmp_path / "half" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapters.values()} == {torch.float32}
@@ -178,7 +194,7 @@ def test_reports_each_phase_and_step(lora: Result) -> None:
 
 def test_run_json_holds_the_facts(lora: Result) -> None:
     facts = lora.facts
-    assert facts["arguments"]["max_length_tokens"] == MAX_LENGTH_TOKENS
+    assert facts["arguments"]["max_length"] == MAX_LENGTH_TOKENS
     assert len(facts["training_losses"]) == 2 and all(map(math.isfinite, facts["training_losses"]))
     assert facts["data"]["eval_length_tokens"] == MAX_LENGTH_TOKENS and facts["data"]["documents"] == 6
     assert facts["training_tokens_per_s"] > 0 and torch.__version__.startswith(facts["versions"]["torch"])
@@ -198,17 +214,91 @@ def test_saved_full_model_has_the_rope_it_was_trained_with(full: Result) -> None
     assert rope["rope_type"] == "yarn" and rope["original_max_position_embeddings"] == 512
 
 
+def test_evaluation_during_training_is_on_the_held_out_windows(full: Result) -> None:
+    assert "evaluation after step 2: held-out loss" in full.printed
+    facts = full.facts
+    assert facts["evaluation_losses"]["2"] == pytest.approx(facts["held_out_loss"]["after"], abs=2e-5)
+
+
+OTHER_SETTINGS = {
+    "rope scaling": (["--rope_scaling", "none"], ["--rope_scaling was yarn, is none"]),
+    "length": (["--max_length", "512"], ["--max_length was 1024, is 512"]),
+    "seed": (["--seed", "7"], ["--seed was 0, is 7"]),
+    "schedule": (["--lr_scheduler_type", "constant"], ["--lr_scheduler_type was cosine_with_min_lr, is constant"]),
+    "LoRA": (["--full", "no"], ["--full was True, is False", "--lora_r was None, is 4"]),
+    "batch": (["--gradient_accumulation_steps", "2"], ["was 1, is 2"]),
+    "dtype": (["--dtype", "bfloat16"], ["--bf16 was False, is True", "--dtype was float32, is bfloat16"]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_SETTINGS)
+def test_resume_with_other_settings_is_refused_by_name(
+    kind: str, full: Result, inputs: Inputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra, words = OTHER_SETTINGS[kind]
+    before = content(full.output)
+    command = arguments(inputs, full.output, *YARN, *FULL, "--resume", "--steps", "4", *extra)
+    assert_refused(command, ["--resume", "started with other settings", *words], capsys)
+    assert content(full.output) == before
+
+
+def test_resume_with_other_documents_is_refused(
+    full: Result, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same names: a file that has grown since."""
+    text = inputs.train.read_text()
+    inputs.train.write_text(text + text.replace("story", "saga").splitlines()[0] + "\n")
+    try:
+        command = arguments(inputs, full.output, *YARN, *FULL, "--resume", "--steps", "4")
+        assert_refused(command, ["--resume", "other data: 6 documents, now 7"], capsys)
+    finally:
+        inputs.train.write_text(text)
+
+
+def content(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file with its time."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_a_run_past_its_last_step_does_nothing(
+    full: Result, inputs: Inputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(full.output)
+    for steps in ("2", "1"):
+        assert main(["finetune", *arguments(inputs, full.output, *YARN, *FULL, "--resume", "--steps", steps)]) == 0
+        printed = capsys.readouterr().out
+        assert f"checkpoint-2 is of step 2, and --max_steps is {steps}" in printed and "loaded" not in printed
+    assert content(full.output) == before
+
+
+def test_checkpoints_of_another_run_are_not_mixed_with_this_ones(
+    full: Result, inputs: Inputs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(inputs, full.output, *YARN, *FULL, "--overwrite")
+    assert_refused(command, ["--overwrite", "checkpoint-2 is of another run", "--resume"], capsys)
+
+
 def test_resume_goes_on_from_the_last_checkpoint(full: Result, inputs: Inputs) -> None:
-    resumed = finetuned(
-        inputs, full.output, *YARN, "--full", "--save-every", "1", "--resume", "--overwrite", "--steps", "3"
-    )
+    resumed = finetuned(inputs, full.output, *YARN, *FULL, "--resume", "--steps", "3")
     assert "training step 3 of 3" in resumed.printed and "training step 2 of 3" not in resumed.printed
+
+
+def test_the_evaluation_of_the_adapters_folder_is_that_of_the_run(
+    lora: Result, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--data", str(inputs.held_out), "--max-length", "1K", "--chunk-tokens", "256")
+    assert main(["eval", "--model", str(lora.output), *data, "--output-dir", str(tmp_path / "out")]) == 0
+    table = [row.split() for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    assert float(table[-1][3]) == pytest.approx(lora.facts["held_out_loss"]["after"], abs=6e-4)
+    kept = [(folder / "loss_by_position.csv").read_text().splitlines() for folder in (lora.output, tmp_path / "out")]
+    assert [row.rpartition(",")[2] for row in kept[0][1:]] == [row.rpartition(",")[2] for row in kept[1][1:]]
 
 
 def test_what_is_left_out_is_said_and_padding_needs_no_token_of_its_own(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import finetune
+    """And without matplotlib the run has no figure, says so, and its card shows none."""
     from transformers import AutoTokenizer
 
     model = shutil.copytree(inputs.model, tmp_path / "model")
@@ -220,9 +310,10 @@ def test_what_is_left_out_is_said_and_padding_needs_no_token_of_its_own(
     (data / "table.jsonl").write_text(inputs.train.read_text().splitlines()[0] + '\n{"broken\n')
     (data / "LICENSE").write_text("free")
     sources = ("--model", str(model), "--data", str(data))
-    one_of_two_is_short = ("--max-length", "400", "--batch-size", "2", "--steps", "1")
-    monkeypatch.setattr("sys.argv", arguments(inputs, tmp_path / "output", *sources, *one_of_two_is_short))
-    finetune.run_main(finetune.main)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
+    one_of_two_is_short = ("--max-length", "400", "--per_device_train_batch_size", "2", "--steps", "1")
+    assert main(["finetune", *arguments(inputs, tmp_path / "output", *sources, *one_of_two_is_short)]) == 0
     facts = json.loads((tmp_path / "output" / "run.json").read_text())
     assert facts["data"]["windows"] == 2 and facts["data"]["full_windows"] == 1
     assert math.isfinite(facts["training_losses"][0])
@@ -233,30 +324,37 @@ def test_what_is_left_out_is_said_and_padding_needs_no_token_of_its_own(
     ]
     printed = capsys.readouterr().out
     assert all(line in printed for line in left_out)
+    assert "no loss_by_position.png: the picture is drawn by matplotlib, which is not installed" in printed
+    assert not (tmp_path / "output" / "loss_by_position.png").exists()
+    assert "![" not in (tmp_path / "output" / "README.md").read_text()
 
 
 MISTAKES = [
-    (["--max-length", "lots"], ["--max-length", "'lots'", "1M"]),
+    (["--max-length", "lots"], ["--max_length", "'lots'", "1M"]),
     (["--model", "no/such-model"], ["--model", "no/such-model"]),
     (["--data", "no_such_file.jsonl"], ["no_such_file.jsonl", "existing"]),
-    (["--text-column", "body"], ["--text-column", "'body'", "text"]),
+    (["--text-column", "body"], ["--text_column", "'body'", "text"]),
     (["--eval-data", "no_such_file.txt"], ["no file or folder no_such_file.txt"]),
-    (["--output", "/proc/version/out"], ["--output", "/proc/version/out", "can't be made or written", "give one"]),
-    (["--output", "/proc/out"], ["--output", "/proc/out", "can't be made or written"]),
-    (["--lora-targets", "q_proj,w_pack"], ["--lora-targets", "w_pack", "o_proj"]),
-    (["--rope-factor", "4"], ["--rope-factor", "--rope-scaling", "yarn"]),
-    (["--sp-size", "2"], ["--sp-size", "1 process", "accelerate launch --num_processes"]),
-    (["--lora-dropout", "1.5"], ["--lora-dropout", "1.5", "allowed"]),
-    (["--resume"], ["--resume", "no checkpoint", "--save-every"]),
-    (["--rope-scaling", "yarn", "--rope-factor", "nan"], ["--rope-factor", "'nan'", "allowed"]),
-    (["--rope-scaling", "yarn", "--rope-factor", "inf"], ["--rope-factor", "'inf'", "allowed"]),
+    (["--output", "/proc/version/out"], ["--output_dir", "/proc/version/out", "can't be made or written", "give one"]),
+    (["--output", "/proc/out"], ["--output_dir", "/proc/out", "can't be made or written"]),
+    (["--lora-target-modules", "q_proj,w_pack"], ["--lora_target_modules", "w_pack", "o_proj"]),
+    (["--rope-factor", "4"], ["--rope_factor", "--rope_scaling", "yarn"]),
+    (["--sp-size", "2"], ["--sp_size", "1 process", "accelerate launch --num_processes"]),
+    (["--lora-dropout", "1.5"], ["--lora_dropout", "1.5", "allowed"]),
+    (["--resume"], ["--resume", "no checkpoint", "--save_steps"]),
+    (["--rope-scaling", "yarn", "--rope-factor", "nan"], ["--rope_factor", "'nan'", "allowed"]),
+    (["--rope-scaling", "yarn", "--rope-factor", "inf"], ["--rope_factor", "'inf'", "allowed"]),
     *(
-        ([option, number], [option, number.rstrip("0."), "allowed"])
-        for option in ("--lr", "--weight-decay", "--lora-dropout", "--eval-fraction")
+        ([f"{option}={number}"], [option, number.rstrip("0."), "allowed"])
+        for option in ("--learning_rate", "--weight_decay", "--lora_dropout", "--eval_fraction")
         for number in ("nan", "inf", "-1")
     ),
-    (["--lr", "0"], ["--lr", "allowed: a number above 0"]),
-    (["--warmup", "-1"], ["--warmup", "-1", "allowed"]),
+    (["--report_to", "bogus"], ["bogus", "tensorboard"]),
+    (["--optim", "adamw_8bit"], ["bitsandbytes"]),
+    (["--torch_compile"], ["cannot run under this Accelerator", "torch.compile"]),
+    (["--resume_from_checkpoint", "nowhere"], ["nowhere is no checkpoint", "checkpoint-N"]),
+    (["--lr", "0"], ["--learning_rate", "allowed: a number above 0"]),
+    (["--warmup-steps=-1"], ["--warmup_steps", "-1", "allowed"]),
     (["--seed", "-1"], ["--seed", "-1", "allowed"]),
 ]
 
@@ -273,22 +371,14 @@ def test_a_mistake_ends_in_one_line_and_code_2(
     words: list[str],
     inputs: Inputs,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert_refused(arguments(inputs, tmp_path / "output", *extra), words, monkeypatch, capsys)
+    assert_refused(arguments(inputs, tmp_path / "output", *extra), words, capsys)
 
 
-def assert_refused(
-    command: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> str:
+def assert_refused(command: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The command ends in one line and code 2; returns what it printed before."""
-    import finetune
-
-    monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit) as left:
-        finetune.run_main(finetune.main)
-    assert left.value.code == 2
+    assert main(["finetune", *command]) == 2
     printed = capsys.readouterr()
     assert_one_line(printed.err, words)
     return printed.out
@@ -361,27 +451,27 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 @pytest.mark.parametrize("kind", BROKEN_MODELS)
 def test_a_broken_model_is_refused_before_data_is_read(
-    kind: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     breaks, words = BROKEN_MODELS[kind]
     model = shutil.copytree(inputs.model, tmp_path / "model")
     breaks(model)
     command = arguments(inputs, tmp_path / "output", "--model", str(model))
-    assert "reading" not in assert_refused(command, ["--model", *words], monkeypatch, capsys)
+    assert "reading" not in assert_refused(command, ["--model", *words], capsys)
 
 
 def test_a_model_whose_weights_lack_a_layer_is_refused(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its third layer would be trained from random numbers, with a warning among many lines."""
     model = shutil.copytree(inputs.model, tmp_path / "model")
     with_config(num_hidden_layers=3)(model)
     words = ["--model", "lack 9 parameter(s)", "model.layers.2.input_layernorm.weight", "random"]
-    assert_refused(arguments(inputs, tmp_path / "output", "--model", str(model)), words, monkeypatch, capsys)
+    assert_refused(arguments(inputs, tmp_path / "output", "--model", str(model)), words, capsys)
 
 
 def test_a_token_without_an_embedding_is_refused_before_weights_are_read(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = shutil.copytree(inputs.model, tmp_path / "model")
     with_embeddings(model, 280)
@@ -391,7 +481,7 @@ def test_a_token_without_an_embedding_is_refused_before_weights_are_read(
         "the tokenizer has 300 tokens, the model knows 280",
         "resize_token",
     ]
-    printed = assert_refused(arguments(inputs, tmp_path / "output", "--model", str(model)), words, monkeypatch, capsys)
+    printed = assert_refused(arguments(inputs, tmp_path / "output", "--model", str(model)), words, capsys)
     assert "loaded" not in printed
 
 
@@ -405,7 +495,7 @@ def test_a_setting_in_the_environment_that_is_none_ends_in_one_line(
 
 
 def test_a_model_fpdt_cannot_run_is_refused_before_it_loads(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import MistralConfig
 
@@ -414,10 +504,10 @@ def test_a_model_fpdt_cannot_run_is_refused_before_it_loads(
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     MistralConfig(vocab_size=300, num_key_value_heads=1, sliding_window=8, **sizes).save_pretrained(folder)
     command = arguments(inputs, tmp_path / "output", "--model", str(folder))
-    assert_refused(command, ["--model", "can't train", "sliding"], monkeypatch, capsys)
+    assert_refused(command, ["--model", "can't train", "sliding"], capsys)
 
 
 def test_a_mistake_in_a_shell(lora: Result, inputs: Inputs) -> None:
-    done = run_python(*arguments(inputs, lora.output))
+    done = run_python(*HF_FPDT, *arguments(inputs, lora.output))
     assert done.returncode == 2
-    assert_one_line(done.stderr, ["--output", "not empty", "--overwrite"])
+    assert_one_line(done.stderr, ["--output_dir", "not empty", "--overwrite"])

@@ -12,11 +12,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from tests import app_support  # noqa: F401  puts scripts/ on the path
-
-# isort: split
-from text_sources import read_documents
-from user_error import UserError
+from hf_fpdt.cli_options import UserMistake
+from hf_fpdt.commands.finetune.sources import read_documents
 
 
 def test_reads_files_folders_and_tables(tmp_path: Path) -> None:
@@ -34,7 +31,7 @@ def test_reads_files_folders_and_tables(tmp_path: Path) -> None:
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    with pytest.raises(UserError, match="no text or source file.*png 1"):
+    with pytest.raises(UserMistake, match="no text or source file.*png 1"):
         read_documents([str(tmp_path)])
 
 
@@ -65,9 +62,9 @@ REFUSED = {
     "bytes.parquet": (parquet(text=[b"good", b"\xff\xfe"]), "row 2, column 'text' holds bytes that are not UTF-8"),
     "broken.jsonl": (lines(BROKEN, BROKEN, GOOD), "2 of 3 lines of .*broken.jsonl.* line 1: Unterminated string"),
     "list.jsonl": (lines(b'[\n{"text": "a"},\n{"text": "b"}\n]\n'), "3 of 4 lines of .*list.jsonl.* line 1: "),
-    "column.jsonl": (lines({"body": "a", "id": 1}), "--text-column: .*column.jsonl has no column 'text'.*: body, id;"),
-    "column.parquet": (parquet(body=["a"]), "--text-column: .*column.parquet has no column 'text'; its columns: body"),
-    "column.csv": (b"body,id\na,1\n", "--text-column: .*column.csv has no column 'text'; its columns: body, id"),
+    "column.jsonl": (lines({"body": "a", "id": 1}), "--text_column: .*column.jsonl has no column 'text'.*: body, id;"),
+    "column.parquet": (parquet(body=["a"]), "--text_column: .*column.parquet has no column 'text'; its columns: body"),
+    "column.csv": (b"body,id\na,1\n", "--text_column: .*column.csv has no column 'text'; its columns: body, id"),
     "quoted.csv": (b'text\none, two\nthree, four\n"good"\n', "2 of 3 lines.*line 2: 2 field"),
     "object2.json": (lines({"a": 1}), "object2.json holds an object, and is no list of records"),
     "numbers.json": (lines([1, 2]), "numbers.json holds a list without objects"),
@@ -88,7 +85,7 @@ REFUSED = {
 def test_a_file_that_is_no_text_is_refused_by_name(name: str, tmp_path: Path) -> None:
     content, words = REFUSED[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=words) as refused:
+    with pytest.raises(UserMistake, match=words) as refused:
         read_documents([str(tmp_path / name)], say=lambda line: None)
     assert "\n" not in str(refused.value)
 
@@ -105,14 +102,14 @@ ODD_PATHS: dict[str, Callable[[Path], object]] = {
 def test_a_path_that_cannot_be_read_is_refused_by_name(words: str, tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     ODD_PATHS[words](path)
-    with pytest.raises(UserError, match=f"book.txt.*{words}|{words}.*book.txt"):
+    with pytest.raises(UserMistake, match=f"book.txt.*{words}|{words}.*book.txt"):
         read_documents([str(path)])
 
 
 def test_a_file_of_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").symlink_to("/proc/self/mem")
-    with pytest.raises(UserError, match="b.txt can't be read: OSError"):
+    with pytest.raises(UserMistake, match="b.txt can't be read: OSError"):
         read_documents([str(tmp_path)])
 
 
@@ -128,7 +125,7 @@ def test_broken_lines_are_counted_or_refused(tmp_path: Path) -> None:
         f"broken lines left out: 4, the first: {path} line 6: Unterminated string starting, character 10",
         f"rows without text left out: 2, the first: {path} line 10",
     ]
-    with pytest.raises(UserError, match="data.jsonl line 6: Unterminated string.*--broken-lines skip"):
+    with pytest.raises(UserMistake, match="data.jsonl line 6: Unterminated string.*--broken_lines skip"):
         read_documents([str(path)], broken_lines="error")
 
 
@@ -199,5 +196,5 @@ def test_a_folder_of_everything(tmp_path: Path) -> None:
 def test_a_folder_with_data_of_another_column_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.jsonl").write_bytes(lines({"body": "b"}))
-    with pytest.raises(UserError, match="b.jsonl has no column 'text'; its columns: body"):
+    with pytest.raises(UserMistake, match="b.jsonl has no column 'text'; its columns: body"):
         read_documents([str(tmp_path)])

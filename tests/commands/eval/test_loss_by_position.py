@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +14,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
-from tests import app_support  # noqa: F401  puts scripts/ on the path
-
-# isort: split
-import loss_by_position
-from loss_by_position import Curve, measure, octave_ranges, position_bins, table_lines, token_losses, write_csv
-from position_figure import draw
-from user_error import UserError
+from hf_fpdt.cli import main
+from hf_fpdt.commands.eval.curves import Curve, octave_ranges, position_bins, table_lines, write_csv
+from hf_fpdt.commands.eval.figure import draw
+from hf_fpdt.commands.eval.loss_by_position import measure, token_losses
+from tests.app_support import stories, write_jsonl, write_tiny_checkpoint
 
 LENGTH_TOKENS = 63
 
@@ -131,42 +130,56 @@ def test_csv_and_figure(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return app_support.write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 MISTAKES = [
     (["--model", "no/such-model"], "--model: the config of 'no/such-model' can't be read"),
-    (["--adapter", "no/such-adapter"], "--adapter: 'no/such-adapter' has no readable config"),
     (["--eval-data", "missing.txt"], "no file or folder missing.txt"),
-    (["--eval-windows", "0"], "--eval-windows"),
-    (["--output", "/proc/out"], "--output: the folder /proc/out can't be made"),
+    (["--eval-windows", "0"], "--eval_windows: A whole number from 1"),
+    (["--max-length", "1"], "--max_length: got 1"),
+    (["--chunk-tokens", "few"], "--chunk_tokens: got 'few'"),
+    (["--output", "/proc/out"], "--output_dir: the folder /proc/out can't be made"),
+    (["--eval_window", "3"], "unknown option --eval_window; did you mean --eval_windows?"),
 ]
 
 
 @pytest.mark.parametrize(("extra", "words"), MISTAKES, ids=[extra[0] for extra, _ in MISTAKES])
 def test_a_mistake_is_one_line(
-    extra: list[str], words: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    extra: list[str], words: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--model", checkpoint, "--eval-data", __file__, "--output", tmp_path / "out", *extra]
-    monkeypatch.setattr("sys.argv", ["loss_by_position.py", *map(str, command)])
-    with pytest.raises(UserError, match=words):
-        loss_by_position.main()
+    command = ["--model", checkpoint, "--data", __file__, "--output", tmp_path / "out", *extra]
+    assert main(["eval", *map(str, command)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words}") or words in error
+    assert error.count("\n") == 1
 
 
-def test_an_adapter_that_is_none_is_one_line(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("adapter_config", "words"),
+    [("{}", "names no base model; give it with --base_model"), ('{"base_model_name_or_path": "BASE"}', "can't be")],
+)
+def test_a_broken_adapter_is_one_line(
+    adapter_config: str, words: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["--model", checkpoint, "--adapter", checkpoint, "--eval-data", __file__, "--output", tmp_path / "out"]
-    monkeypatch.setattr("sys.argv", ["loss_by_position.py", *map(str, command)])
-    with pytest.raises(UserError, match="--adapter: .* has no readable config.*adapter_config.json"):
-        loss_by_position.main()
+    (tmp_path / "adapter_config.json").write_text(adapter_config.replace("BASE", str(checkpoint)))
+    command = ["--model", tmp_path, "--data", __file__, "--output_dir", tmp_path / "out"]
+    assert main(["eval", *map(str, command)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --model: ") and error.count("\n") == 1
+    assert words in error or "no readable config" in error
 
 
-def test_runs_alone(checkpoint: Path, tmp_path: Path) -> None:
-    data = app_support.write_jsonl(tmp_path / "held.jsonl", app_support.stories(2))
-    done = app_support.run_python(
-        *(loss_by_position.__file__, "--model", checkpoint, "--eval-data", data, "--max-length", "256"),
-        *("--output", tmp_path / "out"),
-    )
-    assert done.returncode == 0 and "| all" in done.stdout, done.stderr
-    assert (tmp_path / "out" / "loss_by_position.png").is_file()
+def test_runs_alone_and_without_matplotlib(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_jsonl(tmp_path / "held.jsonl", stories(2))
+    command = ["eval", "--model", checkpoint, "--data", data, "--max_length", "256", "--output", tmp_path / "out"]
+    assert main([str(word) for word in command]) == 0
+    assert "| all" in capsys.readouterr().out and (tmp_path / "out" / "loss_by_position.png").is_file()
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
+    assert main([str(word) for word in [*command, "--output", tmp_path / "plain"]]) == 0
+    printed = capsys.readouterr().out
+    assert "| all" in printed and "no loss_by_position.png: the picture is drawn by matplotlib" in printed
+    assert [path.name for path in (tmp_path / "plain").iterdir()] == ["loss_by_position.csv"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections import Counter
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tests.app_support import stories, write_jsonl, write_tiny_checkpoint
-
-# isort: split
-from long_text import (
+from hf_fpdt.arguments import tokens, tokens_text
+from hf_fpdt.cli_options import UserMistake
+from hf_fpdt.commands.finetune.sources import read_documents
+from hf_fpdt.commands.finetune.windows import (
     Piece,
     RightPadding,
     WindowDataset,
@@ -24,8 +25,7 @@ from long_text import (
     window_tokens,
     without_held_out_texts,
 )
-from text_sources import read_documents
-from user_error import UserError, parse_tokens, tokens_text
+from tests.app_support import stories, write_jsonl, write_tiny_checkpoint
 
 LENGTHS = [[5, 7, 3], [10, 20, 30], [1, 1, 1], [100], [9, 11, 63, 2, 10], [1]]
 
@@ -102,13 +102,13 @@ def test_a_copy_of_a_held_out_text_is_dropped_from_training(tmp_path: Path) -> N
 
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:
     documents = read_documents([str(write_jsonl(tmp_path / "one.jsonl", stories(1)))])
-    with pytest.raises(UserError, match="one document only, one0.*--eval-data"):
+    with pytest.raises(UserMistake, match="one document only, one0.*--eval_data"):
         hold_out(documents, 0.5, seed=0)
 
 
 def test_two_copies_of_a_document_cannot_be_split_either(tmp_path: Path) -> None:
     documents = read_documents([str(write_jsonl(tmp_path / "two.jsonl", stories(1) * 2))])
-    with pytest.raises(UserError, match="--eval-data.*more of them"):
+    with pytest.raises(UserMistake, match="--eval_data.*more of them"):
         without_held_out_texts(*hold_out(documents, 0.5, seed=0))
 
 
@@ -132,10 +132,10 @@ def test_an_id_without_an_embedding_is_refused_where_it_is_used(tmp_path: Path) 
     with_extra = read_documents([str(write_jsonl(tmp_path / "extra.jsonl", ["a", "b <extra>"]))])
     assert len(tokenise(plain, tokenizer, "texts", known)) == 2  # a larger vocabulary alone does no harm
     words = f"document extra1 has the token '<extra>' with id {known}; .* {known + 1} tokens, the model knows {known}"
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserMistake, match=words):
         tokenise(with_extra, tokenizer, "texts", known)
     tokenizer.eos_token = "<extra>"
-    with pytest.raises(UserError, match="the end of each document has the token '<extra>'"):
+    with pytest.raises(UserMistake, match="the end of each document has the token '<extra>'"):
         tokenise(plain, tokenizer, "texts", known)
 
 
@@ -146,13 +146,13 @@ def test_padding_is_on_the_right_and_not_learnt() -> None:
     assert batch["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("8192", 8192), ("8K", 8192), ("1m", 1024**2), ("3K", 3072)])
-def test_parse_tokens(text: str, tokens: int) -> None:
-    assert parse_tokens("--max-length", text) == tokens
-    assert parse_tokens("--max-length", tokens_text(tokens).replace(",", "")) == tokens
+@pytest.mark.parametrize(("text", "number"), [("8192", 8192), ("8K", 8192), ("1m", 1024**2), ("1.5K", 1536)])
+def test_tokens_are_read_as_they_are_written(text: str, number: int) -> None:
+    assert tokens(text) == number
+    assert tokens(tokens_text(number).replace(",", "")) == number
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1.5K", "K", "8 K", "1G"])
-def test_parse_tokens_refuses(text: str) -> None:
-    with pytest.raises(UserError, match="--max-length.*allowed"):
-        parse_tokens("--max-length", text)
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.0001K", "K", "1G"])
+def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
+    with pytest.raises(ArgumentTypeError, match="tokens"):
+        tokens(text)

@@ -15,11 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests import app_support  # noqa: F401  puts scripts/ on the path
-
-# isort: split
-from rope_scaling import apply_rope, beyond_reach, plan_rope, rotary_modules
-from user_error import UserError
+from hf_fpdt.cli_options import UserMistake
+from hf_fpdt.commands.finetune.rope import apply_rope, beyond_reach, plan_rope, rotary_modules
 
 SIZES = {
     "vocab_size": 64,
@@ -97,12 +94,12 @@ def test_a_model_stretched_before_counts_from_its_first_length() -> None:
 def test_another_kind_on_a_stretched_model_is_refused() -> None:
     config = config_of("llama")
     config.rope_parameters = plan_rope(config, "linear", None, 512).after
-    with pytest.raises(UserError, match="already has rope_type 'linear'"):
+    with pytest.raises(UserMistake, match="already has rope_type 'linear'"):
         plan_rope(config, "yarn", None, 1024)
 
 
 def test_a_model_with_a_set_for_each_layer_type_is_refused() -> None:
-    with pytest.raises(UserError, match="layer type"):
+    with pytest.raises(UserMistake, match="layer type"):
         plan_rope(Gemma3TextConfig(num_hidden_layers=2), "yarn", None, 1024)
 
 
@@ -114,6 +111,6 @@ def test_windows_beyond_the_models_reach_are_warned_of() -> None:
 
     assert warning("none", 128) is None and warning("yarn", 129) is None
     said = warning("none", 129)
-    assert said is not None and "129 tokens" in said and "ends at 128" in said and "add --rope-scaling yarn" in said
+    assert said is not None and "129 tokens" in said and "ends at 128" in said and "add --rope_scaling yarn" in said
     config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": 2.0}
     assert "no other for its rope_type 'linear'" in (warning("none", 129) or "")

@@ -1,0 +1,97 @@
+"""One measurement of `hf-fpdt eval`: every check that takes no time, then the data, and the weights last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from ...cli_options import UserMistake, mistakes, one_line
+from ...model import apply_fpdt
+from ...trace_picture import PictureError
+from ..finetune.base_model import (
+    check_weights,
+    known_ids,
+    load_config_and_tokenizer,
+    load_weights,
+    model_without_weights,
+)
+from ..finetune.options import DTYPES, fpdt_plugin
+from ..finetune.output import make_folder
+from ..finetune.sources import read_documents
+from ..finetune.steps import Progress, quiet
+from ..finetune.windows import WindowDataset, document_tokens, plan_eval_windows, tokenise, window_tokens
+from .curves import table_lines, write_csv
+from .figure import draw
+from .loss_by_position import measure
+from .options import EvalOptions
+
+BROKEN_ADAPTER = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, SafetensorError)
+
+
+def evaluate_model(options: EvalOptions) -> list[str]:
+    """The table's lines; writes the csv and the figure."""
+    quiet()
+    progress = Progress()
+    make_folder(options.output_dir)
+    windows, model = _windows_and_model(options, progress)
+    label = Path(options.model).name
+    with mistakes(NotImplementedError):
+        curves = [measure(model, windows, label, progress.say)]
+    config: Any = model.config
+    reach = int(config.rope_parameters.get("original_max_position_embeddings", config.max_position_embeddings))
+    write_csv(options.output_dir / "loss_by_position.csv", curves)
+    try:
+        draw(options.output_dir / "loss_by_position.png", curves, reach, f"Loss by position, {label}")
+    except PictureError as error:
+        progress.say(f"no loss_by_position.png: {error}")
+    return table_lines(curves, reach)
+
+
+def _windows_and_model(options: EvalOptions, progress: Progress) -> tuple[list[dict[str, Tensor]], nn.Module]:
+    plugin = fpdt_plugin({"chunk_tokens": options.chunk_tokens, "sp_size": "1"})
+    config, tokenizer = load_config_and_tokenizer(options.base)
+    config = _adapters_config(options.adapter) if options.adapter else config
+    ids = known_ids(model_without_weights(options.base, config, plugin))
+    check_weights(options.base, config)
+    rows = _windows(options, tokenizer, ids, progress)
+    model = load_weights(options.base, DTYPES[options.dtype], config)
+    apply_fpdt(model, plugin)
+    model = _with_adapter(model, options.adapter) if options.adapter else model
+    on_gpu = torch.cuda.is_available() and not options.use_cpu
+    return [rows[index] for index in range(len(rows))], model.to("cuda" if on_gpu else "cpu")
+
+
+def _windows(options: EvalOptions, tokenizer: Any, ids: int, progress: Progress) -> WindowDataset:
+    documents = read_documents(options.data, options.text_column, options.broken_lines, progress.say)
+    tokenised = tokenise(documents, tokenizer, "held-out documents", ids)
+    windows = plan_eval_windows(document_tokens(tokenised), options.max_length, len(documents), options.eval_windows)
+    if window_tokens(windows[0]) < 2:
+        raise UserMistake("data: fewer than two tokens in every held-out document; give longer documents")
+    return WindowDataset(tokenised, windows)
+
+
+def _adapters_config(folder: str) -> Any:
+    try:
+        PeftConfig.from_pretrained(folder)  # so that what is broken is found before weights are read
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise UserMistake(
+            f"--model: the adapter {folder!r} has no readable config: {one_line(error)}; give a folder that hf-fpdt "
+            "finetune wrote"
+        ) from error
+
+
+def _with_adapter(model: nn.Module, folder: str) -> nn.Module:
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except BROKEN_ADAPTER as error:
+        raise UserMistake(
+            f"--model: the adapter {folder!r} can't be loaded: {one_line(error)}; give a folder that hf-fpdt finetune "
+            "wrote"
+        ) from error

@@ -1,0 +1,8 @@
+"""`accelerate launch -m hf_fpdt.commands.finetune …` is `hf-fpdt finetune …` in several processes."""
+
+import sys
+
+from ...cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(["finetune", *sys.argv[1:]]))

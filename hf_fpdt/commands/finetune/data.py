@@ -1,0 +1,94 @@
+"""From sources to windows: what is trained on, what is held out, and how much of each there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from ...arguments import tokens_text
+from ...cli_options import UserMistake
+from .options import Options
+from .sources import read_documents
+from .steps import Progress
+from .windows import (
+    WindowDataset,
+    document_tokens,
+    hold_out,
+    plan_eval_windows,
+    plan_windows,
+    tokenise,
+    window_tokens,
+    without_held_out_texts,
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and evaluation windows, and what the card says about them."""
+
+    training: WindowDataset
+    evaluation: WindowDataset
+    facts: dict[str, Any]
+
+
+def prepare_data(options: Options, tokenizer: Any, progress: Progress, ids: int) -> Data:
+    """Read, hold out, tokenise and plan the windows; says how much of each there is.
+
+    The model knows `ids` token ids.
+    """
+    documents, held_out, left_out = _documents(options, progress)
+    progress.say(f"tokenising {len(documents)} training and {len(held_out)} held-out documents")
+    training = tokenise(documents, tokenizer, "training documents", ids)
+    evaluation = tokenise(held_out, tokenizer, "held-out documents", ids)
+    lengths, eval_lengths = document_tokens(training), document_tokens(evaluation)
+    windows = plan_windows(lengths, options.max_length)
+    eval_windows = plan_eval_windows(eval_lengths, options.max_length, options.eval_docs, options.eval_windows)
+    if not windows or window_tokens(eval_windows[0]) < 2:
+        raise UserMistake("data: fewer than two tokens in the training or the held-out documents; give longer ones")
+    facts = {
+        "documents": len(lengths),
+        "tokens": sum(lengths),
+        "windows": len(windows),
+        "full_windows": sum(window_tokens(window) == options.max_length for window in windows),
+        "held_out_documents": len(eval_lengths),
+        "eval_documents": sorted({evaluation[window[0].document]["name"] for window in eval_windows}),
+        "eval_windows": len(eval_windows),
+        "eval_length_tokens": window_tokens(eval_windows[0]),
+        "left_out": left_out,
+    }
+    progress.say(_data_line(facts, options))
+    return Data(WindowDataset(training, windows), WindowDataset(evaluation, eval_windows), facts)
+
+
+def _documents(options: Options, progress: Progress) -> tuple[Dataset, Dataset, list[str]]:
+    """(training, held out, what was left out); held-out sources first, for a mistake in them costs little there."""
+    left_out: list[str] = []
+
+    def say(line: str) -> None:
+        left_out.append(line)
+        progress.say(line)
+
+    def read(sources: list[str]) -> Dataset:
+        progress.say(f"reading {', '.join(sources)}")
+        return read_documents(sources, options.text_column, options.broken_lines, say)
+
+    if options.eval_data:
+        held_out, documents = read(options.eval_data), read(options.data)
+    else:
+        documents, held_out = hold_out(read(options.data), options.eval_fraction, options.trainer.seed)
+    training = without_held_out_texts(documents, held_out)
+    if copies := len(documents) - len(training):
+        say(f"training documents left out that are held out too: {copies}")
+    return training, held_out, left_out
+
+
+def _data_line(facts: dict[str, Any], options: Options) -> str:
+    short = "" if facts["eval_length_tokens"] == options.max_length else ": no held-out document is longer"
+    return (
+        f"{facts['documents']} training documents, {facts['tokens']:,} tokens, {facts['windows']} windows of "
+        f"up to {tokens_text(options.max_length)} ({facts['full_windows']} full); held out: "
+        f"{facts['held_out_documents']} documents, {facts['eval_windows']} windows of "
+        f"{tokens_text(facts['eval_length_tokens'])}{short}"
+    )

@@ -1,0 +1,158 @@
+"""The folder of a run: made before hours of work, never of two runs, and gone on in with the same settings alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from ...cli_options import UserMistake, one_line
+from .options import Options
+
+SETTINGS = "settings.json"
+# What a result follows from, but for how long is trained; where and how fast it is computed may change.
+OWN_SETTINGS = (
+    "model",
+    "dtype",
+    "data",
+    "text_column",
+    "broken_lines",
+    "eval_data",
+    "eval_fraction",
+    "max_length",
+    "rope_scaling",
+) + ("rope_factor", "full", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+TRAINER_SETTINGS = (
+    (
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "optim",
+        "optim_args",
+        "weight_decay",
+    )
+    + ("optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor")
+    + ("neftune_noise_alpha", "seed", "data_seed", "bf16", "fp16", "train_sampling_strategy", "dataloader_drop_last")
+)
+LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+DATA_SETTINGS = ("documents", "tokens", "windows")
+WINDOWS_A_STEP = "per_device_train_batch_size * gradient_accumulation_steps * processes / sp_size"
+
+
+def settings_of(options: Options) -> dict[str, Any]:
+    """By option, everything that the result follows from."""
+    trainer = options.trainer.to_dict()
+    own = {name: value for name, value in options.own().items() if name in OWN_SETTINGS}
+    if options.full:  # what is said of adapters does not matter then
+        own = {name: value for name, value in own.items() if name not in LORA_SETTINGS}
+    windows = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
+    windows = windows * int(os.environ.get("WORLD_SIZE", "1")) // options.plugin.sp_size
+    chosen = {name: trainer[name] for name in TRAINER_SETTINGS if name in trainer}
+    return json.loads(json.dumps({**own, **chosen, WINDOWS_A_STEP: windows}, default=str))
+
+
+def check_output(options: Options) -> None:
+    """Make the folder, so that hours of work do not end at it; never mix two runs in one folder by accident."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first process writes, and the others might find what it has written
+    output = Path(options.trainer.output_dir)
+    make_folder(output)
+    if options.resume:
+        return
+    if any(output.iterdir()) and not options.overwrite:
+        raise UserMistake(
+            f"--output_dir: the folder {output} is not empty; give a new one, or add --overwrite, or --resume to go on"
+        )
+    if old := get_last_checkpoint(str(output)):
+        raise UserMistake(
+            f"--overwrite: {old} is of another run, and --resume could not tell it from this one's; remove the "
+            "checkpoints, or give a new folder, or --resume to go on"
+        )
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder and write into it: nothing else shows that it can be done."""
+    try:
+        if folder.is_file():
+            raise UserMistake(f"--output_dir: {folder} is a file; give a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise UserMistake(
+            f"--output_dir: the folder {folder} can't be made or written: {one_line(error)}; give one that can be"
+        ) from error
+
+
+def checkpoint_of(options: Options) -> Path | None:
+    """The checkpoint to go on from, of a run with the same settings; None for a run from the start."""
+    output = Path(options.trainer.output_dir)
+    named = options.trainer.resume_from_checkpoint
+    if not options.resume and not named:
+        return None
+    last = named or (get_last_checkpoint(str(output)) if output.is_dir() else None)
+    if last is None:
+        raise UserMistake(f"--resume: {output} holds no checkpoint; start without --resume, with --save_steps N")
+    checkpoint = Path(last)
+    if not (checkpoint / "trainer_state.json").is_file():
+        raise UserMistake(f"--resume_from_checkpoint: {checkpoint} is no checkpoint; give a run's checkpoint-N")
+    kept = _read(checkpoint.parent / SETTINGS).get("settings", {})
+    now = settings_of(options)
+    names = sorted(name for name in {*kept, *now} if kept.get(name) != now.get(name))
+    if names:
+        changed = ", ".join(f"--{name} was {kept.get(name)}, is {now.get(name)}" for name in names)
+        raise UserMistake(
+            f"--resume: the run in {checkpoint.parent} was started with other settings: {changed}; give the same, or "
+            "start a new run in another folder"
+        )
+    return checkpoint
+
+
+def check_data(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    """Refuse to go on with other documents under the same names."""
+    kept = _read(checkpoint.parent / SETTINGS).get("data", {})
+    changed = [
+        f"{kept.get(name)} {name}, now {facts[name]}" for name in DATA_SETTINGS if kept.get(name) != facts[name]
+    ]
+    if changed:
+        raise UserMistake(
+            f"--resume: the run in {checkpoint.parent} was started with other data: {'; '.join(changed)}; give the "
+            "same, or start a new run in another folder"
+        )
+
+
+def write_settings(options: Options, facts: Mapping[str, Any]) -> None:
+    """At the start, so that a run that ends early can be gone on with."""
+    content = {"settings": settings_of(options), "data": {name: facts[name] for name in DATA_SETTINGS}}
+    path = Path(options.trainer.output_dir) / SETTINGS
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def finished(checkpoint: Path, options: Options) -> str | None:
+    """Why nothing is left to do after this checkpoint; None where there is."""
+    state = _read(checkpoint / "trainer_state.json")
+    step, epoch = int(state.get("global_step", 0)), float(state.get("epoch") or 0)
+    steps, epochs = options.trainer.max_steps, options.trainer.num_train_epochs
+    if steps > 0 and step >= steps:
+        return f"nothing to do: {checkpoint} is of step {step}, and --max_steps is {steps}"
+    if steps <= 0 and epoch >= epochs:
+        return f"nothing to do: {checkpoint} is of epoch {epoch:g}, and --num_train_epochs is {epochs:g}"
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserMistake(
+            f"--resume: {path} can't be read: {one_line(error)}; give a checkpoint that this command has written"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserMistake(f"--resume: {path} holds no settings; give a checkpoint that this command has written")
+    return content

@@ -1,0 +1,188 @@
+"""One run of `hf-fpdt finetune`: checks, data, weights; evaluate, train, evaluate; save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedConfig, PrinterCallback, Trainer, set_seed
+
+from ...cli_options import mistakes
+from ...comms import SequenceParallelGroup, build_group
+from ...model import apply_fpdt
+from ...patch import resolve_chunk_tokens
+from ...trainer import FPDTTrainer
+from ..eval.curves import Curve
+from ..eval.loss_by_position import Cut, measure
+from .base_model import (
+    check_lora_targets,
+    check_weights,
+    known_ids,
+    load_config_and_tokenizer,
+    load_weights,
+    model_without_weights,
+)
+from .data import Data, prepare_data
+from .facts import Outcome, report
+from .options import Options
+from .output import check_data, check_output, checkpoint_of, finished, write_settings
+from .rope import RopePlan, apply_rope, beyond_reach, plan_rope
+from .steps import Progress, StepPrinter, quiet
+from .trainer_options import autocast_dtype, check_trainer
+from .windows import RightPadding, check_tokenizer
+
+ROPE_ONLY = MappingProxyType({"yarn": "YaRN only, before training", "linear": "linear scaling only, before training"})
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything about a run but its weights."""
+
+    options: Options
+    tokenizer: Any
+    rope: RopePlan
+    data: Data
+    progress: Progress
+    cut: Cut
+    checkpoint: Path | None
+
+
+def run(options: Options) -> None:
+    """The whole command."""
+    quiet()
+    check_output(options)
+    progress = Progress()
+    checkpoint = checkpoint_of(options)
+    if checkpoint is not None and (reason := finished(checkpoint, options)):
+        progress.say(reason)
+        return
+    config, tokenizer = load_config_and_tokenizer(options.model)
+    rope = plan_rope(config, options.rope_scaling, options.factor, options.max_length)
+    if warning := beyond_reach(config, rope, options.max_length):
+        progress.say(warning)
+    group = build_group(options.plugin.sp_size)
+    ids = check_model(options, config, tokenizer, group)
+    # Every process at once: nothing is kept for the others, and each of them finds a mistake by itself.
+    with progress.phase("data"):
+        data = prepare_data(options, tokenizer, progress, ids)
+    _keep_settings(options, checkpoint, data)
+    set_seed(options.trainer.seed)
+    with progress.phase("load"):
+        model, cut = load_model(options, group)
+    progress.say(
+        f"loaded {options.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {options.device}, "
+        f"{PartialState().num_processes} process(es), {options.plugin.sp_size} a sequence"
+    )
+    _work(Job(options, tokenizer, rope, data, progress, cut, checkpoint), model)
+
+
+def check_model(options: Options, config: PreTrainedConfig, tokenizer: Any, group: SequenceParallelGroup) -> int:
+    """Every check of the model that takes no time; returns how many token ids it knows."""
+    model = model_without_weights(options.model, config, options.plugin, group)
+    if not options.full:
+        check_lora_targets(model, options.targets)
+    check_tokenizer(tokenizer, known_ids(model))
+    check_trainer(options.trainer, options.plugin, group, model)
+    check_weights(options.model, config)
+    return known_ids(model)
+
+
+def _keep_settings(options: Options, checkpoint: Path | None, data: Data) -> None:
+    if checkpoint is not None:
+        check_data(checkpoint, data.facts)
+    goes_on_here = checkpoint is not None and checkpoint.parent == Path(options.trainer.output_dir)
+    if PartialState().is_main_process and not goes_on_here:
+        write_settings(options, data.facts)
+
+
+def load_model(options: Options, group: SequenceParallelGroup) -> tuple[nn.Module, Cut]:
+    """The stock model on its device, with FPDT applied, and how it takes its batches."""
+    model = load_weights(options.model, options.weight_dtype)
+    model.to(options.trainer.device)
+    handle = apply_fpdt(model, options.plugin, group)
+    return model, Cut.of(handle, resolve_chunk_tokens(handle.plugin, on_gpu=options.device == "cuda"))
+
+
+def _work(job: Job, model: nn.Module) -> None:
+    trainer, curves, steps = evaluate_and_train(job, model)
+    save(trainer, job.tokenizer, Path(job.options.trainer.output_dir))
+    if PartialState().is_main_process:
+        report(Outcome(job.options, job.rope, job.data, job.progress, curves, steps), trainer.model)
+    trainer.accelerator.end_training()
+
+
+def evaluate_and_train(job: Job, model: nn.Module) -> tuple[Trainer, list[Curve], StepPrinter]:
+    """Evaluate, stretch the rotary embedding, evaluate, train, evaluate."""
+    options, progress = job.options, job.progress
+    windows = [job.data.evaluation[index] for index in range(len(job.data.evaluation))]
+    narrow = autocast_dtype(options.trainer)
+
+    def evaluate(model: nn.Module, label: str) -> Curve:
+        with (
+            progress.phase("evaluate"),
+            torch.autocast(options.device, narrow, enabled=narrow is not None),
+            mistakes(NotImplementedError),
+        ):
+            return measure(model, windows, label, progress.say, job.cut)
+
+    curves = [evaluate(model, "before")]
+    apply_rope(model, job.rope)
+    if job.rope.changes:
+        curves.append(evaluate(model, ROPE_ONLY[job.rope.kind]))
+    model = with_lora(model, options)
+    with progress.phase("train"):
+        trainer, steps = train(job, model)
+    trained = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model
+    return trainer, [*curves, evaluate(trained, "after")], steps
+
+
+def with_lora(model: nn.Module, options: Options) -> nn.Module:
+    """The PEFT model around the base, or the base itself for full training."""
+    if options.full:
+        return model
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def train(job: Job, model: nn.Module) -> tuple[Trainer, StepPrinter]:
+    """Run the Trainer; returns it with the record of its steps."""
+    steps = StepPrinter(job.progress.say)
+    with mistakes(NotImplementedError, ValueError, ImportError):
+        trainer = FPDTTrainer(
+            model=model,
+            args=job.options.trainer,
+            train_dataset=job.data.training,
+            eval_dataset=job.data.evaluation,
+            # What padding is made of reaches no loss; a token for it alone may be one that the model does not know.
+            data_collator=RightPadding(job.tokenizer.eos_token_id),
+            callbacks=[steps],
+            fpdt_plugin=job.options.plugin,
+        )
+    trainer.remove_callback(PrinterCallback)  # it would print every log as a dictionary, beside our line
+    trainer.train(resume_from_checkpoint=None if job.checkpoint is None else str(job.checkpoint))
+    return trainer, steps
+
+
+def save(trainer: Trainer, tokenizer: Any, output: Path) -> None:
+    """Weights as safetensors, tokenizer, and a config that holds the rotary parameters trained with."""
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    saving = {"save_embedding_layers": False} if base is not model else {}
+    if trainer.is_fsdp_enabled:  # every process holds a shard: all of them gather, the first one writes
+        saving["state_dict"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if PartialState().is_main_process:
+        model.save_pretrained(output, **saving)
+        base.config.save_pretrained(output)  # an adapter folder would not hold it, and the base's own is another
+        tokenizer.save_pretrained(output)
