@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["hf_fpdt", "hf_fpdt.*"]),
     package_data={"hf_fpdt": ["py.typed"], "hf_fpdt.commands.finetune": ["template.md"]},
-    entry_points={"console_scripts": ["hf-fpdt = hf_fpdt.cli:main"]},
+    entry_points={"console_scripts": ["hf-fpdt = hf_fpdt.commands.main:main"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",

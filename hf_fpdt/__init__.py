@@ -4,13 +4,11 @@ FPDT, the Fully Pipelined Distributed Transformer (arXiv 2408.16978), for transf
 registers `attn_implementation="fpdt"`; it needs no GPU.
 """
 
-from .accelerate import FPDTAccelerator
-from .attention import attend_whole
 from .config import FPDTPlugin
-from .data import ShardingCollator
-from .interface import register
-from .model import FPDTHandle, apply_fpdt
-from .trainer import FPDTTrainer, FPDTTrainerMixin
+from .engine import attend_whole
+from .model import FPDTHandle, apply_fpdt, register
+from .parallel import ShardingCollator
+from .training import FPDTAccelerator, FPDTTrainer, FPDTTrainerMixin
 
 __version__ = "0.1.0"
 __all__ = [

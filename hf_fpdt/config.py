@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 KERNEL_NAMES = ("auto", "fa4", "flash-attn-3", "flash-attn-2", "cudnn", "flash", "cpu", "math")
+
+
 CHECKPOINT_POLICIES = ("auto", "attention", "input", "segment")
 
 
@@ -206,3 +208,25 @@ def _check_flag(name: str, value: object) -> None:
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"FPDTPlugin({name}={value!r}): one of {', '.join(map(repr, allowed))} is expected.")
+
+
+AUTO_CHUNK_TOKENS_GPU = 32_768
+
+
+AUTO_RANK_TOKENS_GPU = 8_192
+
+
+AUTO_CHUNK_TOKENS_CPU = 4_096
+
+
+def resolve_chunk_tokens(plugin: FPDTPlugin, *, on_gpu: bool) -> int:
+    """Global tokens a chunk; "auto" is resolved by device, down to a multiple of `sp_size`."""
+    if plugin.chunk_tokens != "auto":
+        return plugin.chunk_tokens
+    return auto_chunk_tokens(plugin.sp_size, on_gpu=on_gpu)
+
+
+def auto_chunk_tokens(sp_size: int, *, on_gpu: bool) -> int:
+    """Global tokens a chunk for "auto": on GPUs enough that each has 8,192 of them for its matrix products."""
+    chunk_tokens = max(AUTO_CHUNK_TOKENS_GPU, AUTO_RANK_TOKENS_GPU * sp_size) if on_gpu else AUTO_CHUNK_TOKENS_CPU
+    return chunk_tokens - chunk_tokens % sp_size

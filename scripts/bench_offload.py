@@ -26,13 +26,14 @@ import torch
 from torch import nn
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
-from hf_fpdt.bench.predicted import predicted
+from hf_fpdt.commands.bench.predicted import predicted
+from hf_fpdt.commands.conditions import conditions_of
 from hf_fpdt.config import parse_tokens
-from hf_fpdt.keep import peak_bytes
-from hf_fpdt.offload import GIB
-from hf_fpdt.rates import GPUS, strict_flops
-from hf_fpdt.shapes import SHAPES, build_random, with_layers
-from hf_fpdt.versions import conditions_of
+from hf_fpdt.forecast.rates import GPUS
+from hf_fpdt.model.shapes import SHAPES, build_random, with_layers
+from hf_fpdt.plan.checkpointing import peak_bytes
+from hf_fpdt.plan.operations import strict_flops
+from hf_fpdt.units import GIB
 
 PACKAGES = ("torch", "transformers", "peft")
 PEAK_FLOPS = GPUS["h100"].peak

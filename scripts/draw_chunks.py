@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from hf_fpdt.layout import ChunkPlan
+from hf_fpdt.layout.chunks import ChunkPlan
 
 CHUNKS, TOKENS = 6, 4096
 RESIDENT = 3

@@ -2,7 +2,7 @@
 
 import sys
 
-from hf_fpdt.cli import main
+from hf_fpdt.commands.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["finetune", *sys.argv[1:]]))

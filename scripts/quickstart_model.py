@@ -30,16 +30,10 @@ from transformers import (
     set_seed,
 )
 
-from hf_fpdt.cli_options import UserMistake, exit_status
 from hf_fpdt.commands.finetune.sources import read_documents
 from hf_fpdt.commands.finetune.steps import quiet
-from hf_fpdt.commands.finetune.windows import (
-    RightPadding,
-    WindowDataset,
-    document_tokens,
-    plan_windows,
-    tokenise,
-)
+from hf_fpdt.commands.finetune.windows import RightPadding, WindowDataset, document_tokens, plan_windows, tokenise
+from hf_fpdt.commands.options import UserMistake, exit_status
 
 HELD_OUT = ("argparse", "asyncio", "email", "http", "json", "logging", "tarfile", "zipfile")
 TINY_TRAINING = ("ast", "csv", "random")

@@ -14,7 +14,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
-from tests.support import nan_filled_empty  # noqa: E402
+from tests.helpers.support import nan_filled_empty  # noqa: E402
 
 torch.set_num_threads(1)
 

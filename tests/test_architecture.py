@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import statistics
 from pathlib import Path
 
 import pytest
 
-from tests import architecture, support
-from tests.architecture import (
+from tests.helpers import architecture, support
+from tests.helpers.architecture import (
     MAX_MEDIAN_FUNCTION_LINES,
-    RANKS,
+    ROOMS,
     RULES,
     Module,
     Rule,
     asserts,
     broad_except,
     budgets,
+    circles,
+    closed_doors,
     docstrings,
     forbidden_words,
     function_lines,
-    import_order,
     module_state,
     read_package,
+    rooms,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -76,79 +79,86 @@ def test_the_package_is_found() -> None:
     assert any(module.name == "__init__" for module in PACKAGE)
 
 
+def test_the_package_has_no_circles_and_its_doors_hand_out_what_is_taken() -> None:
+    assert not list(circles(PACKAGE))
+    assert not list(closed_doors(PACKAGE))
+
+
+def test_every_room_is_there_with_a_door_that_lists_its_files() -> None:
+    for room in ROOMS:
+        door = next(module for module in PACKAGE if module.name == f"{room}.__init__")
+        said = ast.get_docstring(door.tree) or ""
+        for module in PACKAGE:
+            if module.name.startswith(f"{room}.") and module.name.count(".") == 1 and module is not door:
+                name = module.name.split(".")[1]
+                assert room == "commands" or re.search(rf"^ +{name}\b", said, re.MULTILINE), module.name
+
+
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("layout", "from hf_fpdt.kernels import choose"),
-        ("layout", "def f():\n    from .offload import KVStore"),
-        ("kernels", "from hf_fpdt.offload import KVStore"),
-        ("kernels", "from hf_fpdt import offload"),
-        ("planner", "import hf_fpdt.kernels"),
-        ("by_layer", "from . import config"),
-        ("trainer", "from hf_fpdt.accelerate import FPDTAccelerator"),
-        ("model", "from hf_fpdt import FPDTPlugin"),
-        ("model", "import hf_fpdt"),
-        ("attention", "from hf_fpdt.families.llama import x"),
+        ("layout.chunks", "from ..plan import Budgets"),
+        ("plan.tiers", "def f():\n    from ..memory import KVStore"),
+        ("plan.tiers", "from hf_fpdt.memory import KVStore"),
+        ("plan.tiers", "from hf_fpdt import memory"),
+        ("memory.kv", "from ..engine.layer import run_layer"),
+        ("engine.layer", "from ..memory.kv import KVStore"),
+        ("engine.layer", "import hf_fpdt.memory.kv"),
+        ("model.apply", "from hf_fpdt import FPDTPlugin"),
+        ("model.apply", "import hf_fpdt"),
+        ("units", "from .plan import Budgets"),
+        ("surprise.file", ""),
     ],
 )
-def test_import_order_flags(name: str, source: str) -> None:
-    assert problems(import_order, name, source)
+def test_rooms_flags(name: str, source: str) -> None:
+    assert problems(rooms, name, source)
 
 
-def test_import_order_allows_what_points_left() -> None:
-    everything = "\n".join(f"from .{name} import x" for name in RANKS if not name.endswith("__init__"))
-    assert not problems(import_order, "planner", "from hf_fpdt.config import x\nfrom . import layout")
-    assert not problems(import_order, "cli", "import hf_fpdt.model\nimport hf_fpdt_extra\nimport torch")
-    assert not problems(import_order, "__init__", everything)
+def test_rooms_allows_doors_and_what_is_beside() -> None:
+    assert not problems(rooms, "engine.layer", "from ..memory import KVStore\nfrom .calls import Call\nimport torch")
+    assert not problems(rooms, "attention.kernels.cpu", "from .contract import Kernel\nfrom ...layout import RowShape")
+    assert not problems(rooms, "commands.bench.job", "import hf_fpdt.model\nimport hf_fpdt_extra\nimport torch")
+    assert not problems(rooms, "__init__", "from .engine import attend_whole\nfrom .config import FPDTPlugin")
 
 
-def test_import_order_reaches_into_subfolders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "RANKS", {**RANKS, "sub.low": 18, "sub.high": 19})
-    assert not problems(import_order, "sub.high", "from .low import x\nfrom . import low\nfrom ..model import y")
-    assert not problems(import_order, "cli", "from .sub.high import x\nfrom .sub import high")
-    for source in ("from .high import x", "from . import high", "from hf_fpdt.sub import high", "from ..cli import x"):
-        assert problems(import_order, "sub.low", source), source
-    assert problems(import_order, "model", "from .sub.low import x")
-
-
-def test_import_order_reaches_into_folders_of_folders() -> None:
-    name = "commands.finetune.rope"
-    assert not problems(import_order, name, "from ...cli_options import x")
-    assert problems(import_order, name, "from .run import x") and problems(
-        import_order, name, "from ..eval import measure"
-    )
-
-
-def test_import_order_asks_for_the_rank_of_a_new_module() -> None:
-    assert "give it a rank" in problems(import_order, "surprise", "")[0]
+def test_circles_and_closed_doors_are_found() -> None:
+    made = [
+        Module.parse("a.__init__", "from .one import x\n__all__ = ['x']"),
+        Module.parse("a.one", "from .two import y"),
+        Module.parse("a.two", "def f():\n    from . import one"),
+        Module.parse("b.__init__", "from ..a import x, z"),
+    ]
+    assert list(circles(made)) == ["a.one -> a.two -> a.one"]
+    assert list(closed_doors(made)) == ["b.__init__:1: a does not hand out z"]
 
 
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("layer", "s = torch.cuda.Stream()"),
-        ("attention", "torch.cuda.Event(enable_timing=True)"),
-        ("comms", "stream.wait_event(e)"),
-        ("layer", "x.record_stream(s)"),
-        ("loss", "x.to(device, non_blocking=True)"),
-        ("model", "torch.empty(3, pin_memory=True)"),
-        ("layer", "import torch.distributed as dist"),
-        ("loss", "from torch import distributed"),
-        ("offload", "torch.distributed.get_rank()"),
-        ("trainer", "dist.all_reduce(x)"),
-        ("accelerate", "from torch.distributed import all_to_all_single"),
-        ("attention", "from flash_attn.cute.interface import _flash_attn_fwd"),
-        ("planner", "importlib.import_module('flash_attn')"),
-        ("interface", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)"),
-        ("reference", "getattr(torch.ops.aten, '_flash_attention_forward')"),
-        ("reference", "aten = torch.ops.aten\naten._efficient_attention_forward()"),
-        ("layer", "from transformers.utils import logging"),
+        ("engine.layer", "s = torch.cuda.Stream()"),
+        ("attention.online", "torch.cuda.Event(enable_timing=True)"),
+        ("parallel.group", "stream.wait_event(e)"),
+        ("engine.layer", "x.record_stream(s)"),
+        ("engine.loss", "x.to(device, non_blocking=True)"),
+        ("model.apply", "torch.empty(3, pin_memory=True)"),
+        ("engine.layer", "import torch.distributed as dist"),
+        ("engine.loss", "from torch import distributed"),
+        ("memory.transfers", "torch.distributed.get_rank()"),
+        ("training.trainer", "dist.all_reduce(x)"),
+        ("training.accelerator", "from torch.distributed import all_to_all_single"),
+        ("attention.online", "from flash_attn.cute.interface import _flash_attn_fwd"),
+        ("forecast.collectives", "importlib.import_module('flash_attn')"),
+        ("model.attention_function", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)"),
+        ("attention.reference", "getattr(torch.ops.aten, '_flash_attention_forward')"),
+        ("attention.reference", "aten = torch.ops.aten\naten._efficient_attention_forward()"),
+        ("plan.sizes", "from torch import Tensor"),
+        ("engine.layer", "from transformers.utils import logging"),
         ("config", "import transformers"),
-        ("attention", "torch.cuda.synchronize()"),
-        ("offload", "torch.cuda.current_stream().synchronize()"),
-        ("loss", "n = count().item()"),
-        ("kernels", "dist.barrier()"),
-        ("planner", "print('hello')"),
+        ("attention.online", "torch.cuda.synchronize()"),
+        ("memory.transfers", "torch.cuda.current_stream().synchronize()"),
+        ("engine.loss", "n = count().item()"),
+        ("attention.kernels.cpu", "dist.barrier()"),
+        ("forecast.collectives", "print('hello')"),
     ],
 )
 def test_forbidden_words_flags(name: str, source: str) -> None:
@@ -158,17 +168,17 @@ def test_forbidden_words_flags(name: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("offload", "s = torch.cuda.Stream()\nx.to(d, non_blocking=True)\nx.record_stream(s)"),
-        ("comms", "import torch.distributed as dist\ndist.all_reduce(x)\ndist.all_to_all_single(y, x)"),
-        ("trainer", "from torch.distributed.device_mesh import init_device_mesh"),
-        ("kernels", "torch.ops.aten._flash_attention_forward(q, k, v)"),
-        ("model", "import transformers"),
-        ("cli", "print(loss.item())\ntorch.cuda.synchronize()"),
-        ("layer", '"""torch.distributed, print(x), x.item()."""\n# torch.cuda.Stream()'),
-        ("interface", "raise ValueError('flash_attn is not used: print( nothing')"),
-        ("attention", "for k, v in store.stream(order):\n    seq_to_heads(k.items(), fingerprint(v))"),
-        ("data", "done = threading.Event()\nargs.dataloader_pin_memory"),
-        ("attention", "F.scaled_dot_product_attention(q, k, v)"),
+        ("memory.transfers", "s = torch.cuda.Stream()\nx.to(d, non_blocking=True)\nx.record_stream(s)"),
+        ("parallel.group", "import torch.distributed as dist\ndist.all_reduce(x)\ndist.all_to_all_single(y, x)"),
+        ("training.trainer", "from torch.distributed.device_mesh import init_device_mesh"),
+        ("attention.kernels.cpu", "torch.ops.aten._flash_attention_forward(q, k, v)"),
+        ("model.apply", "import transformers"),
+        ("commands.main", "print(loss.item())\ntorch.cuda.synchronize()"),
+        ("engine.layer", '"""torch.distributed, print(x), x.item()."""\n# torch.cuda.Stream()'),
+        ("model.attention_function", "raise ValueError('flash_attn is not used: print( nothing')"),
+        ("attention.online", "for k, v in store.stream(order):\n    seq_to_heads(k.items(), fingerprint(v))"),
+        ("training.loaders", "done = threading.Event()\nargs.dataloader_pin_memory"),
+        ("attention.online", "F.scaled_dot_product_attention(q, k, v)"),
     ],
 )
 def test_forbidden_words_allows(name: str, source: str) -> None:
@@ -251,7 +261,7 @@ def test_budgets_exempt_signatures_that_others_dictate() -> None:
     autograd = f"class A({{base}}):\n    @staticmethod\n    def forward{many}: ..."
     assert not problems(budgets, "layer", autograd.format(base="torch.autograd.Function"))
     assert problems(budgets, "layer", autograd.format(base="nn.Module"))
-    assert not problems(budgets, "interface", f"def fpdt_attention{many}: ...")
+    assert not problems(budgets, "model.attention_function", f"def fpdt_attention{many}: ...")
     assert problems(budgets, "layer", f"def fpdt_attention{many}: ...")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hf_fpdt import FPDTPlugin
+from hf_fpdt.attention.kernels.table import KERNELS
 from hf_fpdt.config import CHECKPOINT_POLICIES, KERNEL_NAMES, parse_tokens
-from hf_fpdt.kernels import KERNELS
 
 FOLDER = tempfile.gettempdir()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from tests.app_support import ROOT, run_python
+from tests.helpers.app_support import ROOT, run_python
 
 MAX_EXAMPLE_LINES = 80
 EXAMPLES = ("plain_loop", "with_trainer", "lora")

@@ -1,1 +1,1 @@
-"""Commands of `hf-fpdt` that are folders: `finetune` trains on long texts, `eval` measures the loss by position."""
+"""The commands of `hf-fpdt`, one folder each: check, plan, trace, bench, finetune, eval."""

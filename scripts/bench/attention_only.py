@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from hf_fpdt.shapes import MAX_POSITIONS
+from hf_fpdt.model.shapes import MAX_POSITIONS
 
 HEAD_DIM = 128
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_fpdt.bench.stack import Pieces, Stack, Unavailable, base_of
-from hf_fpdt.kernels import KERNELS
-from hf_fpdt.layers import decoder_layers
+from hf_fpdt.attention.kernels.table import KERNELS
+from hf_fpdt.commands.bench.stacks.base import Pieces, Stack, Unavailable, base_of
+from hf_fpdt.model.layers import decoder_layers
 
 CHUNK_TOKENS = 65_536  # what the paper recommends
 

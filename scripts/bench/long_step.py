@@ -33,16 +33,16 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_fpdt import FPDTPlugin, FPDTTrainer
-from hf_fpdt.arguments import count, tokens
-from hf_fpdt.bench.predicted import predicted
-from hf_fpdt.cli_options import config_of
-from hf_fpdt.fit import Machines, fit, machine_bytes
-from hf_fpdt.offload import GIB
-from hf_fpdt.patch import resolve_chunk_tokens
-from hf_fpdt.plan_report import as_json, training_of
-from hf_fpdt.rates import gpu_named
-from hf_fpdt.shapes import LORA_RANK, SHAPES, build_random, with_lora
-from hf_fpdt.versions import conditions_of
+from hf_fpdt.commands.bench.predicted import predicted
+from hf_fpdt.commands.conditions import conditions_of
+from hf_fpdt.commands.options import config_of, count, tokens
+from hf_fpdt.commands.plan.tables import as_json
+from hf_fpdt.config import resolve_chunk_tokens
+from hf_fpdt.forecast.fit import Machines, fit, machine_bytes
+from hf_fpdt.forecast.rates import gpu_named
+from hf_fpdt.model.shapes import LORA_RANK, SHAPES, build_random, with_lora
+from hf_fpdt.model.sizes import training_of
+from hf_fpdt.units import GIB
 
 # What half a step has of a step's log: no speed, no gradients.
 FORWARD_FIGURES = ("step", "loss", "step_seconds", "device_peak_gib", "host_gib")

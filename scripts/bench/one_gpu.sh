@@ -11,7 +11,7 @@ export PYTHONPATH="$PWD:$PWD/scripts/bench${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OF
 bench() { # TABLE OPTION...
     local table="$1"
     shift
-    python -m hf_fpdt.cli bench "$@" --csv "$out/$table.csv" --json "$out/$table.jsonl"
+    python -m hf_fpdt.commands.main bench "$@" --csv "$out/$table.csv" --json "$out/$table.jsonl"
 }
 
 attention() {

@@ -20,10 +20,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfig
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
-from hf_fpdt.layer_state import look_of
-from hf_fpdt.layers import decoder_layers
-from hf_fpdt.model import try_layers
-from hf_fpdt.shapes import build_random, llama_8b, with_layers
+from hf_fpdt.engine.layer_state import look_of
+from hf_fpdt.model.apply import try_layers
+from hf_fpdt.model.layers import decoder_layers
+from hf_fpdt.model.shapes import build_random, llama_8b, with_layers
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -11,7 +11,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 bench() { # TABLE OPTION...
     local table="$1"
     shift
-    python -m hf_fpdt.cli bench --gpus 2 "$@" --csv "$out/$table-2.csv" --json "$out/$table-2.jsonl"
+    python -m hf_fpdt.commands.main bench --gpus 2 "$@" --csv "$out/$table-2.csv" --json "$out/$table-2.jsonl"
 }
 
 table="${1:?a table is expected: sp peers full longest}"

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
-from hf_fpdt.by_layer import by_layer
-from hf_fpdt.model import why_refused
-from hf_fpdt.shrink import VOCABULARY, shrunk
-from hf_fpdt.support import ATTENTION_DROPOUTS
+from hf_fpdt.commands.check.tiny_config import VOCABULARY, shrunk
+from hf_fpdt.model.apply import why_refused
+from hf_fpdt.model.refusals import ATTENTION_DROPOUTS
+from hf_fpdt.plan.by_layer import by_layer
 
 TOKENS, CHUNK, LOSS_CHUNK = 37, 8, 6
 MOST_PARAMETERS = 100_000_000

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.app_support import stories, write_tiny_checkpoint
-from tests.support import assert_rejects
+from tests.helpers.app_support import stories, write_tiny_checkpoint
+from tests.helpers.support import assert_rejects
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 MAX_LINES, MAX_NUMBERS, MAX_WORDS = 200, 3, 30

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-LIFELINE = Path(__file__).parents[2] / "hf_fpdt" / "bench" / "lifeline.py"
+LIFELINE = Path(__file__).parents[2] / "hf_fpdt" / "commands" / "bench" / "lifeline.py"
 
 
 def main() -> None:

@@ -23,12 +23,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_fpdt.bench.catalogue import Fpdt
-from hf_fpdt.bench.parity import Parity, Results, errors, floors, results, sharpen, worst
-from hf_fpdt.bench.stack import Pieces, Stack, base_of
-from hf_fpdt.bench.world import World, join, leave, place
-from hf_fpdt.shapes import build_random, llama_8b, with_layers
-from tests.bench_stacks import LostPart, NotReduced, OwnMean
+from hf_fpdt.commands.bench.parity import Parity, Results, errors, floors, results, sharpen, worst
+from hf_fpdt.commands.bench.ranks import World, join, leave, place
+from hf_fpdt.commands.bench.stacks.base import Pieces, Stack, base_of
+from hf_fpdt.commands.bench.stacks.catalogue import Fpdt
+from hf_fpdt.model.shapes import build_random, llama_8b, with_layers
+from tests.helpers.bench_stacks import LostPart, NotReduced, OwnMean
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, DTYPE, EXACT = ("cuda", torch.bfloat16, torch.float32) if ON_GPU else ("cpu", torch.float32, torch.float64)

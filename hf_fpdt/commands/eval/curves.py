@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...arguments import tokens_text
+from ..options import tokens_text
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...arguments import tokens_text
-from ...trace_picture import check_matplotlib
+from ..options import tokens_text
+from ..pictures import check_matplotlib
 from .curves import Curve, position_bins
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 COLOURS = ("#b23a2e", "#7a7f87", "#1f5fa8")
+
+
 FIRST_POSITION_SHOWN = 16
 
 
@@ -70,3 +69,7 @@ def _label_axes(axes: Axes, length_tokens: int, pretrained_tokens: int) -> None:
         place = axes.get_xaxis_transform()
         text = f"  pre-trained up to {tokens_text(pretrained_tokens)}"
         axes.text(pretrained_tokens, 0.98, text, transform=place, fontsize=8.5, color="#333333", va="top")
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes

@@ -15,13 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...comms import SequenceParallelGroup, own_tokens
 from ...layout import ChunkPlan
 from ...model import FPDTHandle
+from ...parallel import SequenceParallelGroup, own_tokens
 from .curves import Curve
 
 LOGIT_SLICE_TOKENS = 1024
+
+
 IGNORED_LABEL = -100
+
+
 SECONDS_BETWEEN_REPORTS = 10.0
 
 

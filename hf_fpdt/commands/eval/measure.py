@@ -11,9 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from ...cli_options import UserMistake, mistakes, one_line
 from ...model import apply_fpdt
-from ...trace_picture import PictureError
 from ..finetune.base_model import (
     check_weights,
     known_ids,
@@ -26,6 +24,8 @@ from ..finetune.output import make_folder
 from ..finetune.sources import read_documents
 from ..finetune.steps import Progress, quiet
 from ..finetune.windows import WindowDataset, document_tokens, plan_eval_windows, tokenise, window_tokens
+from ..options import UserMistake, mistakes, one_line
+from ..pictures import PictureError
 from .curves import table_lines, write_csv
 from .figure import draw
 from .loss_by_position import measure

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...cli_options import UserMistake
 from ..finetune.options import WHAT_IS_READ, option
+from ..options import UserMistake
 
 
 @dataclass(frozen=True, kw_only=True)

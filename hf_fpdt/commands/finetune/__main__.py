@@ -2,7 +2,7 @@
 
 import sys
 
-from ...cli import main
+from ..main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["finetune", *sys.argv[1:]]))

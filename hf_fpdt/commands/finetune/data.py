@@ -7,8 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ...arguments import tokens_text
-from ...cli_options import UserMistake
+from ..options import UserMistake, tokens_text
 from .options import Options
 from .sources import read_documents
 from .steps import Progress

@@ -10,12 +10,12 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 
-from ...arguments import tokens_text
 from ...config import FPDTPlugin
-from ...trace_picture import PictureError
-from ...versions import hardware_facts, version_facts
+from ..conditions import hardware_facts, version_facts
 from ..eval.curves import Curve, table_lines, write_csv
 from ..eval.figure import draw
+from ..options import tokens_text
+from ..pictures import PictureError
 from .card import command_line, write_card
 from .data import Data
 from .options import Options

@@ -14,14 +14,15 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
-from ...arguments import count, tokens
-from ...cli_options import UserMistake, mistakes
 from ...config import CHECKPOINT_POLICIES, KERNEL_NAMES, FPDTPlugin
+from ..options import UserMistake, count, mistakes, tokens
 from ..parser import CommandParser
 from .rope import KINDS
 from .trainer_options import DEFAULTS, build_arguments, trainer_values
 
 DTYPES = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
+
+
 WHAT_IS_READ = (
     "text and source files, tables (.jsonl, .ndjson, .json, .csv, .tsv, .parquet), each also as .gz, folders of "
     "these, or hub data sets"
@@ -146,6 +147,8 @@ GROUPS: MappingProxyType[str, Any] = MappingProxyType(
         "output": OutputOptions,
     }
 )
+
+
 PLUGIN_HELP: MappingProxyType[str, str] = MappingProxyType(
     {
         "sp_size": "processes that share each sequence; accelerate launch starts them",
@@ -160,6 +163,8 @@ PLUGIN_HELP: MappingProxyType[str, str] = MappingProxyType(
         "progress": "show a line inside long steps: yes or no",
     }
 )
+
+
 EVERY_TRAINER_FIELD = """\
 Every field of transformers.TrainingArguments is an option by its own name; --help-all shows them with the defaults
 of this command, which are not always those of transformers. The most used ones:

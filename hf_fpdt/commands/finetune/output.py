@@ -11,10 +11,12 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from ...cli_options import UserMistake, one_line
+from ..options import UserMistake, one_line
 from .options import Options
 
 SETTINGS = "settings.json"
+
+
 # What a result follows from, but for how long is trained; where and how fast it is computed may change.
 OWN_SETTINGS = (
     "model",
@@ -27,6 +29,8 @@ OWN_SETTINGS = (
     "max_length",
     "rope_scaling",
 ) + ("rope_factor", "full", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+
+
 TRAINER_SETTINGS = (
     (
         "learning_rate",
@@ -40,8 +44,14 @@ TRAINER_SETTINGS = (
     + ("optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor")
     + ("neftune_noise_alpha", "seed", "data_seed", "bf16", "fp16", "train_sampling_strategy", "dataloader_drop_last")
 )
+
+
 LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+
+
 DATA_SETTINGS = ("documents", "tokens", "windows")
+
+
 WINDOWS_A_STEP = "per_device_train_batch_size * gradient_accumulation_steps * processes / sp_size"
 
 

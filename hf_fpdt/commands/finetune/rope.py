@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...cli_options import UserMistake
+from ..options import UserMistake
 
 KINDS = ("none", "linear", "yarn")
 

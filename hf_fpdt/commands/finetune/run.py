@@ -13,13 +13,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig, PrinterCallback, Trainer, set_seed
 
-from ...cli_options import mistakes
-from ...comms import SequenceParallelGroup, build_group
+from ...config import resolve_chunk_tokens
 from ...model import apply_fpdt
-from ...patch import resolve_chunk_tokens
-from ...trainer import FPDTTrainer
+from ...parallel import SequenceParallelGroup, build_group
+from ...training import FPDTTrainer
 from ..eval.curves import Curve
 from ..eval.loss_by_position import Cut, measure
+from ..options import mistakes
 from .base_model import (
     check_lora_targets,
     check_weights,

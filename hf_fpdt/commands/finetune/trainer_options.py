@@ -13,11 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from ...cli_options import UserMistake, mistakes
-from ...comms import SequenceParallelGroup
 from ...config import FPDTPlugin
-from ...loaders import join_group
-from ...trainer import refused_options
+from ...parallel import SequenceParallelGroup
+from ...training import join_group, refused_options
+from ..options import UserMistake, mistakes
 
 # Everything that differs from transformers' own defaults; None: `_derived` decides where the user has not.
 DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
@@ -45,11 +44,23 @@ DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
         "disable_tqdm": True,
     }
 )
+
+
 MAX_STEPS = 100
+
+
 MIN_LR_RATE = 0.1
+
+
 ALIASES = MappingProxyType({"--output_dir": ("--output",), "--max_steps": ("--steps",), "--learning_rate": ("--lr",)})
+
+
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+
 FROM_ZERO = ("warmup_steps", "weight_decay", "max_grad_norm")
+
+
 LARGEST_SEED = 2**32 - 1
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ...cli_options import UserMistake
+from ..options import UserMistake
 
 IGNORED_LABEL = -100
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
-from hf_fpdt.cli import main
 from hf_fpdt.commands.eval.curves import Curve, octave_ranges, position_bins, table_lines, write_csv
 from hf_fpdt.commands.eval.figure import draw
 from hf_fpdt.commands.eval.loss_by_position import measure, token_losses
-from tests.app_support import stories, write_jsonl, write_tiny_checkpoint
+from hf_fpdt.commands.main import main
+from tests.helpers.app_support import stories, write_jsonl, write_tiny_checkpoint
 
 LENGTH_TOKENS = 63
 

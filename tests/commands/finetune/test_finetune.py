@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_fpdt.cli import main
-from tests.app_support import run_python, stories, write_jsonl, write_tiny_checkpoint
+from hf_fpdt.commands.main import main
+from tests.helpers.app_support import run_python, stories, write_jsonl, write_tiny_checkpoint
 
 MAX_LENGTH_TOKENS = 1024
 YARN = ("--rope_scaling", "yarn")
-HF_FPDT = ("-m", "hf_fpdt.cli", "finetune")
+HF_FPDT = ("-m", "hf_fpdt.commands.main", "finetune")
 LAUNCH = (
     "-m",
     "accelerate.commands.launch",

@@ -17,11 +17,11 @@ import pytest
 from transformers import TrainingArguments
 
 from hf_fpdt import FPDTPlugin
-from hf_fpdt.cli import main
-from hf_fpdt.cli_options import UserMistake
 from hf_fpdt.commands.finetune.command import add_finetune
 from hf_fpdt.commands.finetune.options import Options, read_options
-from tests.app_support import ROOT
+from hf_fpdt.commands.main import main
+from hf_fpdt.commands.options import UserMistake
+from tests.helpers.app_support import ROOT
 
 NEEDED = ("--model", "m", "--data", "d", "--output_dir", "o", "--use_cpu")
 

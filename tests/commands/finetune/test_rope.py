@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_fpdt.cli_options import UserMistake
 from hf_fpdt.commands.finetune.rope import apply_rope, beyond_reach, plan_rope, rotary_modules
+from hf_fpdt.commands.options import UserMistake
 
 SIZES = {
     "vocab_size": 64,

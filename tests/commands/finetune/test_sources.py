@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from hf_fpdt.cli_options import UserMistake
 from hf_fpdt.commands.finetune.sources import read_documents
+from hf_fpdt.commands.options import UserMistake
 
 
 def test_reads_files_folders_and_tables(tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_fpdt.arguments import tokens, tokens_text
-from hf_fpdt.cli_options import UserMistake
 from hf_fpdt.commands.finetune.sources import read_documents
 from hf_fpdt.commands.finetune.windows import (
     Piece,
@@ -25,7 +23,8 @@ from hf_fpdt.commands.finetune.windows import (
     window_tokens,
     without_held_out_texts,
 )
-from tests.app_support import stories, write_jsonl, write_tiny_checkpoint
+from hf_fpdt.commands.options import UserMistake, tokens, tokens_text
+from tests.helpers.app_support import stories, write_jsonl, write_tiny_checkpoint
 
 LENGTHS = [[5, 7, 3], [10, 20, 30], [1, 1, 1], [100], [9, 11, 63, 2, 10], [1]]
 

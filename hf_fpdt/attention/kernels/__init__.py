@@ -1,0 +1,1 @@
+"""Attention kernels: the contract, one file each, and the table."""

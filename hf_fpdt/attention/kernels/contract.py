@@ -1,0 +1,82 @@
+"""What an attention kernel is: its contract, and how it says why it cannot serve."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ...layout import RowShape
+
+aten = torch.ops.aten
+
+
+# Kernels index with 32 bits: one call may see at most this many elements of K (flash-attn issues 1841, 2611).
+MAX_ELEMENTS = 2**31 - 1
+
+
+NVIDIA_ALONE = "runs on NVIDIA GPUs alone"
+
+
+Forward = Callable[..., tuple[Tensor, Tensor]]
+
+
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+WhyNot = Callable[[torch.device, torch.dtype, int], "str | None"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One row of the table; see the module's docstring for the three functions.
+
+    Attributes:
+        row_shape: how the kernel wants the keys of one query row, see `layout.RowShape`.
+        row_tokens: queries a row should have when the caller has no reason of its own.
+    """
+
+    name: str
+    forward: Forward
+    backward: Backward
+    why_not: WhyNot
+    row_shape: RowShape
+    row_tokens: int = 32_768
+
+
+def deterministic_argument() -> dict[str, bool]:
+    """For kernels that have to be asked; PyTorch's own look for themselves."""
+    return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+
+
+def import_or_none(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def why_not_half_on_gpu(
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, least_sm: int, most_dim: int, on_rocm: str | None
+) -> str | None:
+    """Why a half-precision GPU kernel with these limits cannot serve.
+
+    Args:
+        on_rocm: why it cannot where "cuda" is an AMD GPU; None: it can.
+    """
+    if device.type != "cuda":
+        return f"runs on CUDA devices, not on {device.type}"
+    if torch.version.hip is not None and on_rocm is not None:
+        return f"{on_rocm} (this PyTorch is built for ROCm {torch.version.hip})"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {dtype}"
+    if head_dim % 8 or head_dim > most_dim:
+        return f"takes a head_dim that is a multiple of 8 and at most {most_dim}, not {head_dim}"
+    major, minor = torch.cuda.get_device_capability()
+    if major * 10 + minor < least_sm:
+        return f"needs compute capability {least_sm / 10}, this GPU has {major}.{minor}"
+    return None

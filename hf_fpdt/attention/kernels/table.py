@@ -1,0 +1,60 @@
+"""The table of attention kernels, and which one serves a call."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import MappingProxyType
+
+import torch
+
+from .contract import Kernel
+from .cpu import CPU
+from .cudnn import CUDNN
+from .flash import FLASH
+from .flash_attn_2 import FLASH_ATTN_2
+from .flash_attn_3 import FLASH_ATTN_3
+from .flash_attn_4 import FLASH_ATTN_4
+from .math import MATH
+
+logger = logging.getLogger(__name__)
+
+
+def select_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
+    """The kernel called `name`, or with "auto" the first of the table that serves; logged once for each case.
+
+    Raises:
+        ValueError: `name` is not in the table.
+        NotImplementedError: the named kernel, or every kernel, cannot serve; the reasons are in the message.
+    """
+    return _select(name, device.type, dtype, head_dim, torch.are_deterministic_algorithms_enabled())
+
+
+@functools.lru_cache
+def _select(name: str, device_type: str, dtype: torch.dtype, head_dim: int, deterministic: bool) -> Kernel:
+    device = torch.device(device_type)
+    case = f"{device_type}, {dtype}, head_dim {head_dim}{', deterministic' if deterministic else ''}"
+    if name != "auto" and name not in KERNELS:
+        raise ValueError(f'kernel={name!r} is not known; "auto" or one of {", ".join(KERNELS)} is expected.')
+    reasons: list[str] = []
+    for kernel in KERNELS.values() if name == "auto" else (KERNELS[name],):
+        reason = kernel.why_not(device, dtype, head_dim)
+        if reason is None:
+            logger.info("hf_fpdt: attention kernel %r for %s%s", kernel.name, case, _passed_over(reasons))
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    raise NotImplementedError(
+        f"kernel={name!r} cannot serve {case}: {'; '.join(reasons)}. Convert the model's dtype, install a kernel, or "
+        'take kernel="auto".'
+    )
+
+
+def _passed_over(reasons: list[str]) -> str:
+    return f" (passed over: {'; '.join(reasons)})" if reasons else ""
+
+
+# "auto" takes the first that serves.
+_TABLE = (FLASH_ATTN_4, FLASH_ATTN_3, CUDNN, FLASH_ATTN_2, FLASH, CPU, MATH)
+
+
+KERNELS = MappingProxyType({kernel.name: kernel for kernel in _TABLE})

@@ -1,0 +1,103 @@
+"""Online attention: one query row against a stream of K, V spans.
+
+The row's calls are merged by log-add-exp with the maximum subtracted, in fp32 (paper section 4.1); a row that is one
+kernel call is not merged and keeps the kernel's own precision and speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..layout import Span, row_spans
+from ..numerics import accumulation_dtype
+from .kernels.contract import MAX_ELEMENTS, Kernel
+
+Stream = Iterable[tuple[Span, Tensor, Tensor]]
+
+
+class KVSource(Protocol):
+    """K and V of a sequence, wherever they lie, by spans of keys; `KVStore` is one."""
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """Batch, heads and head dimension of K and V."""
+
+    @property
+    def resident_tokens(self) -> int:
+        """Keys [0, resident_tokens) lie side by side on the device."""
+
+    def stream(self, spans: Sequence[Span], *, with_grads: bool = False) -> Iterator[tuple[Span, Tensor, Tensor]]:
+        """(span, K, V) on the device for each span of one row, in order."""
+
+    def add_grad(self, span: Span, dk_BSGH: Tensor, dv_BSGH: Tensor) -> None:
+        """Add one call's gradients to those of its keys."""
+
+
+def forward_row(kernel: Kernel, q_BSNH: Tensor, kv: Stream, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of one query row over the spans of `kv`.
+
+    Returns:
+        out [B, S, N, H] in the dtype of q, and the row's lse [B, N, S].
+    """
+    merged: tuple[Tensor, Tensor] | None = None
+    for span, k, v in kv:
+        part = kernel.forward(q_BSNH, k, v, causal=span.causal, scale=scale)
+        merged = part if merged is None else merge(merged, part)
+    assert merged is not None
+    return merged[0].to(q_BSNH.dtype), merged[1].to(accumulation_dtype(q_BSNH.dtype))
+
+
+def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(out, lse) over the keys of a and of b: each out weighs exp(its lse - the lse of both). a's out is consumed.
+
+    out is fp32 or wider; lse is float64: backward recovers probabilities as exp(score - lse), and an fp32 lse that was
+    rounded at every merge costs fp32 attention several times its own error.
+    """
+    (out_a, lse_a), (out_b, lse_b) = a, (b[0], b[1].double())
+    lse = torch.logaddexp(lse_a.double(), lse_b)
+    dtype = accumulation_dtype(out_a.dtype)
+    weight_a, weight_b = ((x - lse).exp_().to(dtype).transpose(1, 2).unsqueeze(-1) for x in (lse_a, lse_b))
+    # In place and without a wide copy of b: memory traffic is all that a merge costs.
+    return out_a.to(dtype).mul_(weight_a).addcmul_(out_b, weight_b), lse
+
+
+def backward_row(
+    kernel: Kernel,
+    dout_BSNH: Tensor,
+    q_BSNH: Tensor,
+    row: tuple[Tensor, Tensor],
+    store: KVSource,
+    spans: Sequence[Span],
+    *,
+    scale: float,
+) -> Tensor:
+    """dq of one query row, whose merged (out, lse) is `row`; dK and dV of the spans it reads are added in `store`."""
+    dq: Tensor | None = None
+    for span, k, v in store.stream(spans, with_grads=True):
+        part, dk, dv = kernel.backward(dout_BSNH, q_BSNH, k, v, *row, causal=span.causal, scale=scale)
+        store.add_grad(span, dk, dv)
+        dq = part if dq is None else dq.to(accumulation_dtype(dq.dtype)).add_(part)
+    assert dq is not None
+    return dq.to(q_BSNH.dtype)
+
+
+def kernel_spans(
+    kernel: Kernel, diagonal: tuple[int, int], unit_tokens: int, store: KVSource, *, most_tokens: int = MAX_ELEMENTS
+) -> tuple[Span, ...]:
+    """The calls for the row with that diagonal over the keys of `store`, none over the kernels' 32-bit limit.
+
+    Args:
+        diagonal: key positions of the row's first query and one past its last.
+        unit_tokens: keys a call, where the kernel wants pairs, and of streamed keys.
+        most_tokens: keys a call takes at most.
+    """
+    limit = min(MAX_ELEMENTS // math.prod(store.kv_shape), most_tokens)
+    resident = store.resident_tokens
+    return row_spans(
+        *diagonal, shape=kernel.row_shape, unit_tokens=unit_tokens, max_tokens=limit, resident_tokens=resident
+    )

@@ -1,0 +1,1 @@
+"""`hf-fpdt bench`: steps of this package and of others, side by side."""

@@ -1,0 +1,1 @@
+"""Ways to train that are compared, one class each."""

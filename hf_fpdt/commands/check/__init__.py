@@ -1,0 +1,1 @@
+"""`hf-fpdt check`: is FPDT right on this machine, for this model?"""

@@ -1,0 +1,237 @@
+"""`hf-fpdt check`: which kernels this machine has, whether a model is served and computed exactly, and how fast."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import textwrap
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...forecast import GPU, save_rates
+from ...model import why_refused
+from ...plan import attention_sizes, head_dims
+from ..measure import link_rates, measured
+from ..options import (
+    DEFAULT_SHAPE,
+    UserMistake,
+    add_model,
+    built_without_memory,
+    check_settings,
+    check_writable,
+    config_of,
+    mistakes,
+)
+from .compare import (
+    FACTOR,
+    Finding,
+    NothingToCompare,
+    TinyModel,
+    check_attention,
+    check_dtype,
+    kernels_here,
+    training_dtype,
+)
+
+CHECK_HELP = """\
+Answers before you train: which attention kernels does this machine have, and why not the others? Can FPDT train this
+model? If so, are its loss and gradients right here?
+
+For the last, a tiny copy of the model with random weights (its architecture and features, two layers, small sizes)
+makes one training step with every kernel, beside plain attention and the same step in float64. FPDT's errors may be
+at most twice those of plain attention. That takes seconds; of a model only the configuration is read.
+
+Exit status: 0 served and right, 1 not (the reasons are printed), 2 the command was not given what it needs.
+"""
+
+
+CHECK_EXAMPLES = """\
+examples:
+  hf-fpdt check                                         this machine, with Llama-3.1-8B's shape
+  hf-fpdt check ./my-model                              a model folder, or a hub name
+  hf-fpdt check --measure --rates gpu.json              also how fast the GPU is; keep that
+  hf-fpdt plan --host-mem 128 --rates gpu.json          … and plan with it
+"""
+
+
+NAME_WIDTH = 15
+
+
+Device = torch.device
+
+
+def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The options of `hf-fpdt check`."""
+    parser = commands.add_parser(
+        "check",
+        help="whether this machine trains a model exactly: kernels, errors, speed",
+        description=CHECK_HELP,
+        epilog=CHECK_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=check)
+    add_model(parser.add_argument_group("which model").add_mutually_exclusive_group())
+    speed = parser.add_argument_group("how fast (on a GPU)")
+    speed.add_argument("--measure", action="store_true", help="measure kernels, matrix products, memory and link")
+    speed.add_argument("--rates", type=Path, metavar="FILE", help="keep what was measured, for hf-fpdt plan --rates")
+
+
+def check(options: argparse.Namespace) -> int:
+    """`hf-fpdt check`: prints what it finds; 0 where the model is served and computed exactly, else 1."""
+    device = Device("cuda" if torch.cuda.is_available() else "cpu")
+    _check_rates_option(options, device)
+    check_settings()
+    config = config_of(options, layers=None)
+    architecture, reasons = _refusals(config)
+    print(f"machine   {_machine(device)}")
+    text = config.get_text_config()
+    for head_dim in head_dims(text):
+        _print_kernels(device, head_dim)
+    name = f"{options.model or f'the {options.shape or DEFAULT_SHAPE} shape'} ({architecture})"
+    if reasons:
+        _print_refused(name, reasons)
+    passed = not reasons and _check_model(name, text, device)
+    if options.measure:
+        _measure(device, options.rates)
+    return 0 if passed else 1
+
+
+def _check_rates_option(options: argparse.Namespace, device: Device) -> None:
+    """Before anything is run, not after."""
+    path = options.rates
+    if path is None:
+        return
+    if not options.measure:
+        raise UserMistake(f"--rates {path} keeps what --measure finds; add --measure.")
+    if device.type != "cuda":
+        raise UserMistake(f"--rates {path}: there is no CUDA GPU here whose rates could be measured.")
+    check_writable(path)
+
+
+def _machine(device: Device) -> str:
+    where = f"{os.cpu_count()} CPU cores, no CUDA GPU"
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {memory:.1f} GiB"
+    return f"{where}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _print_kernels(device: Device, head_dim: int) -> None:
+    dtype = training_dtype(device)
+    reasons = kernels_here(device, dtype, head_dim)
+    auto = next((name for name, reason in reasons.items() if reason is None), None)
+    print(f"kernels   for {_short(dtype)}, heads of {head_dim}")
+    for name, reason in reasons.items():
+        serves = 'yes, and what "auto" takes' if name == auto else "yes"
+        print(f"  {name:{NAME_WIDTH}} {reason or serves}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The model -----------------------------------------------------------------------------------------------------------
+
+
+def _check_model(name: str, text: Any, device: Device) -> bool:
+    tiny = TinyModel(text, device)
+    try:
+        findings = list(_findings(tiny, device))
+    except NothingToCompare as error:
+        print(f"model     {name} has nothing that FPDT refuses.")
+        print(f"result    nothing was compared: a tiny copy of the model does not run by itself ({error}).")
+        return False
+    except (NotImplementedError, RuntimeError) as error:
+        _print_refused(name, [" ".join(str(error).split())])
+        return False
+    print(f"model     {name} is supported: FPDT can train it exactly.")
+    print(
+        f"errors    as multiples of plain attention's in the same dtype, on a tiny copy of "
+        f"{tiny.config.num_hidden_layers} layers; up to {FACTOR:.1f} is right"
+    )
+    for finding in findings:
+        print(f"  {_line(finding)}")
+    return _verdict(findings)
+
+
+def _refusals(config: Any) -> tuple[str, list[str]]:
+    """The class of the model, built without memory for its weights, and why FPDT will not have it."""
+    model = built_without_memory(config)
+    return type(model).__name__, why_refused(model)
+
+
+def _print_refused(model: str, reasons: list[str]) -> None:
+    print(f"model     {model} is not supported:")
+    for reason in reasons:
+        print(textwrap.fill(f"{reason}.".replace("..", "."), 110, initial_indent="  - ", subsequent_indent="    "))
+
+
+def _findings(tiny: TinyModel, device: Device) -> Iterator[Finding]:
+    """Of every kernel that is here: attention alone, and a step of the model."""
+    heads, kv_heads, head_dim = attention_sizes(tiny.config)
+    for kernel in kernels_here(device, training_dtype(device), head_dim):
+        dtype = check_dtype(kernel, device, head_dim)
+        if dtype is not None:
+            alone = check_attention(kernel, dtype, (heads, kv_heads), head_dim, device)
+            yield alone
+            if alone.ratio != float("inf"):
+                yield tiny.check(kernel, dtype)
+
+
+def _line(finding: Finding) -> str:
+    what = "attention alone" if finding.what == "attention" else "loss, gradients"
+    verdict = "right" if finding.passed else "WRONG"
+    return (
+        f"{finding.kernel:{NAME_WIDTH}} {what}  {_short(finding.dtype):9} {verdict}  "
+        f"{finding.ratio:.2f} ({finding.worst})"
+    )
+
+
+def _verdict(findings: list[Finding]) -> bool:
+    wrong = sorted({finding.kernel for finding in findings if not finding.passed})
+    if wrong:
+        print(
+            f"result    not right with kernel {', '.join(wrong)}: do not train with it here; name another one in "
+            "FPDTPlugin(kernel=...), and please report this output."
+        )
+    else:
+        kernels = sorted({finding.kernel for finding in findings})
+        print(f"result    right with every kernel that is here: {', '.join(kernels)}.")
+    return not wrong
+
+
+# Rates ---------------------------------------------------------------------------------------------------------------
+
+
+def _measure(device: Device, path: Path | None) -> None:
+    if device.type != "cuda":
+        print("rates     there is no CUDA GPU here to measure.")
+        return
+    note = f"{date.today()}, torch {torch.__version__}"
+    gpu = measured(device, training_dtype(device), name=torch.cuda.get_device_name(), note=note)
+    print("\n".join(rates_lines(gpu, link_rates(device))))
+    if path is not None:
+        with mistakes(OSError):
+            save_rates(gpu, path)
+        print(f"kept      {path}; plan with it: hf-fpdt plan --rates {path}")
+
+
+def rates_lines(gpu: GPU, link: tuple[float, float]) -> list[str]:
+    """What was measured, for people.
+
+    Args:
+        link: bytes a second to the device and back.
+    """
+    lines = [f"rates     {gpu.name}, {gpu.memory_gib:.1f} GiB free"]
+    lines.append(f"  matrix products       {gpu.matmul / 1e12:8.1f} TFLOP/s")
+    for head_dim, (forward, backward) in gpu.attention.items():
+        rates = f"{forward / 1e12:8.1f} TFLOP/s forward, {backward / 1e12:.1f} backward"
+        lines.append(f"  attention, heads {head_dim:4} {rates}")
+    lines.append(f"  device memory         {gpu.memory / 1e9:8,.0f} GB/s")
+    lines.append(f"  link, pinned memory   {link[0] / 1e9:8.1f} GB/s to the GPU, {link[1] / 1e9:.1f} back")
+    return lines

@@ -1,0 +1,267 @@
+"""Is FPDT right on this machine, for this model? Our errors beside those of plain attention, for every kernel here.
+
+Both are measured against the same computation in float64. Ours may be at most twice the plain one's in the same dtype:
+errors of rounding are of that size, and what a wrong scale, a lost chunk or an open diagonal does is far larger. An
+error is the Euclidean norm over one tensor; where the plain run is right by luck, its relative error over all tensors
+counts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ...attention import KERNELS, attention, peaked_qkv
+from ...config import FPDTPlugin
+from ...engine import attend_whole
+from ...model import apply_fpdt, build_random
+from .tiny_config import VOCABULARY, shrunk
+
+FACTOR = 2.0
+
+
+SMALL = 1e-3  # no tensor is asked to be more exact than this share of the largest
+
+
+FEW = 16  # numbers: of fewer, only the error together with all others says something; the loss is the exception
+
+
+TINY = 1e-300
+
+
+LOSS = "loss"
+
+
+ATTENTION_TOKENS = 500
+
+
+TRAINING_TOKENS, CHUNK_TOKENS, LOSS_TOKENS = 150, 64, 40  # ragged chunks
+
+
+# Scores then have a standard deviation of a few units: a softmax with peaks.
+WEIGHT_GAIN, VECTOR_NOISE = 2.0, 0.1
+
+
+Tensors = Mapping[str, Tensor]
+
+
+Attend = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One kernel in one comparison.
+
+    Attributes:
+        kernel: its name.
+        what: "attention" alone on peaked inputs, or "training": loss and gradients of the tiny model.
+        dtype: of the inputs or of the model.
+        worst: the tensor with the largest error beside the plain one's, or what the kernel said when it did not run.
+        ratio: that error over the plain one's; NaN where a tensor holds one, infinite where it did not run.
+    """
+
+    kernel: str
+    what: str
+    dtype: torch.dtype
+    worst: str
+    ratio: float
+
+    @property
+    def passed(self) -> bool:
+        """Written so that a NaN fails."""
+        return self.ratio <= FACTOR
+
+
+def kernels_here(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
+    """By kernel, why it cannot serve; None where it can. In the order in which "auto" looks."""
+    return {name: kernel.why_not(device, dtype, head_dim) for name, kernel in KERNELS.items()}
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """What models are trained in on such a device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def check_dtype(kernel: str, device: torch.device, head_dim: int) -> torch.dtype | None:
+    """The widest dtype that the kernel takes, for errors stand out most there; None where it serves in none."""
+    takes = KERNELS[kernel].why_not
+    return next((t for t in (torch.float32, torch.bfloat16) if takes(device, t, head_dim) is None), None)
+
+
+def worst_ratio(ours: Tensors, plain: Tensors, truth: Tensors) -> tuple[str, float]:
+    """The tensor whose error is largest beside the plain run's, and how many times it is the plain run's.
+
+    Args:
+        ours, plain, truth: tensors by name; the truth's names and shapes are those of all three.
+    """
+    if ours.keys() != truth.keys():
+        return f"no gradient, or one too many, of {min(ours.keys() ^ truth.keys())}", float("inf")
+    errors = {name: (_distance(ours[name], t), _distance(plain[name], t)) for name, t in truth.items()}
+    our_total, plain_total = (_norm(pair[i] for pair in errors.values()) for i in range(2))
+    sizes = {name: float(t.double().norm()) for name, t in truth.items()}
+    relative = plain_total / max(_norm(sizes.values()), TINY)
+    largest = max(size / truth[name].numel() ** 0.5 for name, size in sizes.items())
+    ratios = {"all together": our_total / max(plain_total, TINY)}
+    for name, (error, plain_error) in errors.items():
+        if name == LOSS or truth[name].numel() >= FEW:
+            floor = relative * max(sizes[name], SMALL * largest * truth[name].numel() ** 0.5)
+            ratios[name] = error / max(plain_error, floor, TINY)
+    # A NaN is worse than any number, and `max` would lose it.
+    worst = next((name for name, ratio in ratios.items() if ratio != ratio), max(ratios, key=ratios.__getitem__))
+    return worst, ratios[worst]
+
+
+def _distance(a: Tensor, truth: Tensor) -> float:
+    return float((a.double() - truth.double()).norm())
+
+
+def _norm(values: Any) -> float:
+    return float(sum(value**2 for value in values) ** 0.5)
+
+
+# -- attention alone --------------------------------------------------------------------------------------------------
+
+
+def check_attention(kernel: str, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, device: Any) -> Finding:
+    """The kernel's output and gradients on inputs whose softmax is peaked.
+
+    Args:
+        heads: query and key/value heads.
+    """
+    n = ATTENTION_TOKENS
+    qkv = [x.to(device) for x in peaked_qkv(1, n, n, *heads, head_dim, dtype)]
+    dout = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    scale = head_dim**-0.5
+
+    def run(attend: Attend, to: torch.dtype) -> Tensors:
+        leaves = [x.to(to).requires_grad_() for x in qkv]
+        out = attend(*leaves)
+        grads = torch.autograd.grad(out, leaves, dout.to(to))
+        return dict(zip(("output", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
+
+    def by_hand(*leaves: Tensor) -> Tensor:
+        return attention(*leaves, scale=scale)[0]
+
+    try:
+        ours = run(functools.partial(attend_whole, scale=scale, kernel=kernel), dtype)
+    except RuntimeError as error:  # what kernels raise that do not run on this GPU
+        worst, ratio = " ".join(str(error).split()), float("inf")
+    else:
+        truth = run(by_hand, torch.float64)
+        plain = _less_accurate(run(by_hand, dtype), run(functools.partial(_sdpa, scale=scale), dtype), truth)
+        worst, ratio = worst_ratio(ours, plain, truth)
+    return Finding(kernel=kernel, what="attention", dtype=dtype, worst=worst, ratio=ratio)
+
+
+def _sdpa(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q_BSNH, k_BTGH, v_BTGH))
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+def _less_accurate(a: Tensors, b: Tensors, truth: Tensors) -> Tensors:
+    """Of the two ways that a user has, tensor by tensor: which one is better depends on the dtype."""
+    return {name: max(a[name], b[name], key=functools.partial(_distance, truth=t)) for name, t in truth.items()}
+
+
+# -- training a tiny copy of the model --------------------------------------------------------------------------------
+
+
+class NothingToCompare(Exception):
+    """A small model of this configuration does not run even by itself, so nothing can be said."""
+
+
+class TinyModel:
+    """Training steps of a small model with a configuration's features, plain and with FPDT.
+
+    Args:
+        config: of the large model; it is shrunk here.
+        device: where the steps run.
+    """
+
+    def __init__(self, config: Any, device: torch.device) -> None:
+        self.config, self.device = shrunk(config), device
+        self._ids = torch.randint(3, VOCABULARY, (1, TRAINING_TOKENS), generator=torch.Generator().manual_seed(0))
+        self._plain: dict[torch.dtype, Tensors] = {}
+
+    def check(self, kernel: str, dtype: torch.dtype) -> Finding:
+        """Loss and every gradient of one step with this kernel.
+
+        Raises:
+            NotImplementedError, RuntimeError: the model does what FPDT cannot do in chunks; the message says what.
+            NothingToCompare: the small model does not run, without FPDT.
+        """
+        truth, plain = self._plain_step(torch.float64), self._plain_step(dtype)
+        worst, ratio = worst_ratio(self._step(dtype, kernel), plain, truth)
+        return Finding(kernel=kernel, what="training", dtype=dtype, worst=worst, ratio=ratio)
+
+    def _plain_step(self, dtype: torch.dtype) -> Tensors:
+        """Without FPDT; the same for every kernel."""
+        if dtype not in self._plain:
+            try:
+                self._plain[dtype] = self._step(dtype)
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                raise NothingToCompare(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        return self._plain[dtype]
+
+    def _step(self, dtype: torch.dtype, kernel: str | None = None) -> Tensors:
+        """Loss and gradients, of plain eager attention where no kernel is named."""
+        model: Any = build_random(self.config, self.device, dtype, False)
+        model.set_attn_implementation("eager")
+        if dtype == torch.float64 and model.config._experts_implementation not in (None, "eager"):
+            model.set_experts_implementation("eager")  # the others have no float64
+        _draw(model)
+        if kernel is not None:
+            # All on the host, so that the copies are checked too.
+            plugin = FPDTPlugin(
+                sp_size=1,
+                chunk_tokens=CHUNK_TOKENS,
+                kernel=kernel,
+                checkpoints="attention",
+                device_budget_gib=0,
+                host_budget_gib=1,
+                loss_chunk_tokens=LOSS_TOKENS,
+                disk_dir=None,
+                progress=False,
+            )
+            apply_fpdt(model, plugin)
+        ids = self._ids.to(self.device)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return {LOSS: loss.detach(), **dict(_gradients(model))}
+
+
+def why_refused_tiny(config: Any) -> str | None:
+    """Why `apply_fpdt` will not have a tiny copy with a text configuration's features, whose layers it tries.
+
+    Returns:
+        What it says; None if it takes the copy, or if there is none that runs.
+    """
+    try:
+        apply_fpdt(build_random(shrunk(config), "cpu", torch.float32, False), FPDTPlugin(sp_size=1, progress=False))
+    except NotImplementedError as error:
+        return " ".join(str(error).split())
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None
+    return None
+
+
+def _gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
+    return ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+
+
+def _draw(model: Any) -> None:
+    """Equal weights in every dtype: drawn on the CPU, and rounded to bfloat16 first."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() > 1:
+                p.copy_((noise * WEIGHT_GAIN / p.shape[-1] ** 0.5).bfloat16())
+            else:
+                p.copy_((p.cpu().float() + VECTOR_NOISE * noise).bfloat16())

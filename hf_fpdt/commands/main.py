@@ -1,0 +1,59 @@
+"""The command `hf-fpdt`: each sub-command has one `add_…` for its options and one function that does it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .bench.command import add_bench
+from .check.command import add_check
+from .completion import COMPLETION_HELP, add_completion
+from .eval.command import add_eval
+from .finetune.command import add_finetune
+from .options import exit_status
+from .plan.command import add_plan
+from .trace.command import add_trace
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status.
+
+    0, 1 for a check that failed or where nobody reads on (as `rich` has it), 2 for a mistake of the user's.
+    """
+    try:
+        return exit_status(lambda: _run(arguments))
+    except BrokenPipeError:
+        # `| head` has seen enough; what Python would still write when it ends goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int | None:
+    options = _parser().parse_args(arguments)
+    status: int | None = options.run(options)
+    sys.stdout.flush()
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-fpdt",
+        description="Tools around FPDT training: exact training of Hugging Face models on very long sequences.",
+        epilog=COMPLETION_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_check(commands)
+    add_plan(commands)
+    add_trace(commands)
+    add_bench(commands)
+    add_finetune(commands)
+    add_eval(commands)
+    add_completion(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""`hf-fpdt plan`: what a length takes on given GPUs, or the longest that fits."""

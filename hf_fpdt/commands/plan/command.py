@@ -1,0 +1,203 @@
+"""`hf-fpdt plan`: what a step takes on given machines, or the longest sequence that fits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console, Group
+
+from ...config import CHECKPOINT_POLICIES, auto_chunk_tokens
+from ...forecast import (
+    GPU,
+    GPUS,
+    STEP_TOKENS,
+    Machines,
+    PlannedStep,
+    Reach,
+    Training,
+    fit,
+    host_needed,
+    longest,
+    machine_bytes,
+    memory_curve,
+    reach_by_host,
+    read_rates,
+    what_would_help,
+    with_memory,
+)
+from ...model import training_of_model, why_refused
+from ...plan import OPTIMIZERS
+from ...units import GIB
+from ..check.compare import why_refused_tiny
+from ..options import (
+    DEFAULT_SHAPE,
+    UserMistake,
+    add_model,
+    amount,
+    built_without_memory,
+    check_picture,
+    config_of,
+    count,
+    mistakes,
+    tokens,
+)
+from ..pictures import PictureError, check_matplotlib
+from .picture import draw_plan
+from .tables import WIDTH, as_json, plan_tables
+
+PLAN_HELP = """\
+Says from a model's configuration alone, without weights and without a GPU, whether a sequence of --seq-len tokens
+can be trained on the given GPUs and host memory, what lies where, and about how long a step takes; without --seq-len,
+the longest sequence that can, and what would make it longer; without --host-mem, the host memory that it needs. All
+GPUs share one sequence (sp_size). A model that FPDT refuses to train is not planned; the reasons are printed.
+
+Bytes are those that FPDT itself plans with at run time. Seconds come from rates measured on an H100 (thirty-one
+steps of Llama, GPT-NeoX and Qwen3 shapes were within 5 % of them); for other GPUs they are derived from data sheets.
+With --rates they are those of your own GPU, as `hf-fpdt check --measure --rates FILE` found them. What several GPUs
+send each other is reckoned with NVLink inside hosts of eight and one network card for each GPU between hosts.
+"""
+
+
+PLAN_EXAMPLES = """\
+examples:
+  hf-fpdt plan --shape llama-8b --host-mem 128                       the longest sequence on one H100
+  hf-fpdt plan --shape llama-8b --host-mem 128 --seq-len 512K        what 512K tokens take there
+  hf-fpdt plan --shape llama-8b --gpus 4 --gpu-mem 80 --host-mem 512 --full --fsdp --optimizer adamw-8bit
+  hf-fpdt plan --shape llama-8b --gpus 4 --seq-len 2M                what host memory 2M tokens need
+  hf-fpdt plan meta-llama/Llama-3.1-70B --gpus 32 --host-mem 4096 --fsdp --seq-len 1M
+  hf-fpdt plan ./my-model --gpu a100-80 --gpus 4 --host-mem 1024 --full --fsdp --json
+  hf-fpdt plan --host-mem 128 --seq-len 512K --plot plan.png         the same as a picture
+"""
+
+
+def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The options of `hf-fpdt plan`."""
+    parser = commands.add_parser(
+        "plan",
+        help="what a length takes on given GPUs, or the longest that fits; needs no GPU",
+        description=PLAN_HELP,
+        epilog=PLAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=plan)
+    add_model(parser.add_argument_group("what to train").add_mutually_exclusive_group())
+    training = parser.add_argument_group("how")
+    training.add_argument("--seq-len", type=tokens, metavar="TOKENS", help="default: the longest that fits")
+    training.add_argument("--chunk-tokens", type=tokens, metavar="TOKENS", help="default: what FPDTPlugin would take")
+    trained = training.add_mutually_exclusive_group()
+    trained.add_argument("--lora", action="store_true", help="train adapters of rank 16 on every linear (the default)")
+    trained.add_argument("--full", action="store_true", help="train every weight")
+    training.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="default: %(default)s")
+    training.add_argument("--checkpoints", choices=CHECKPOINT_POLICIES, default="auto", help="default: %(default)s")
+    machines = parser.add_argument_group("on what")
+    kind = machines.add_mutually_exclusive_group()
+    kind.add_argument("--gpu", choices=list(GPUS), default="h100", help="kind of GPU (default: %(default)s)")
+    kind.add_argument("--rates", type=Path, metavar="FILE", help="your own GPU, from hf-fpdt check --measure --rates")
+    machines.add_argument("--gpu-mem", type=amount, metavar="GB", help="of each GPU, as sold (default: its kind's)")
+    machines.add_argument("--gpus", type=count, default=1, help="all of one sequence (default: %(default)s)")
+    machines.add_argument(
+        "--host-mem", type=amount, metavar="GIB", help="of all machines together (left out: what --seq-len needs)"
+    )
+    machines.add_argument("--disk", type=amount, default=0.0, metavar="GIB", help="for files (default: none)")
+    machines.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="shard weights over the GPUs (FSDP2 with mixed precision: those that train are in fp32)",
+    )
+    output = parser.add_argument_group("what to write")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over a step, and how far hosts reach")
+
+
+def _gpu(options: argparse.Namespace) -> GPU:
+    with mistakes(ValueError, OSError):
+        gpu = GPUS[options.gpu] if options.rates is None else read_rates(options.rates)
+    return gpu if options.gpu_mem is None else with_memory(gpu, options.gpu_mem)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """`hf-fpdt plan`: what a step takes, or the longest sequence that fits."""
+    if options.plot is not None:
+        with mistakes(PictureError):
+            check_matplotlib()
+        check_picture("--plot", options.plot)
+    training, machines = _training(options), _machines(options)
+    if training.model.q_heads % options.gpus or training.chunk_tokens % options.gpus:
+        raise UserMistake(
+            f"--gpus {options.gpus}: the GPUs of a sequence share its {training.model.q_heads} query heads and every "
+            f"chunk of {training.chunk_tokens:,} tokens, so it must divide both."
+        )
+    least, helps = None, {}
+    with mistakes(MemoryError):
+        if options.host_mem is None:
+            least, found = host_needed(training, machines, options.seq_len)
+            machines = replace(machines, host_bytes=machine_bytes(found.host))
+        elif options.seq_len is not None:
+            found = fit(training, machines, options.seq_len)
+        else:
+            found, helps = _longest(training, machines), what_would_help(training, machines)
+    if options.json:
+        print(json.dumps(as_json(found, helps, least)))
+    else:
+        _console().print(Group(*plan_tables(found, machines, helps, least)))
+    if options.plot is not None:
+        _draw(options, training, machines, found)
+
+
+def _console() -> Console:
+    """Of the terminal, or for a file; never too narrow for the tables."""
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    return console
+
+
+def _training(options: argparse.Namespace) -> Training:
+    model = built_without_memory(config_of(options, layers=None))
+    reasons = "; ".join(why_refused(model))
+    refusal = f"FPDT cannot run {type(model).__name__}: {reasons}." if reasons else None
+    if refusal := refusal or why_refused_tiny(model.config.get_text_config()):
+        raise UserMistake(f"there is nothing to plan. {refusal}")
+    training = training_of_model(model, lora=not options.full)
+    chunk_tokens = options.chunk_tokens or auto_chunk_tokens(options.gpus, on_gpu=True)
+    weights = replace(training.weights, optimizer=options.optimizer)
+    return replace(training, weights=weights, chunk_tokens=chunk_tokens, checkpoints=options.checkpoints)
+
+
+def _machines(options: argparse.Namespace) -> Machines:
+    if options.host_mem is None and options.seq_len is None:
+        raise UserMistake("--host-mem is needed to find the longest sequence; or --seq-len, to find what it needs.")
+    return Machines(
+        gpu=_gpu(options),
+        gpus=options.gpus,
+        host_bytes=int((options.host_mem or 0) * GIB),
+        disk_bytes=int(options.disk * GIB),
+        sharded=options.fsdp,
+    )
+
+
+def _longest(training: Training, machines: Machines) -> PlannedStep:
+    found = longest(training, machines)
+    if found is None:
+        raise UserMistake(f"not even {STEP_TOKENS:,} tokens fit; see --seq-len {STEP_TOKENS} for the arithmetic.")
+    return found
+
+
+def _draw(options: argparse.Namespace, training: Training, machines: Machines, found: PlannedStep) -> None:
+    print("drawing: looking for the longest sequence with other amounts of host memory …", file=sys.stderr)
+    tokens_planned, host_gib = found.step.plan.n_tokens, machines.host_bytes / GIB
+    name = options.model or options.shape or DEFAULT_SHAPE
+    title = f"{name}, {tokens_planned:,} tokens on {machines.gpus} x {machines.gpu.name}"
+    with mistakes(OSError):
+        draw_plan(
+            options.plot,
+            title,
+            memory_curve(found, full=options.full),
+            {"device": machines.gpu.memory_gib, "host": host_gib},
+            list(reach_by_host(training, machines)),
+            Reach(host_gib, tokens_planned),
+        )
+    print(f"picture: {options.plot}", file=sys.stderr)

@@ -1,0 +1,190 @@
+"""A plan as tables for a terminal, and as one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ...forecast import CHECKPOINTS, KV, Machines, PlannedStep, machine_bytes
+from ...plan import KeptLayers
+from ...units import GIB
+
+
+def as_json(found: PlannedStep, helps: Mapping[str, int], least: PlannedStep | None = None) -> dict[str, Any]:
+    """Numbers, in bytes and seconds; `least` is the step with the least host memory."""
+    kept, kv, told = found.plan.kept, found.plan.kv, found.plan.foretold
+    assert told is not None
+    return {
+        "tokens": found.step.plan.n_tokens,
+        "sp_size": found.step.plan.sp_size,
+        "chunk_tokens": found.step.plan.chunk_tokens,
+        "seconds": found.seconds,
+        "tokens_per_s": found.step.plan.n_tokens / found.seconds,
+        "strict_mfu": found.strict_mfu,
+        "copy_seconds": found.copy_seconds,
+        "exchange_seconds": found.exchange_seconds,
+        "gather_seconds": found.gather_seconds,
+        "device_bytes": dict(found.device),
+        "peak_device_bytes": found.peak,
+        "host_bytes": found.host,
+        "disk_bytes": told.disk_bytes * found.step.plan.sp_size,
+        "inputs_kept": kept.inputs.count(True),
+        "attention_outputs_kept": kept.attentions.count(True),
+        "layers": kept.layers,
+        "resident_chunks": kv.backward_resident,
+        "longest_with": dict(helps),
+        **({} if least is None else {"least_host_bytes": least.host, "seconds_with_least": least.seconds}),
+    }
+
+
+# Columns that the tables need: with fewer, rich would break numbers in two.
+WIDTH = 80
+
+
+# Less is not worth a line.
+SHOWN = 0.05 * GIB
+
+
+HOUR_S, HOURS_FROM_S = 3600, 7200
+
+
+STEP = ("a step", "tokens/s", "strict\nMFU", "copies\nunder it", "chunks x\ntokens", "K, V on\nthe GPU")
+
+
+def plan_tables(
+    found: PlannedStep, machines: Machines, helps: Mapping[str, int], least: PlannedStep | None = None
+) -> Iterator[RenderableType]:
+    """What `rich` prints of a plan.
+
+    Args:
+        found: the step.
+        machines: those that it is planned for.
+        helps: longest sequences in tokens, by what there would be more of; empty: not asked for.
+        least: the step with the least host memory, where that was asked for.
+    """
+    gib = f"{machines.host_bytes / GIB:,.0f} GiB of host memory"
+    yield Text(f"{found.step.plan.n_tokens:,} tokens on {machines.gpus} x {machines.gpu.name}, {gib}", style="bold")
+    yield from ("", _step(found))
+    if found.step.plan.sp_size > 1:
+        yield from _between_gpus(found)
+    yield Text(machines.gpu.source, style="italic")
+    yield from ("", _memory(found, machines), "", _layers(found.plan.kept))
+    if least is not None:
+        yield from ("", _least(least, found, machines))
+    if helps:
+        yield from ("", _longer(helps, found.step.plan.n_tokens))
+        if not any("GPUs" in name for name in helps):
+            yield Text(f"twice the GPUs: not by sp_size, {found.step.model.q_heads} query heads do not divide by more")
+
+
+def _table(*titles: str, words: int = 1) -> Table:
+    """A table whose first columns, so many, are words, and the others numbers."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, pad_edge=False)
+    for i, title in enumerate(titles):
+        table.add_column(title, justify="left" if i < words else "right", overflow="fold")
+    return table
+
+
+def _step(found: PlannedStep) -> Table:
+    plan, table = found.step.plan, _table(*STEP, words=0)
+    computing = found.seconds - found.exchange_seconds
+    table.add_row(
+        _time(found.seconds),
+        f"{plan.n_tokens / found.seconds:,.0f}",
+        f"{found.strict_mfu:.3f}",
+        f"{found.copy_seconds:,.1f} s, {100 * found.copy_seconds / computing:.1f} %",
+        f"{len(plan.chunks)} x {plan.chunk_tokens:,}",
+        f"{found.plan.kv.backward_resident} of {len(plan.chunks)}",
+    )
+    return table
+
+
+def _between_gpus(found: PlannedStep) -> Iterator[Text]:
+    """What GPUs send each other: what computation waits for, and what FSDP2 does meanwhile."""
+    yield Text(f"exchanges between GPUs: {found.exchange_seconds:,.1f} s of the step, in which nothing is computed")
+    if found.gather_seconds:
+        yield Text(f"weights and gradients between GPUs: {found.gather_seconds:,.1f} s under the computation")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds < HOURS_FROM_S else f"{seconds / HOUR_S:.1f} h"
+
+
+def _memory(found: PlannedStep, machines: Machines) -> Table:
+    gpus, told = found.step.plan.sp_size, found.plan.foretold
+    assert told is not None
+    kv = gpus * found.plan.kv.host_buffer_bytes
+    host, disk = {KV: kv, CHECKPOINTS: found.host - kv}, {CHECKPOINTS: gpus * told.disk_bytes}
+    device = dict(found.device)
+    places = [(device, int(machines.gpu.memory_gib * GIB)), (host, machines.host_bytes), (disk, machines.disk_bytes)]
+    places = places[: 3 if machines.disk_bytes else 2]
+    table = _table(*("GiB", "each GPU", "hosts, pinned", "files")[: 1 + len(places)])
+    for name in device:
+        sizes = [items.get(name, 0) for items, _ in places]
+        if max(sizes) >= SHOWN:
+            table.add_row(name, *map(_gib, sizes))
+    table.add_row("together", *(_gib(sum(items.values())) for items, _ in places), style="bold")
+    table.add_row("there is", *(_gib(size) for _, size in places))
+    table.add_row("reached, without margins", _gib(found.peak))
+    return table
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.1f}" if size >= SHOWN else "-"
+
+
+def _layers(kept: KeptLayers) -> Table:
+    """Layers of one policy are one row, whatever lies between them."""
+    alike: dict[tuple[bool, bool], list[int]] = {}
+    for layer, policy in enumerate(zip(kept.inputs, kept.attentions, strict=True)):
+        alike.setdefault(policy, []).append(layer)
+    table = _table("layers", "how many", "input", "attention output")
+    for (has_input, has_attention), layers in alike.items():
+        words = "kept" if has_input else "rebuilt", "kept" if has_attention else "run again"
+        table.add_row(_runs(layers), str(len(layers)), *words)
+    if len(alike) > 1:
+        inputs = f"{kept.inputs.count(True)} kept, {kept.rebuilt} rebuilt"
+        attentions = f"{kept.attentions.count(True)} kept, {kept.attention_reruns} run again"
+        table.add_row("together", str(kept.layers), inputs, attentions, style="bold")
+    return table
+
+
+def _runs(layers: Sequence[int]) -> str:
+    """Layers in ascending order by runs: "0, 2, 26-31"."""
+    runs: list[tuple[int, int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1] = (runs[-1][0], layer)
+        else:
+            runs.append((layer, layer))
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _least(least: PlannedStep, found: PlannedStep, machines: Machines) -> Table:
+    table = _table("host memory", "GiB", "a step", "inputs kept", "attention outputs")
+    for name, step, size in (
+        ("the least", least, machine_bytes(least.host)),
+        ("this plan", found, machines.host_bytes),
+    ):
+        kept = step.plan.kept
+        counts = (f"{flags.count(True)} of {kept.layers}" for flags in (kept.inputs, kept.attentions))
+        table.add_row(name, f"{size / GIB:,.1f}", _time(step.seconds), *counts)
+    return table
+
+
+def _longer(helps: Mapping[str, int], n_tokens: int) -> Table:
+    table = _table(f"ends by {_limit(helps)}; longer with", "tokens", "more")
+    for name, tokens in helps.items():
+        table.add_row(name, f"{tokens:,}", f"{100 * (tokens / n_tokens - 1):+.0f} %")
+    return table
+
+
+def _limit(helps: Mapping[str, int]) -> str:
+    """What a quarter more of helps most."""
+    quarters = {name: tokens for name, tokens in helps.items() if name.startswith("a quarter")}
+    return max(quarters, key=lambda name: quarters[name]).removeprefix("a quarter more ")

@@ -1,0 +1,1 @@
+"""`hf-fpdt trace`: a step on the GPU, as a picture."""

@@ -1,0 +1,188 @@
+"""What the registered attention function does inside a layer's own forward (paper sections 4.1 and 4.2).
+
+It is called on one chunk; which of the calls below it finds there decides what it does: `AttentionCall` in a forward
+pass, `CaptureCall`, `ReplayCall` and `RebuildCall` in a backward pass. See `layer` for how they follow one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import Kernel, backward_row, forward_row, kernel_spans, select_kernel
+from ..layout import Chunk, ChunkPlan, Span
+from ..memory import KVStore
+from ..parallel import repeat_heads, sum_repeated_heads
+from .layer_run import LayerRun
+
+# Keys of one backward call at most: a kernel's own dK, dV and fp32 sums are as long as its keys, and must not grow
+# with the sequence.
+BACKWARD_CALL_TOKENS = 131_072
+
+
+class Call:
+    """What the registered attention function does inside a layer's forward.
+
+    Attributes:
+        unread: of "q", "k", "v" and "rest" (what the layer computes after attention) those whose values nobody reads.
+        n_tokens: of the whole sequence, where the attention function sees a part of it.
+    """
+
+    unread: frozenset[str] = frozenset()
+    n_tokens: int | None = None
+
+    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
+        """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
+        raise NotImplementedError
+
+
+_current_call: ContextVar[Call | None] = ContextVar("fpdt_attention_call", default=None)
+
+
+def current_call() -> Call | None:
+    """What the attention function is to do inside the chunk that runs now; None outside of one."""
+    return _current_call.get()
+
+
+@contextmanager
+def calling(call: Call) -> Iterator[None]:
+    """Inside, the attention function finds `call`."""
+    token = _current_call.set(call)
+    try:
+        yield
+    finally:
+        _current_call.reset(token)
+
+
+def hidden_states_of(output: Any) -> Tensor:
+    """A layer's output, which must be hidden states alone."""
+    if not isinstance(output, Tensor):
+        raise NotImplementedError(f"it returns {type(output).__name__}, not hidden states alone")
+    return output
+
+
+class AttentionReached(BaseException):
+    """Ends a layer's forward once k and v are known; BaseException, so that no handler of the model catches it."""
+
+
+def tokens_of(value: Any, chunk: Chunk, plan: ChunkPlan) -> Any:
+    """The chunk's part of one layer argument: tensors with a token axis (dimension 1, or the only one) are sliced."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(tokens_of(item, chunk, plan) for item in value)
+    n_tokens = plan.n_tokens // plan.sp_size
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[min(1, value.dim() - 1)] != n_tokens:
+        return value
+    return value[chunk.rank_slice] if value.dim() == 1 else value[:, chunk.rank_slice]
+
+
+class AttentionCall(Call):
+    """The attention of one chunk inside one layer; `attend` is called by the registered function.
+
+    A rank's own tokens and all heads go in and out; between the exchanges it holds the whole chunk for its heads.
+
+    Attributes:
+        qkv: q, k, v of the rank's tokens as the layer made them, with their graph in a replay.
+        q: the chunk's queries for this rank's heads.
+    """
+
+    qkv: tuple[Tensor, Tensor, Tensor] | None = None
+    q: Tensor
+    scale: float
+
+    def __init__(self, run: LayerRun, chunk: Chunk, store: KVStore) -> None:
+        self.run, self.chunk, self.store, self.n_tokens = run, chunk, store, run.plan.n_tokens
+
+    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
+        """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
+        if self.qkv is not None:
+            raise RuntimeError(f"fpdt: {self.run.name} calls its attention function twice; it is not supported.")
+        self.qkv, self.scale = (q_BSNH, k_BSGH, v_BSGH), scale
+        self.repeats = self.run.group.kv_repeats(q_BSNH.shape[2], k_BSGH.shape[2])
+        with torch.no_grad():
+            q, *kv = q_BSNH.detach(), *(repeat_heads(x.detach(), self.repeats) for x in (k_BSGH, v_BSGH))
+            return self._attend(q, *kv)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Forward: this chunk's queries read every key so far."""
+        self._exchange(q, k, v)
+        row = self.row_forward()
+        if self.run.checkpoint is not None and self.run.checkpoint.keeps_attention:
+            self._keep(row)
+        return self.run.group.heads_to_seq(row[0])[0]
+
+    def _keep(self, row: tuple[Tensor, Tensor], *, rebuilt: bool = False) -> None:
+        for name, part in zip(("out", "lse"), row, strict=True):
+            self.run.kept.put(name, self.chunk, part, rebuilt=rebuilt)
+
+    def _exchange(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Pieces for heads; k and v go into the store."""
+        self.q, *kv = self.run.group.seq_to_heads(q, k, v)
+        self.store.put(self.chunk, *kv)
+
+    def row_forward(self) -> tuple[Tensor, Tensor]:
+        """(out, lse) of this chunk's queries over the chunks 0..i of the store."""
+        kernel, spans = self._calls()
+        return forward_row(kernel, self.q, self.store.stream(spans), scale=self.scale)
+
+    def row_backward(self, d_leaf_BSNH: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv for the rank's own tokens of this chunk, complete if every later chunk's row was done before."""
+        kernel, spans = self._calls(BACKWARD_CALL_TOKENS)
+        (dout,) = self.run.group.seq_to_heads(d_leaf_BSNH)
+        dq = backward_row(kernel, dout, self.q, row, self.store, spans, scale=self.scale)
+        dq, dk, dv = self.run.group.heads_to_seq(dq, *self.store.take_grad(self.chunk))
+        return dq, sum_repeated_heads(dk, self.repeats), sum_repeated_heads(dv, self.repeats)
+
+    def _calls(self, most_tokens: int = 2**62) -> tuple[Kernel, Sequence[Span]]:
+        kernel = select_kernel(self.run.kernel, self.q.device, self.q.dtype, self.q.shape[-1])
+        diagonal, unit = (self.chunk.start, self.chunk.stop), self.run.plan.chunk_tokens
+        return kernel, kernel_spans(kernel, diagonal, unit, self.store, most_tokens=most_tokens)
+
+
+class CaptureCall(AttentionCall):
+    unread = frozenset({"q"})
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.store.put(self.chunk, *self.run.group.seq_to_heads(k, v))
+        raise AttentionReached
+
+
+class RebuildCall(AttentionCall):
+    """Forward again, for the sake of the layer's output; attention runs again only where its output was not kept."""
+
+    def __init__(self, run: LayerRun, chunk: Chunk, store: KVStore) -> None:
+        super().__init__(run, chunk, store)
+        if run.kept.holds("out", chunk):
+            self.unread = frozenset({"q", "k", "v"})
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.run.kept.holds("out", self.chunk):
+            return self.run.group.heads_to_seq(self.run.kept.peek("out", self.chunk))[0]
+        self._exchange(q, k, v)
+        row = self.row_forward()
+        self._keep(row, rebuilt=True)
+        return self.run.group.heads_to_seq(row[0])[0]
+
+
+class ReplayCall(AttentionCall):
+    """`leaf` is what the layer's forward saw as attention output; `row` is (out, lse) for this rank's heads."""
+
+    leaf: Tensor
+    row: tuple[Tensor, Tensor]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.store.holds(self.chunk):
+            (self.q,) = self.run.group.seq_to_heads(q)
+        else:
+            self._exchange(q, k, v)
+        kept, chunk = self.run.kept, self.chunk
+        self.row = (
+            (kept.take("out", chunk), kept.take("lse", chunk)) if kept.holds("out", chunk) else self.row_forward()
+        )
+        self.leaf = self.run.group.heads_to_seq(self.row[0])[0].detach().requires_grad_()
+        self.unread = frozenset({"rest"})  # y is wanted for its graph alone
+        return self.leaf

@@ -1,0 +1,201 @@
+"""The layer executor: a decoder layer run chunk by chunk, for any architecture (paper sections 4.1 and 4.2).
+
+Everything in a decoder layer but attention acts on each token alone, and attention reaches the registered function as
+finished q, k, v. So the model's OWN layer forward is called on one chunk of hidden states at a time, and an attention
+call of `run` does the sequence-wide part. Its role depends on the pass:
+
+    forward   k, v into the store; the chunk's queries read chunks 0..i; out and lse may be kept
+    rebuild   forward again, for a layer above whose input was not kept; kept attention outputs are not made again
+    capture   k, v into the store again, and the layer's forward ends there (backward pass, token-local, cheap)
+    replay    the layer runs with grad; q, k, v keep their graph, and the caller gets a LEAF that holds the output
+
+Backward goes through the chunks in DESCENDING order. Row i completes dq_i, and also dk_i, dv_i, because only rows ≥ i
+read chunk i; so each chunk is replayed once and only K, V, dK, dV outlive a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
+
+from ..layout import Chunk
+from ..memory import KVStore
+from .calls import (
+    AttentionCall,
+    AttentionReached,
+    CaptureCall,
+    RebuildCall,
+    ReplayCall,
+    calling,
+    hidden_states_of,
+    tokens_of,
+)
+from .gradients import GradientSums
+from .layer_run import LayerRun
+from .replay_state import RandomState, untouched_random_state
+
+
+def run_layer(run: LayerRun, hidden_BSD: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The layer's output for the whole sequence, [B, S, D], differentiable in `hidden_BSD` and `parameters`."""
+    wants_grad = hidden_BSD.requires_grad or any(p.requires_grad for p in parameters)
+    run.begin(hidden_BSD, differentiable=torch.is_grad_enabled() and wants_grad)
+    output_BSD: Tensor = _ChunkedLayer.apply(run, hidden_BSD, *parameters)
+    run.end(output_BSD)
+    return output_BSD
+
+
+class _ChunkedLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: LayerRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        output: Tensor | None = None
+        with (
+            torch.cuda.device_of(hidden),  # kernels of Triton and flash-attn-4 run where the process is
+            record_function(f"fpdt::forward {run.name}"),
+            run.autocast.again(),
+            run.kv_store(hidden.device, backward=False) as store,
+        ):
+            for chunk in run.plan.chunks:
+                x = hidden[:, chunk.rank_slice]
+                _keep_input(run, chunk, x)
+                y = _on_chunk(run, chunk, x, AttentionCall(run, chunk, store))
+                output = y.new_empty(*hidden.shape[:2], y.shape[2]) if output is None else output
+                output[:, chunk.rank_slice] = y
+                if run.checkpoint is not None:
+                    run.checkpoint.settle()
+                run.advance("forward", chunk)
+        assert output is not None
+        ctx.run, ctx.hidden_dtype, ctx.parameters = run, hidden.dtype, parameters
+        ctx.save_for_backward(*parameters)  # autograd then refuses weights that were changed before backward
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        # Not what was saved: hooks around saved tensors (save_on_cpu) give copies, of which nobody asks a gradient.
+        run, parameters, _ = ctx.run, ctx.parameters, ctx.saved_tensors
+        run.check_unchanged(parameters)
+        wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed]
+        sums = GradientSums(wanted)
+        with (
+            run.store.one_thread.entered(run.name),
+            record_function(f"fpdt::backward {run.name}"),
+            untouched_random_state(d_output.device),
+        ):
+            _rebuild_input(run, d_output.device)
+            d_hidden = torch.zeros_like(d_output, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[1] else None
+            _expect_backward(run)
+            with torch.enable_grad(), run.kv_store(d_output.device, backward=True) as store:
+                _capture_kv(run, store)
+                with run.autocast.again():
+                    for chunk in reversed(run.plan.chunks):
+                        dx = None if d_hidden is None else d_hidden[:, chunk.rank_slice]
+                        attends = not run.kept.holds("out", chunk)
+                        _backward_chunk(run, chunk, store, d_output[:, chunk.rank_slice], dx, sums)
+                        run.advance("backward", chunk, attends=attends)
+        grads = sums.totals()
+        return None, d_hidden, *(grads.get(id(p)) for p in parameters)
+
+
+def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall) -> Tensor:
+    """The layer's own forward on one chunk, its attention done by `call`."""
+    kwargs = {key: tokens_of(value, chunk, run.plan) for key, value in run.kwargs.items()}
+    with calling(call):
+        y_BSD = hidden_states_of(run.forward(x_BSD, **kwargs))
+    if call.qkv is None:
+        raise RuntimeError(
+            f"fpdt: {run.name} never called its attention function this time, so cutting it in chunks is not exact; "
+            "models whose layers attend in another way are not supported."
+        )
+    return y_BSD
+
+
+def _keep_input(run: LayerRun, chunk: Chunk, x: Tensor) -> None:
+    if run.checkpoint is None:
+        return
+    run.random_states.append(RandomState.now(x.device))
+    if run.checkpoint.keeps_input:
+        run.checkpoint.put("input", chunk, x)
+
+
+def _rebuild_input(run: LayerRun, device: torch.device) -> None:
+    """Make the layer's missing input again: the layers below it run forward, from the nearest kept input up."""
+    first = run.plan.chunks[0]
+    chain = [run]  # from the layer itself down to the one whose input is there
+    while not chain[-1].kept.holds("input", first):
+        below = chain[-1].below
+        if below is None:
+            return  # used before; taking it says so
+        chain.append(below)
+    for lower, upper in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
+        with record_function(f"fpdt::rebuild {lower.name}"), lower.weights():
+            _forward_again(lower, upper, device)
+
+
+def _forward_again(lower: LayerRun, upper: LayerRun, device: torch.device) -> None:
+    """Keep the output of `lower` as the input of `upper`, as the forward pass would have."""
+    chunks = lower.plan.chunks
+    lower.kept.expect(lower.kept.entries("input", "out", chunks=chunks))
+    with torch.no_grad(), lower.autocast.again(), lower.kv_store(device, backward=False) as store:
+        for chunk in chunks:
+            lower.random_states[chunk.index].restore()
+            x, attends = lower.kept.peek("input", chunk), not lower.kept.holds("out", chunk)
+            upper.kept.put("input", chunk, _on_chunk(lower, chunk, x, RebuildCall(lower, chunk, store)), rebuilt=True)
+            lower.kept.settle()
+            upper.kept.settle()
+            lower.advance("rebuild", chunk, attends=attends)
+
+
+def _expect_backward(run: LayerRun) -> None:
+    """Tell the store what this layer's backward pass reads, and with what the layer below begins."""
+    *earlier, last = run.plan.chunks
+    reads = [*run.kept.entries("input", chunks=earlier)]
+    reads += run.kept.entries("input", "out", "lse", chunks=(last, *reversed(earlier)))
+    below = run.below
+    while below is not None and not below.kept.holds("input", last):
+        below = below.below
+    if below is not None:
+        reads += below.kept.entries("input", chunks=run.plan.chunks)
+    run.kept.expect(reads)
+
+
+def _capture_kv(run: LayerRun, store: KVStore) -> None:
+    """K, V of every chunk but the last, made again from the inputs; the last chunk's replay brings its own."""
+    with torch.no_grad(), run.autocast.again():
+        for chunk in run.plan.chunks[:-1]:
+            run.random_states[chunk.index].restore()
+            with suppress(AttentionReached):
+                _on_chunk(run, chunk, run.kept.peek("input", chunk), CaptureCall(run, chunk, store))
+
+
+def _backward_chunk(
+    run: LayerRun, chunk: Chunk, store: KVStore, dy: Tensor, dx: Tensor | None, sums: GradientSums
+) -> None:
+    """Backward of one chunk, later chunks done: writes the input's gradient to `dx` and adds parameters' to `sums`."""
+    run.random_states[chunk.index].restore()
+    x = run.kept.take("input", chunk).detach().requires_grad_(dx is not None)
+    call = ReplayCall(run, chunk, store)
+    y = _on_chunk(run, chunk, x, call)
+    inputs, qkv = [] if dx is None else [x], call.qkv
+    assert qkv is not None
+    if chunk is run.plan.chunks[-1]:
+        sums.check_complete([y, *qkv], [x, call.leaf])
+
+    # out-projection, MLP, residual. Some layers share nodes between this part and q, k, v, so the graph is kept; it
+    # goes with y, and the MLP's activations are gone before attention runs.
+    *dx_parts, d_leaf = sums.differentiate([y], [dy], [*inputs, call.leaf], retain_graph=True)
+    del y
+
+    differentiable = [t.requires_grad for t in qkv]
+    if d_leaf is not None and any(differentiable):
+        d_qkv = compress(call.row_backward(d_leaf, call.row), differentiable)
+        dx_parts += sums.differentiate(list(compress(qkv, differentiable)), list(d_qkv), inputs)
+    if dx is not None:
+        for part in dx_parts:
+            dx.add_(part) if part is not None else None

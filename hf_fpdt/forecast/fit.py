@@ -1,0 +1,321 @@
+"""Whether a training step fits given machines, what it takes where and how long; and the longest sequence that fits.
+
+Arithmetic only, from a model's configuration: the same that places checkpoints at run time (`budget`, `shelves`), the
+table of device memory (`memory`) and the rates of GPUs (`rates`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..layout import ChunkPlan
+from ..plan import (
+    DEVICE_MARGIN,
+    DEVICE_RESERVE,
+    HOST_RESERVE,
+    NO_LIMIT,
+    Budgets,
+    ModelSizes,
+    PassPlacement,
+    StepSizes,
+    plan_pass,
+    state_bytes,
+    strict_flops,
+    sum_bytes,
+)
+from ..units import GIB
+from .collectives import ShardedWeights
+from .rates import GPU
+from .seconds import sharded_seconds, step_seconds, ulysses_seconds
+
+# Lengths are looked for in steps of this many tokens.
+STEP_TOKENS = 16_384
+
+
+MOST_TOKENS = 2**27
+
+
+# Of the memory that a machine is sold with, what its system shows.
+HOST_USABLE = 0.98
+
+
+# Of an element of a weight that trains under FSDP2: accelerate upcasts it, with its gradient and optimizer states.
+FP32_BYTES = 4
+
+
+# Buffers of NCCL's communicators, Ulysses' and DDP's, as seen on four GPUs of one host.
+NCCL_BYTES = int(1.3 * GIB)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Parameters of a model, and what training keeps of them.
+
+    Attributes:
+        total: all of them.
+        trained: those that train.
+        largest_trained: the most that train in one layer, or outside of the layers: their gradients add up in fp32.
+        outside: embeddings, final norm and head.
+        element_bytes: of weights, gradients and optimizer states.
+        optimizer: a kind of `OPTIMIZERS`.
+    """
+
+    total: int
+    trained: int
+    largest_trained: int
+    outside: int
+    element_bytes: int = 2
+    optimizer: str = "adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """What there is, all machines together.
+
+    Attributes:
+        gpu: their kind.
+        gpus: how many, all of one sequence-parallel group.
+        host_bytes: host memory.
+        disk_bytes: free space for files.
+        sharded: whether FSDP2 shards weights, gradients and optimizer over all GPUs, those that train in fp32, as
+            accelerate has them under mixed precision; else each has all of them (DDP).
+        kept_bytes: the most of each GPU for K, V and checkpoints (`FPDTPlugin.device_budget_gib`); None: what is left.
+    """
+
+    gpu: GPU
+    gpus: int
+    host_bytes: int
+    disk_bytes: int = 0
+    sharded: bool = False
+    kept_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is to be trained.
+
+    Attributes:
+        model: its sizes.
+        weights: its parameters.
+        vocabulary: logits a token.
+        chunk_tokens: tokens of a chunk, over all GPUs.
+        loss_tokens: tokens whose logits exist at a time.
+        checkpoints: `FPDTPlugin.checkpoints`.
+        fused: whether Liger's kernels are installed, and `FPDTPlugin.fused`.
+    """
+
+    model: ModelSizes
+    weights: Weights
+    vocabulary: int
+    chunk_tokens: int
+    loss_tokens: int
+    checkpoints: str = "auto"
+    fused: bool = True
+
+    def step(self, n_tokens: int, sp_size: int) -> StepSizes:
+        """Sizes of a step of one sequence."""
+        plan = ChunkPlan(n_tokens + -n_tokens % sp_size, self.chunk_tokens, sp_size)
+        return StepSizes(self.model, plan, loss_tokens=self.loss_tokens, vocabulary=self.vocabulary, fused=self.fused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStep:
+    """A step that fits.
+
+    Attributes:
+        step: its sizes.
+        plan: where checkpoints, K and V go.
+        device: bytes set aside on each GPU, by what they are, margins included.
+        peak: bytes of each GPU that PyTorch's allocator is foretold to reach, without margins.
+        host: pinned bytes on the hosts, all together.
+        seconds: of the step.
+        strict_mfu: of all GPUs; no recomputation counted, attention at half.
+        copy_seconds: what the host's link needs for the checkpoints, which is under computation if it is less.
+        exchange_seconds: of `seconds`, those in which GPUs send each other what computation waits for.
+        gather_seconds: what weights and gradients need between the GPUs that shard them, beside computation;
+            `seconds` counts what is longer.
+    """
+
+    step: StepSizes
+    plan: PassPlacement
+    device: tuple[tuple[str, int], ...]
+    peak: int
+    host: int
+    seconds: float
+    strict_mfu: float
+    copy_seconds: float
+    exchange_seconds: float
+    gather_seconds: float
+
+
+def fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
+    """What a step of `n_tokens` takes.
+
+    Raises:
+        MemoryError: it does not fit; the message has the arithmetic.
+    """
+    step, gpu, weights = training.step(n_tokens, machines.gpus), machines.gpu, training.weights
+    fixed = _fixed_bytes(training, machines)
+    working = int(DEVICE_MARGIN * step.working_bytes(step.kv_bytes(NO_LIMIT))) + DEVICE_RESERVE
+    room = int(gpu.memory_gib * GIB) - sum(size for _, size in fixed) - working
+    if room < 0:
+        raise MemoryError(
+            f"{n_tokens:,} tokens need {(int(gpu.memory_gib * GIB) - room) / GIB:.1f} GiB of each {gpu.name}'s "
+            f"{gpu.memory_gib:.1f}, checkpoints, K and V not counted."
+        )
+    host = max(0, int(HOST_USABLE * machines.host_bytes) - HOST_RESERVE) // machines.gpus
+    kept = room if machines.kept_bytes is None else min(room, machines.kept_bytes)
+    budgets = Budgets(kept, host, machines.disk_bytes // machines.gpus)
+    plan = plan_pass(training.checkpoints, step, training.model.layers, budgets, {})
+    assert plan.foretold is not None
+    full = weights.trained == weights.total
+    gathering, in_the_way = 0.0, 0.0
+    if machines.sharded:
+        gathering, in_the_way = sharded_seconds(sharded_weights(training, machines.gpus), plan.kept, gpu)
+    exchange = ulysses_seconds(step, plan.kept, gpu) + in_the_way
+    seconds = max(step_seconds(step, plan.kept, gpu, full=full), gathering) + exchange
+    resident = plan.kv.device_bytes
+    items = (*fixed, ("activations and gradients of a step", working), ("K, V, dK, dV", resident))
+    elsewhere = plan.foretold.host_bytes - plan.kv.host_bytes + plan.foretold.disk_bytes
+    return PlannedStep(
+        step=step,
+        plan=plan,
+        device=(*items, ("checkpoints", plan.foretold.device_bytes)),
+        peak=_peak(step, plan, training, dict(fixed)),
+        host=plan.foretold.host_bytes * machines.gpus,
+        seconds=seconds,
+        strict_mfu=strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=full)
+        / seconds
+        / machines.gpus
+        / gpu.peak,
+        copy_seconds=2 * elsewhere / gpu.link,
+        exchange_seconds=exchange,
+        gather_seconds=gathering,
+    )
+
+
+def peak_bytes(step: StepSizes, plan: PassPlacement, outside: int, inside: int, sums: int) -> int:
+    """The most that a step puts on each GPU beside weights and optimizer states, without the margins of a plan.
+
+    Args:
+        step: its sizes.
+        plan: where checkpoints, K and V go.
+        outside: bytes of gradients outside of the layers.
+        inside: of gradients of all layers.
+        sums: of the gradients of one layer while they add up over chunks.
+    """
+    told = plan.foretold
+    assert told is not None
+    working = step.working_bytes(plan.kv, checkpoints_elsewhere=told.host_bytes > plan.kv.host_bytes, resident=True)
+    # A layer's checkpoints go when its gradients come.
+    return working + outside + max(sums + told.device_bytes, inside + told.device_bytes // plan.kept.layers)
+
+
+def _peak(step: StepSizes, plan: PassPlacement, training: Training, fixed: Mapping[str, int]) -> int:
+    weights = training.weights
+    outside = weights.outside if weights.trained == weights.total else 0
+    inside = weights.trained - outside
+    apart, within = (fixed["gradients"] * part // weights.trained for part in (outside, inside))
+    sums = sum_bytes(inside // training.model.layers)
+    return fixed["weights"] + fixed["optimizer"] + peak_bytes(step, plan, apart, within, sums)
+
+
+def sharded_weights(training: Training, ranks: int) -> ShardedWeights:
+    """What FSDP2 shards, in its units."""
+    model, weights, size = training.model, training.weights, training.weights.element_bytes
+    embedding = training.vocabulary * model.hidden
+    if weights.outside < 2 * embedding:  # the head is the embedding
+        embedding = 0
+    return ShardedWeights(
+        ranks=ranks,
+        layers=model.layers,
+        layer=model.layer_parameters * size,
+        embedding=embedding * size,
+        tail=(weights.outside - embedding) * size,
+        trained=weights.trained * size,
+    )
+
+
+def _fixed_bytes(training: Training, machines: Machines) -> tuple[tuple[str, int], ...]:
+    """What lies on each GPU whatever the length."""
+    weights, layer = training.weights, training.model.layer_parameters
+    ranks, size, trained = 1, weights.element_bytes, weights.element_bytes
+    gathered = 0
+    if machines.sharded:
+        ranks, trained = machines.gpus, FP32_BYTES
+        # The layer that runs and the next one; embeddings and head stay gathered.
+        gathered = (2 * layer + weights.outside) * size
+    lasting = (weights.total - weights.trained) * size + weights.trained * trained
+    nccl = (("NCCL", NCCL_BYTES),) if machines.gpus > 1 else ()
+    return (
+        ("weights", lasting // ranks + gathered),
+        ("gradients", weights.trained * trained // ranks),
+        ("optimizer", state_bytes(weights.optimizer, weights.trained, trained) // ranks),
+        ("sums of gradients over chunks", sum_bytes(weights.largest_trained)),
+        *nccl,
+    )
+
+
+def longest(training: Training, machines: Machines) -> PlannedStep | None:
+    """The longest sequence that fits, in steps of 16K tokens; None where not even one does."""
+
+    def fits(units: int) -> PlannedStep | None:
+        try:
+            return fit(training, machines, units * STEP_TOKENS)
+        except MemoryError:
+            return None
+
+    found, low, high = None, 0, 1
+    while (longer := fits(high)) is not None and high * STEP_TOKENS < MOST_TOKENS:
+        found, low, high = longer, high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        at_middle = fits(middle)
+        found, low, high = (found, low, middle) if at_middle is None else (at_middle, middle, high)
+    return found
+
+
+def host_needed(training: Training, machines: Machines, n_tokens: int) -> tuple[PlannedStep, PlannedStep]:
+    """(with the least host memory that takes `n_tokens`, with as much as keeps everything), to a GiB.
+
+    `Fit.host` is what is pinned; `machine_bytes` says what machines must have for it.
+
+    Raises:
+        MemoryError: no host memory is enough; the message has the arithmetic.
+    """
+
+    def with_gib(gib: int) -> PlannedStep | None:
+        try:
+            return fit(training, replace(machines, host_bytes=gib * GIB), n_tokens)
+        except MemoryError:
+            return None
+
+    most = fit(training, replace(machines, host_bytes=2 * NO_LIMIT), n_tokens)
+    low, high, least = -1, math.ceil(machine_bytes(most.host) / GIB), most
+    while high - low > 1:
+        middle = (low + high) // 2
+        at_middle = with_gib(middle)
+        low, high, least = (middle, high, least) if at_middle is None else (low, middle, at_middle)
+    return least, most
+
+
+def machine_bytes(pinned: int) -> int:
+    """Host memory of the machines of which so much can be pinned."""
+    return math.ceil((pinned + HOST_RESERVE) / HOST_USABLE) if pinned else 0
+
+
+def what_would_help(training: Training, machines: Machines) -> dict[str, int]:
+    """Longest sequences with a quarter more of one thing: host memory, memory of a GPU; and with twice the GPUs."""
+    gpu = machines.gpu
+    more = {
+        "a quarter more host memory": replace(machines, host_bytes=machines.host_bytes * 5 // 4),
+        "a quarter more GPU memory": replace(machines, gpu=replace(gpu, memory_gib=1.25 * gpu.memory_gib)),
+    }
+    if training.model.q_heads % (2 * machines.gpus) == 0:
+        more["twice the GPUs and hosts"] = replace(
+            machines, gpus=2 * machines.gpus, host_bytes=2 * machines.host_bytes, disk_bytes=2 * machines.disk_bytes
+        )
+    found = {name: longest(training, other) for name, other in more.items()}
+    return {name: 0 if best is None else best.step.plan.n_tokens for name, best in found.items()}

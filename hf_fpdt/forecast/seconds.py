@@ -1,0 +1,136 @@
+"""Seconds of a training step, and of what GPUs send each other in it. Numbers only; no torch.
+
+A step is attention at the kernel's rate, matrix products at theirs, and everything else (norms, activations, adapters,
+copies inside the device) at the speed of device memory.
+
+An all-to-all of Ulysses (`parallel.group`; paper sections 2 and 4.1) stands in the way: the stream that computes waits
+for it, and what comes next reads what it brought. Its time counts in full, and so does that of the copies around it that
+bring heads into order. Only copies to and from the host go on meanwhile.
+
+FSDP2 gathers weights one layer ahead and reduces gradients of the layer before, on streams of its own: that is beside
+computation, and a step waits for it only where it takes longer. It fetches ahead for backward passes alone, so what is
+gathered once more to rebuild an input is counted as in the way.
+"""
+
+from __future__ import annotations
+
+from ..plan import BACKWARD_OPERATIONS, KeptLayers, ModelSizes, StepSizes
+from .collectives import Collectives, ShardedWeights, StepCollectives
+from .rates import GPU
+
+# GPUs that NVLink joins; more of them are on several hosts, each GPU with a network card of its own.
+GPUS_A_HOST = 8
+
+
+# Passes over device memory for the copies around exchanges, each of which reads and writes: dq, dk, dv, which go back
+# to pieces together, are copied twice (N + 2 G of 6 N + 6 G heads: a fifth), all else once.
+COPY_PASSES = 2
+
+
+ORDER_PASSES = 1.2 * COPY_PASSES
+
+
+def ulysses(step: StepSizes, kept: KeptLayers) -> Collectives:
+    """The exchanges of a step, and the bytes that one rank sends to others in them.
+
+    In each layer, for each token of its own, a rank exchanges tensors of N query and G key/value heads (repeated until
+    the ranks divide them) with H elements a head:
+
+        forward    q, k, v, out                                        2 N + 2 G
+        backward   k, v again; q, out of the replay; dout, dq, dk, dv  4 N + 4 G
+        rebuild    forward again, 2 N + 2 G; out alone, N, where attention's output was kept
+
+    and one part in `sp_size` stays. That attention's output was kept saves none in the replay: it is kept for a rank's
+    heads, and backward needs it for the rank's tokens, and q for its heads.
+
+    Args:
+        step: of a model that trains in every layer's attention.
+        kept: what the step keeps.
+    """
+    m, plan = step.model, step.plan
+    return StepCollectives(
+        n_tokens=plan.n_tokens,
+        chunk_tokens=plan.chunk_tokens,
+        sp_size=plan.sp_size,
+        layers=m.layers,
+        q_heads=m.q_heads,
+        kv_heads=m.kv_heads,
+        head_dim=m.head_dim,
+        batch=step.batch,
+        element_bytes=step.attention_bytes,
+        backward_layers=kept.layers,
+        rebuilt_layers=kept.rebuilt,
+        rebuilt_attentions=kept.rebuilt_attentions,
+    ).step()
+
+
+def ulysses_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU) -> float:
+    """Seconds of a step in which nothing is computed, as GPUs exchange heads for pieces of the sequence.
+
+    A rank sends as much to each of the others; those of its host and the rest at the same time.
+    """
+    ranks = step.plan.sp_size
+    if ranks == 1:
+        return 0.0
+    sent = ulysses(step, kept).sent_bytes
+    inside = min(ranks, GPUS_A_HOST) - 1
+    outside = ranks - 1 - inside
+    on_the_way = sent / (ranks - 1) * max(inside / gpu.peers, outside / gpu.network)
+    return on_the_way + ORDER_PASSES * sent * ranks / (ranks - 1) / gpu.memory
+
+
+def sharded_seconds(weights: ShardedWeights, kept: KeptLayers, gpu: GPU) -> tuple[float, float]:
+    """Seconds of FSDP2 in a step: (beside computation, in its way).
+
+    What is gathered crosses from host to host once for all GPUs of a host, through all of its network cards.
+    """
+    rate = gpu.peers if weights.ranks <= GPUS_A_HOST else min(gpu.peers, GPUS_A_HOST * gpu.network)
+    beside = weights.gathered_bytes() + weights.reduced_bytes()
+    return beside / rate, weights.rebuilt_bytes(kept.rebuilt) / rate
+
+
+# Matrix products of a layer in a step, in forward passes of it: forward, replay, gradient of the inputs, K and V once
+# more; training every weight adds the gradients of the weights. A replay leaves out the products that nobody reads.
+ADAPTER_PASSES, FULL_PASSES = 3.14, 4.14
+
+
+# Passes of one layer's forward over device memory outside of matrix products, in hidden and intermediate sizes a
+# token, over Liger's kernels: with LoRA on every linear, and without adapters. The step makes so many times more.
+GATED_TRAFFIC, PLAIN_TRAFFIC, FULL_TRAFFIC, STEP_TRAFFIC = (24, 11), (34, 7), (14, 8), 3.48
+
+
+# A rebuilt input also makes its way to the store and back.
+REBUILD_TRAFFIC = 2
+
+
+# Of device memory, a logit: its value twice and its gradient; and where the head trains, for every weight of it and
+# every chunk of the loss, a gradient added to a sum in fp32.
+LOGIT_BYTES, HEAD_SUM_BYTES = 7, 12
+
+
+def step_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU, *, full: bool) -> float:
+    """Seconds that every rank of the group computes in one step, copies to and from the host all under it."""
+    m, ranks = step.model, step.plan.sp_size
+    tokens = step.batch * step.plan.n_tokens / ranks
+    forward_rate, backward_rate = gpu.attention[128 if m.head_dim > 64 else 64]
+    attention = 2 * step.plan.n_tokens * tokens * m.q_heads * m.head_dim
+    linear = 2 * tokens * m.layer_parameters / gpu.matmul
+    hidden, intermediate = FULL_TRAFFIC if full else GATED_TRAFFIC if m.gated else PLAIN_TRAFFIC
+    rest = tokens * (hidden * m.hidden + intermediate * m.intermediate) * step.element_bytes / gpu.memory
+    passes = (FULL_PASSES if full else ADAPTER_PASSES) - _unread_share(m)
+    layer = attention / forward_rate + BACKWARD_OPERATIONS * attention / backward_rate
+    layer += passes * linear + STEP_TRAFFIC * rest
+    again = kept.attention_reruns * attention / forward_rate + kept.rebuilt * (linear + REBUILD_TRAFFIC * rest)
+    return m.layers * layer + again + _head_seconds(step, tokens, gpu, full=full)
+
+
+def _unread_share(m: ModelSizes) -> float:
+    """Of a layer's weights, those of the products that a replay leaves out (see `linear`), for Llama and GPT-NeoX."""
+    unread = m.hidden * m.intermediate + (0 if m.gated else m.hidden**2)
+    return unread / max(unread, m.layer_parameters)
+
+
+def _head_seconds(step: StepSizes, tokens: float, gpu: GPU, *, full: bool) -> float:
+    products = (3 if full else 2) * 2 * tokens * step.vocabulary * step.model.hidden / gpu.matmul
+    sums = HEAD_SUM_BYTES * step.model.hidden / max(1, step.loss_tokens) if full else 0
+    return products + (LOGIT_BYTES + sums) * tokens * step.vocabulary / gpu.memory

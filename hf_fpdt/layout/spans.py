@@ -1,0 +1,44 @@
+"""Which keys a query row reads, in which kernel calls. Integers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# How a kernel wants the keys of one query row [start, stop):
+#   prefix     one causal call over the keys [0, stop): the kernel's causal mask is bottom-right aligned
+#   rectangle  one full call over [0, start), then the causal diagonal
+#   pair       a full call for each earlier chunk, then the causal diagonal: few distinct shapes
+RowShape = Literal["prefix", "rectangle", "pair"]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Keys [start, stop) read in one kernel call; `causal` aligns the last key with the last query."""
+
+    start: int
+    stop: int
+    causal: bool
+
+
+def row_spans(
+    start: int, stop: int, *, shape: RowShape, unit_tokens: int, max_tokens: int = 2**62, resident_tokens: int = 2**62
+) -> tuple[Span, ...]:
+    """The kernel calls of the query row whose diagonal is the keys [start, stop): every key of [0, stop) once.
+
+    The diagonal comes first: its keys are on the device already, and while it computes, the first others arrive.
+
+    Args:
+        start, stop: key positions of the row's first query and one past its last.
+        shape: how the kernel wants its keys, see `RowShape`.
+        unit_tokens: keys of one call for "pair", and for keys that are not resident.
+        max_tokens: keys one call may take at most (32-bit indexing inside kernels).
+        resident_tokens: keys [0, resident_tokens) lie side by side on the device; a multiple of `unit_tokens`.
+    """
+    if shape == "prefix" and stop <= min(max_tokens, resident_tokens):
+        return (Span(0, stop, True),)
+    step = min(unit_tokens if shape == "pair" else max_tokens, max_tokens)
+    edge = min(start, resident_tokens)
+    resident = (Span(left, min(left + step, edge), False) for left in range(0, edge, step))
+    streamed = (Span(left, min(left + unit_tokens, start), False) for left in range(edge, start, unit_tokens))
+    return (Span(start, stop, True), *resident, *streamed)

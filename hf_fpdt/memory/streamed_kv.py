@@ -1,0 +1,195 @@
+"""K, V, dK, dV of the chunks that the device does not hold: pinned host buffers, fetched one chunk ahead.
+
+A chunk is on the device while its row or the one before uses it: just put there by a forward pass, or the last one
+that the row before read. So every row finds its diagonal there, and its first fetch hides under the diagonal's kernel.
+The sums of gradients travel with K and V; those of a chunk that no later row reads never leave the device again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..numerics import accumulation_dtype
+from ..plan import Slot, TierAllocator
+from .transfers import Copy, Fetch, Transfers
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Where chunks go, and what brings them."""
+
+    transfers: Transfers
+    shelves: TierAllocator[Tensor]
+
+
+class _Entry:
+    """Two tensors of one shape and dtype in two host buffers."""
+
+    def __init__(self, room: HostMemory, like: Tensor) -> None:
+        self._room, self._shape, self._dtype = room, like.shape, like.dtype
+        self._places: list[Slot[Tensor]] = []
+        try:
+            for _ in range(2):
+                self._places.append(_place(room.shelves, like.numel() * like.element_size()))
+        except RuntimeError:
+            self.free()  # nobody else knows the first
+            raise
+        self._copies: list[Copy] = []
+
+    def write(self, pair: Pair) -> list[Copy]:
+        """Start to copy `pair` out; its memory may be reused once the copies are settled."""
+        parts = zip(pair, self._places, strict=True)
+        self._copies = [self._room.transfers.to_host(part, _buffer(place)) for part, place in parts]
+        return self._copies
+
+    def read(self) -> list[Fetch]:
+        """Start to copy both in, once the last write is done."""
+        parts = zip(self._places, self._copies, strict=True)
+        return [
+            self._room.transfers.to_device(_buffer(place), self._shape, self._dtype, after=copy)
+            for place, copy in parts
+        ]
+
+    def free(self) -> None:
+        """Give the buffers back."""
+        for place in self._places:
+            self._room.shelves.leave(place)
+
+
+def _place(shelves: TierAllocator[Tensor], nbytes: int) -> Slot[Tensor]:
+    place = shelves.place_kv(nbytes)
+    if place is None:
+        raise RuntimeError(
+            f"fpdt: no host memory is left for K and V: {nbytes / 2**20:.0f} MiB more are needed, and "
+            f"{shelves.kv_pool.used_bytes / 2**30:.1f} of {shelves.kv_pool.limit / 2**30:.1f} GiB are in use. Raise "
+            "FPDTPlugin(host_budget_gib=...) or device_budget_gib, or train fewer sequences at once."
+        )
+    return place
+
+
+def _buffer(place: Slot[Tensor]) -> Tensor:
+    assert place.buffer is not None
+    return place.buffer
+
+
+@dataclass
+class _OnDevice:
+    """One chunk's K and V, and the sums of their gradients where there are any yet."""
+
+    kv: Pair
+    grads: Pair | None = None
+
+
+@dataclass
+class _Coming:
+    """One chunk's fetches under way."""
+
+    kv: list[Fetch]
+    grads: list[Fetch] = field(default_factory=list)
+
+    def arrived(self) -> _OnDevice:
+        k, v, *grads = (fetch.tensor() for fetch in (*self.kv, *self.grads))
+        return _OnDevice((k, v), (grads[0], grads[1]) if grads else None)
+
+
+class StreamedKV:
+    """K and V of streamed chunks by index, each [B, S, G, H], and the sums of their gradients.
+
+    Args:
+        room: where they go.
+        last: index of the sequence's last chunk; its own row alone reads it, so it is never copied out.
+    """
+
+    def __init__(self, room: HostMemory, last: int) -> None:
+        self._room, self._last = room, last
+        self._kv: dict[int, _Entry] = {}
+        self._grads: dict[int, _Entry] = {}
+        self._here: dict[int, _OnDevice] = {}  # the row's diagonal and the chunk used last
+        self._diagonal = -1
+        self._coming: dict[int, _Coming] = {}
+        self._leaving: deque[list[Copy]] = deque()
+        self._complete: dict[int, Pair] = {}
+
+    def put(self, index: int, kv: Pair) -> None:
+        """Keep K and V of a chunk, and have them at hand for its row."""
+        kv = kv[0].contiguous(), kv[1].contiguous()
+        self._here, self._diagonal = {index: _OnDevice(kv)}, index
+        if index != self._last:
+            self._kv[index] = _Entry(self._room, kv[0])
+            self._leave(self._kv[index].write(kv))
+
+    def start_row(self, diagonal: int) -> None:
+        """A row begins whose diagonal is this chunk; it stays on the device until the next one begins."""
+        self._here = {index: chunk for index, chunk in self._here.items() if index == diagonal}
+        self._diagonal = diagonal
+
+    def begin(self, index: int, *, with_grads: bool) -> None:
+        """Start to fetch a chunk, unless it is here or coming."""
+        if index in self._here or index in self._coming:
+            return
+        grads = self._grads.get(index) if with_grads else None
+        self._coming[index] = _Coming(self._kv[index].read(), [] if grads is None else grads.read())
+
+    def get(self, index: int, *, with_grads: bool) -> Pair:
+        """K and V of a chunk on the device."""
+        if index not in self._here:
+            self.begin(index, with_grads=with_grads)
+            self.start_row(self._diagonal)  # let go of the chunk before
+            self._here[index] = self._coming.pop(index).arrived()
+        return self._here[index].kv
+
+    def add_grad(self, index: int, grads: Pair, *, complete: bool, stays: bool) -> None:
+        """Add to the sums of the chunk at hand.
+
+        Args:
+            complete: no later row reads the chunk; `take_grad` follows.
+            stays: the next row begins with it, so its sums need not leave.
+        """
+        chunk = self._here[index]
+        if chunk.grads is None:
+            chunk.grads = accumulator(grads[0]), accumulator(grads[1])
+        else:
+            for total, part in zip(chunk.grads, grads, strict=True):
+                total.add_(part)
+        if complete:
+            self._complete[index] = chunk.grads
+        elif not stays:
+            if index not in self._grads:
+                self._grads[index] = _Entry(self._room, chunk.grads[0])
+            self._leave(self._grads[index].write(chunk.grads))
+
+    def take_grad(self, index: int) -> Pair | None:
+        """The complete sums of a chunk, once."""
+        return self._complete.pop(index, None)
+
+    def _leave(self, copies: list[Copy]) -> None:
+        """These copies have just begun; the ones before had a kernel's time, and the computation waits for them."""
+        self._leaving.append(copies)
+        while len(self._leaving) > 1:
+            self._settle_first()
+
+    def _settle_first(self) -> None:
+        for copy in self._leaving.popleft():
+            copy.settle()
+
+    def close(self) -> None:
+        """Settle every copy and give the host buffers back."""
+        while self._leaving:
+            self._settle_first()
+        for coming in self._coming.values():
+            coming.arrived()
+        for entry in (*self._kv.values(), *self._grads.values()):
+            entry.free()
+        self._kv, self._grads, self._here, self._coming, self._complete = {}, {}, {}, {}, {}
+
+
+def accumulator(grad: Tensor) -> Tensor:
+    """A gradient in the dtype in which it adds up over rows, in memory of its own."""
+    wide = accumulation_dtype(grad.dtype)
+    return grad.to(wide, memory_format=torch.contiguous_format, copy=True)

@@ -1,0 +1,265 @@
+"""`apply_fpdt(model, plugin)`: the layer executor, the chunked loss and the chunked final norm on a model's instance.
+
+Nothing of a class is changed. Each decoder layer gets a subclass of its own class under the same name (accelerate
+finds layers by that name), the model and its base get a `forward` of the instance, and `handle.remove()` takes all of
+it away.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import FPDTPlugin, auto_chunk_tokens
+from ..engine import TRIAL_TOKENS, StepProgress, untouched_random_state, visit
+from ..forecast import peak_of
+from ..memory import CheckpointStore, TrainingMemory
+from ..parallel import SequenceParallelGroup, build_group, check_heads
+from ..plan import ModelSizes, attention_sizes, largest
+from .attention_function import NAME
+from .head import loss_reasons, patch_head, unshared_loss_reasons
+from .layers import ChunkedLayer, check_entered, decoder_layers, enter_layer, leave_layer
+from .liger import load_liger, why_not_liger
+from .patch import check_patched, is_patched, unpatch
+from .refusals import why_not_shared, why_unsupported
+from .settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def apply_fpdt(
+    model: nn.Module, plugin: FPDTPlugin | None = None, group: SequenceParallelGroup | None = None
+) -> FPDTHandle:
+    """Run `model` chunk by chunk from now on: exact loss and gradients, memory of one chunk.
+
+    Works on a transformers decoder (`PreTrainedModel`, with or without a language-model head), before or after
+    `get_peft_model`. The attention implementation becomes "fpdt". With `labels` the model returns the loss and
+    `logits=None`; without, full logits as ever. Layers' own gradient checkpointing is switched off: FPDT recomputes
+    chunk by chunk already.
+
+    Args:
+        model: the model, or the PEFT model around it.
+        plugin: settings; None: `FPDTPlugin()`, which reads FPDT_* environment variables.
+        group: the ranks that share a sequence; None: `build_group(plugin.sp_size)`. With more than one the model takes
+            batches of `ShardingCollator`.
+
+    Returns:
+        A handle whose `remove()` restores the model.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        RuntimeError: FPDT is applied already.
+        NotImplementedError: the model is not supported; every reason is named.
+    """
+    plugin = FPDTPlugin() if plugin is None else plugin
+    target = _transformers_model(model)
+    layers = decoder_layers(target)
+    if applied_settings(target) is not None:
+        raise RuntimeError(
+            f"FPDT is applied to this {type(target).__name__} already; call remove() on its handle first."
+        )
+    if reasons := why_refused(target):
+        raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
+    group = build_group(plugin.sp_size) if group is None else group
+    check_heads(attention_sizes(target.config.get_text_config())[0], group.size)
+    if group.size > 1 and (reasons := why_not_shared(target) + unshared_loss_reasons(target)):
+        raise NotImplementedError(
+            f"FPDT cannot run {type(target).__name__} with sp_size above 1: {'; '.join(reasons)}."
+        )
+    handle = FPDTHandle(target, layers, _settings(target, layers, plugin, group))
+    try:
+        try_layers(target)
+    except NotImplementedError as error:
+        handle.remove()
+        raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {error}") from error
+    return handle
+
+
+def try_layers(model: PreTrainedModel) -> None:
+    """A pass of the model over a few random tokens that tries each layer, and runs none.
+
+    Where it cannot be (weights without memory, a model that takes more than token ids) layers are tried at their
+    first step.
+
+    Raises:
+        NotImplementedError: the model, or one of its layers, cannot be run in chunks.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return
+    text, device = model.config.get_text_config(), next(model.parameters()).device
+    tokens = min(TRIAL_TOKENS, largest(text, "max_position_embeddings") or TRIAL_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, max(4, min(text.vocab_size, 1000)), (1, tokens), generator=generator).to(device)
+    with torch.no_grad(), untouched_random_state(device), _in_training_mode(model), visit():
+        try:
+            model(input_ids=ids)
+        except NotImplementedError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            logger.debug("hf_fpdt: layers will be tried at the first step: %s", error)
+            return
+
+
+@contextmanager
+def _in_training_mode(model: nn.Module) -> Iterator[None]:
+    """`from_pretrained` gives models in evaluation mode; it is in training that they are to be exact."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _settings(
+    model: PreTrainedModel, layers: list[nn.Module], plugin: FPDTPlugin, group: SequenceParallelGroup
+) -> Settings:
+    config = model.config.get_text_config()
+    sizes = ModelSizes.of(config, layers=len(layers), layer_parameters=max(map(_count, layers)))
+    store = CheckpointStore(plugin, group, TrainingMemory(model, layers))
+    progress = StepProgress(device_peak()) if plugin.progress else None
+    liger = load_liger() if plugin.fused else None
+    return Settings(plugin, store, group, sizes, model.config, liger, progress)
+
+
+def device_peak() -> float | None:
+    """Operations a second that MFU is measured against, where the GPU is of a known kind."""
+    return peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def applied_settings(model: nn.Module) -> Settings | None:
+    """The settings FPDT was applied with to this model, or to the one PEFT or DDP wraps; None where it was not."""
+    return next((m._fpdt_settings for m in model.modules() if isinstance(m, ChunkedLayer)), None)
+
+
+def train_with(model: nn.Module, optimizer: Any) -> None:
+    """The memory that this optimizer will take is left to it, where "auto" settles what is kept on the device.
+
+    Without this AdamW's is. `FPDTTrainer` and `FPDTAccelerator.prepare(model, optimizer)` call it.
+
+    Args:
+        model: with FPDT applied; of another one nothing happens.
+        optimizer: of its weights, before the first step.
+    """
+    settings = applied_settings(model)
+    if settings is not None:
+        settings.store.train_with(optimizer)
+
+
+def has_fpdt(model: nn.Module, plugin: FPDTPlugin, group: SequenceParallelGroup) -> bool:
+    """Whether FPDT is applied to the model, with these settings.
+
+    Raises:
+        ValueError: it is applied with others, so batches would be cut in another way than the model expects.
+    """
+    settings = applied_settings(model)
+    if settings is not None and (settings.plugin != plugin or settings.group.size != group.size):
+        raise ValueError(
+            f"FPDT is applied to this model with {settings.plugin}, but the batches would be cut for {plugin}: pass "
+            "the same fpdt_plugin, or leave apply_fpdt to what prepares the model."
+        )
+    return settings is not None
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    unwrapped: Any = model
+    inner = unwrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            f"apply_fpdt takes a transformers model (or a PEFT model around one), got {type(model).__name__}; apply "
+            "it before the model is wrapped by DDP or FSDP."
+        )
+    return inner
+
+
+def why_refused(model: PreTrainedModel) -> list[str]:
+    """Reasons why `apply_fpdt` will not have this model, each with the way out; [] if it will."""
+    return [*why_unsupported(model, decoder_layers(model)), *loss_reasons(model)]
+
+
+class FPDTHandle:
+    """What `apply_fpdt` did to a model; `remove()` undoes it."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[nn.Module], settings: Settings) -> None:
+        self.model, self.plugin, self.group = model, settings.plugin, settings.group
+        self._layers = list(dict.fromkeys(layers))  # a model may go through a layer twice
+        # The decoder's alone: a vision tower beside it keeps its own.
+        self._decoder: Any = model.get_decoder()
+        self._attention_before = self._decoder.config._attn_implementation
+        self._settings = settings
+        self._decoder.set_attn_implementation(NAME)
+        # PEFT's layer_replication and modules_to_save copy attention modules, with configurations of their own.
+        self._copies = [
+            (config, config._attn_implementation) for config in _other_configs(layers, self._decoder.config)
+        ]
+        for config, _ in self._copies:
+            config._attn_implementation = NAME
+        for layer in self._layers:
+            enter_layer(layer, settings, layers.index(layer))
+        patch_head(model, settings)
+        logger.info("hf_fpdt: %s", self)
+
+    @property
+    def store(self) -> CheckpointStore:
+        """Where checkpoints, K and V lie, and what the steps so far take."""
+        return self._settings.store
+
+    def __str__(self) -> str:
+        p = self.plugin
+        gpu, cpu = (f"{auto_chunk_tokens(p.sp_size, on_gpu=on_gpu):,}" for on_gpu in (True, False))
+        chunk = f"{gpu} tokens on a GPU, {cpu} on a CPU" if p.chunk_tokens == "auto" else f"{p.chunk_tokens:,} tokens"
+        return (
+            f"{type(self.model).__name__}, {len(self._layers)} layers in chunks of {chunk}; kernel {p.kernel!r}; "
+            f"checkpoints {p.checkpoints!r}; loss in chunks of "
+            f"{self._settings.loss_chunk_tokens(self.model.config):,} tokens; {self._fused()}"
+        )
+
+    def _fused(self) -> str:
+        if not self.plugin.fused:
+            return "layers as the model has them"
+        why_not = why_not_liger()
+        return f"LoRA fused, {'Liger kernels' if why_not is None else f'no Liger kernels: {why_not}'}"
+
+    def remove(self) -> None:
+        """Restore the model exactly; a second call does nothing.
+
+        Raises:
+            RuntimeError: something else replaced a forward or wrapped a layer since; undo that first.
+        """
+        if not self._layers:
+            return
+        # Not a list made at the start: PEFT's modules_to_save copies modules, patch and all.
+        patched = [module for module in self.model.modules() if is_patched(module)]
+        for module in patched:
+            check_patched(module)
+        for layer in self._layers:
+            check_entered(layer)
+        for module in patched:
+            unpatch(module)
+        for layer in self._layers:
+            leave_layer(layer)
+        self._settings.store.close()
+        if self._settings.progress is not None:
+            self._settings.progress.close()
+        self._decoder.set_attn_implementation(self._attention_before)
+        for config, before in self._copies:
+            config._attn_implementation = before
+        self._layers, self._copies = [], []
+
+
+def _other_configs(layers: list[nn.Module], own: Any) -> list[Any]:
+    """The configurations that modules of the layers hold, other than the decoder's and parts of other models."""
+    held = (getattr(module, "config", None) for layer in layers for module in layer.modules())
+    return list({id(config): config for config in held if type(config) is type(own) and config is not own}.values())

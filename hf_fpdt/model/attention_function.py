@@ -1,0 +1,187 @@
+"""What transformers calls: the attention function and the mask function registered under "fpdt".
+
+The attention function alone is exact causal attention of whole q, k, v. Inside the layer executor the same function
+does one chunk's part. What it cannot compute exactly it refuses. A padding mask is never dropped: right padding needs
+none, and what does need a mask is computed by SDPA without gradients (left-padded `generate()`), refused with them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..engine import attend_whole, current_call
+from ..parallel import ranks_of_batch
+
+NAME = "fpdt"
+
+
+MASK_BYTES_LIMIT = 4 * 2**30  # of a boolean [batch, 1, queries, keys] mask
+
+
+def register() -> None:
+    """Make `attn_implementation="fpdt"` known to transformers."""
+    AttentionInterface.register(NAME, fpdt_attention)
+    AttentionMaskInterface.register(NAME, fpdt_mask)
+
+
+def fpdt_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Exact causal attention, differentiable, in transformers' calling convention.
+
+    Args:
+        query: [B, N, S, H]; the last query is aligned with the last key.
+        key, value: [B, G, T, H], G a divisor of N.
+        attention_mask: None, or a 4-D mask, which SDPA then computes (only without gradients).
+        scaling: factor of the scores; None: 1/√H.
+
+    Returns:
+        out [B, S, N, H] and None (attention weights are never built).
+
+    Raises:
+        NotImplementedError: the model asks for something that is not computed exactly; the message names it.
+    """
+    call = current_call()
+    # Of the whole sequence: a chunk's own keys say nothing about a window.
+    keys = (call and call.n_tokens) or key.shape[2]
+    _refuse(module, keys, attention_mask, dropout, kwargs)
+    if attention_mask is not None or (query.shape[2] == 1 and call is None):
+        if attention_mask is not None:
+            _refuse_mask_in_training(attention_mask, query, key, value)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if key.shape[-1] != value.shape[-1]:
+        raise NotImplementedError(
+            f'attn_implementation="{NAME}" in {type(module).__name__}: heads of {key.shape[-1]} for keys and of '
+            f'{value.shape[-1]} for values are not served by a kernel yet. Otherwise choose "sdpa" or "eager".'
+        )
+    q_BSNH, k_BTGH, v_BTGH = (_at_autocast(x).transpose(1, 2) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attend = attend_whole if call is None else call.attend
+    return attend(q_BSNH, k_BTGH, v_BTGH, scale=scale), None
+
+
+def _at_autocast(x: Tensor) -> Tensor:
+    """Autocast runs attention in its own dtype; RoPE may have made q and k wider."""
+    kind = x.device.type
+    narrow = torch.is_autocast_enabled(kind) and x.dtype == torch.float32
+    return x.to(torch.get_autocast_dtype(kind)) if narrow else x
+
+
+# Arguments some models pass to attention, with why none of them may be dropped.
+_REFUSED_ARGUMENTS = (
+    ("softcap", "attention softcap is not served by a kernel yet"),
+    ("s_aux", "attention sinks are not served by a kernel yet"),
+    ("position_bias", "attention bias is not served by a kernel yet"),
+    ("cu_seq_lens_q", "packed documents are not supported yet; give one document a sequence"),
+    ("cu_seq_lens_k", "packed documents are not supported yet; give one document a sequence"),
+    ("cache", "continuous batching is not supported; use generate(), or another attn_implementation"),
+)
+
+
+def _refuse(module: nn.Module, keys: int, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+    reason = next((why for name, why in _REFUSED_ARGUMENTS if kwargs.get(name) is not None), None)
+    window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
+    if dropout:
+        reason = f"attention dropout {dropout} is not supported; load the model with attention_dropout=0.0"
+    elif window is not None and (mask is None or mask.is_meta) and window < keys:
+        reason = f"a sliding window of {window} over {keys} keys is not served by a kernel yet"
+    elif not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        reason = "attention that is not causal is not supported"
+    elif kwargs.get("output_attentions"):
+        reason = "attention weights are never built; leave output_attentions off"
+    if reason is not None:
+        raise NotImplementedError(
+            f'attn_implementation="{NAME}" in {type(module).__name__}: {reason}. Otherwise choose "sdpa" or "eager".'
+        )
+
+
+def _refuse_mask_in_training(mask: Tensor, *qkv: Tensor) -> None:
+    if mask.is_meta or (torch.is_grad_enabled() and any(x.requires_grad for x in qkv)):
+        raise NotImplementedError(
+            f'attn_implementation="{NAME}": an attention mask (left padding, a 4-D mask, packed documents) is not '
+            "supported in training; pad on the right with label -100 and pass no other mask."
+        )
+
+
+def fpdt_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """None where plain causal attention is right for every real token; else SDPA's mask, only without gradients.
+
+    Plain: no padding, or padding on the right of a whole sequence (a real token never sees it; its own outputs are
+    nobody's, label -100).
+
+    Returns:
+        The mask; without storage where only a window asks for it and it cannot be given: its use is refused then.
+
+    Raises:
+        NotImplementedError: a mask is needed while gradients are on, or it would fill memory.
+    """
+    window = kwargs.get("local_size")  # Qwen2-MoE makes a mask for a window of 0 too, which no layer uses
+    ranks = ranks_of_batch()
+    if ranks > 1 and attention_mask is None:
+        # transformers takes the gaps in a rank's position_ids for packed documents
+        return _unusable(batch_size, q_length, kv_length) if window and window < kv_length * ranks else None
+    aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset
+    plain = allow_is_causal_skip and aligned
+    plain = plain and _padded_on_the_right_at_most(attention_mask, q_length, kv_length)
+    if plain and (not window or kv_length <= window):
+        return None
+    needed = batch_size * q_length * kv_length
+    if plain and (torch.is_grad_enabled() or needed > MASK_BYTES_LIMIT):
+        return _unusable(batch_size, q_length, kv_length)
+    reason = _why_no_mask(attention_mask, allow_is_causal_skip and not window, needed)
+    if reason is not None:
+        raise NotImplementedError(f'attn_implementation="{NAME}": {reason}')
+    kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask}
+    # Never None from here: over a static cache SDPA means by it that the FIRST query is aligned with the first key.
+    return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, **kwargs)
+
+
+def _unusable(batch_size: int, q_length: int, kv_length: int) -> Tensor:
+    """Some models ask for the mask of a window that none of their layers has. Whoever uses this one is refused."""
+    return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+
+
+def _padded_on_the_right_at_most(mask_BT: Tensor | None, q_length: int, kv_length: int) -> bool:
+    """Whether every row of a 2-D mask (1 real, 0 padding) is all ones, or ones then zeros of a whole sequence."""
+    if mask_BT is None:
+        return True
+    if mask_BT.shape[-1] != kv_length:
+        return False
+    if q_length < kv_length:
+        return bool(mask_BT.all())
+    return bool((mask_BT[:, 1:] <= mask_BT[:, :-1]).all() & mask_BT[:, 0].all())
+
+
+def _why_no_mask(mask_BT: Tensor | None, full: bool, needed_bytes: int) -> str | None:
+    what = "padding that is not on the right alone" if full and mask_BT is not None else "a mask other than causal"
+    if torch.is_grad_enabled():
+        return (
+            f"{what} (left padding, sliding windows, position_ids that restart as in packed documents) is not "
+            "supported with gradients on. Pad on the right with label -100 and give one document a sequence; where "
+            "nothing is trained, run under torch.no_grad()."
+        )
+    if needed_bytes > MASK_BYTES_LIMIT:
+        return f"{what} would need a mask of {needed_bytes / 2**30:.0f} GiB. Pad on the right, or shorten the input."
+    return None

@@ -1,0 +1,171 @@
+"""Faster twins of a layer's own pieces, taken only where the layer's code is the code that they are twins of.
+
+What a module is called says little about what it computes; that its forward compiles to the same bytecode as Llama's
+says all. So every copy of Llama's norm, MLP or rotary embedding (Mistral, Qwen, SmolLM, …) is found, and nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.gpt_neox import modeling_gpt_neox as neox
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from .fused_linear import OutputUse, is_lora, patch_linear
+from .patch import is_patched, patch
+from .settings import Settings
+
+ROTARY = "apply_rotary_pos_emb"
+
+
+# Attention whose q and k come straight from a projection or a norm, so that nobody needs their values before rotation,
+# and the module of its rotary embedding.
+ATTENTIONS: tuple[tuple[Callable[..., Any], Any], ...] = (
+    (llama.LlamaAttention.forward, llama),
+    (mistral.MistralAttention.forward, mistral),
+    (qwen2.Qwen2Attention.forward, qwen2),
+    (qwen3.Qwen3Attention.forward, qwen3),
+    (neox.GPTNeoXAttention.forward, neox),
+)
+
+
+PROJECTIONS = ("q_proj", "k_proj", "query_key_value")
+
+
+REST = frozenset({"rest"})
+
+
+def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings) -> None:
+    """Patch what can be replaced in a decoder layer whose own forward is `forward`.
+
+    It is called at every use of a layer: PEFT may have put adapters into it since the last, or around its linears.
+    """
+    values = {id(value.readers[0]): value for value in _known_values(layer, forward)}
+    for module in list(layer.modules()):
+        patch_linear(module, settings, values.get(id(module)))
+        twin = None if settings.liger is None or is_patched(module) else _twin_of(module)
+        if twin is not None:
+            patch(module, twin, settings)
+
+
+def _known_values(layer: Any, forward: Callable[..., Any]) -> Iterator[OutputUse]:
+    """The linears of which it is known who reads their outputs."""
+    mlp: Any = getattr(layer, "mlp", None)
+    if _same_code(forward, llama.LlamaDecoderLayer.forward) and _runs(mlp, llama.LlamaMLP.forward):
+        yield OutputUse(REST, (mlp.down_proj, mlp))
+    if _same_code(forward, neox.GPTNeoXLayer.forward) and _runs(mlp, neox.GPTNeoXMLP.forward):
+        yield OutputUse(REST, (mlp.dense_4h_to_h, mlp, layer.post_mlp_dropout))
+        attention = layer.attention
+        if layer.use_parallel_residual and _runs(attention, neox.GPTNeoXAttention.forward):
+            yield OutputUse(REST, (attention.dense, attention, layer.post_attention_dropout))
+    for name in ("self_attn", "attention"):
+        attention = getattr(layer, name, None)
+        if any(_runs(attention, known) for known, _ in ATTENTIONS):
+            yield from _projections(attention)
+
+
+def _projections(attention: Any) -> Iterator[OutputUse]:
+    """q, k and v, read by attention alone, after a norm of theirs in some."""
+    norms = tuple(getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name))
+    if hasattr(attention, "query_key_value"):
+        yield OutputUse(frozenset({"q", "k", "v"}), (attention.query_key_value, attention))
+        return
+    for name in ("q", "k", "v"):
+        yield OutputUse(frozenset({name}), (getattr(attention, f"{name}_proj"), attention, *norms))
+
+
+def _twin_of(module: Any) -> Callable[..., Any] | None:
+    """The forward that computes what the module's own does, over Liger's kernels."""
+    kind: Any = type(module)
+    if _runs(module, llama.LlamaRMSNorm.forward):
+        return _rms_norm_forward
+    if _runs(module, llama.LlamaMLP.forward):
+        return _swiglu_forward if type(module.act_fn) is type(ACT2FN["silu"]) else None
+    rotary = None if _replaced(module) else _rotary_of(kind)
+    return None if rotary is None else _with_rotary(inspect.unwrap(kind.forward), rotary)
+
+
+def _rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    if not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
+        return self._fpdt.forward(hidden_states)
+    return self._fpdt.settings.liger.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _swiglu_forward(self: Any, x: Tensor) -> Tensor:
+    if not (x.is_cuda and _is_sum(self.gate_proj) and _is_sum(self.up_proj)):
+        return self._fpdt.forward(x)
+    return self.down_proj(self._fpdt.settings.liger.silu_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+def _is_sum(module: nn.Module) -> bool:
+    """Whether nothing needs the values of the module's output for its gradient, so that they may be overwritten."""
+    return isinstance(module, nn.Linear) or is_lora(module)
+
+
+def _with_rotary(forward: FunctionType, rotary: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention's forward over a rotary embedding of ours; the module that defines it is left alone."""
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        liger = self._fpdt.settings.liger
+        if not all(_is_sum(getattr(self, name)) for name in PROJECTIONS if hasattr(self, name)):
+            return forward(self, *args, **kwargs)
+
+        def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
+            plain = bool(others) or not q.is_cuda or q.dtype != cos.dtype
+            return rotary(q, k, cos, sin, **others) if plain else liger.rotary(q, k, cos, sin)
+
+        names = {**forward.__globals__, ROTARY: fused}
+        twin = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+        twin.__kwdefaults__ = forward.__kwdefaults__
+        return twin(self, *args, **kwargs)
+
+    return patched
+
+
+@lru_cache
+def _rotary_of(kind: Any) -> Callable[..., Any] | None:
+    """The rotary embedding of a class of attention, if both are known."""
+    forward: Any = inspect.unwrap(kind.forward)  # transformers wraps forwards whose arguments have new names
+    for attention, module in ATTENTIONS:
+        if isinstance(forward, FunctionType) and _same_code(forward, attention):
+            rotary, known = forward.__globals__.get(ROTARY), getattr(module, ROTARY)
+            if rotary is None or not _same_code(rotary, known):
+                return None
+            half = getattr(inspect.unwrap(rotary), "__globals__", {}).get("rotate_half")
+            return rotary if _same_code(half, module.rotate_half) else None
+    return None
+
+
+def _runs(module: Any, forward: Callable[..., Any]) -> bool:
+    """Whether calling `module` runs the code of `forward`, and nothing around it."""
+    return module is not None and not _replaced(module) and _same_code(type(module).forward, forward)
+
+
+def _replaced(module: Any) -> bool:
+    """Whether the instance has a forward of its own, other than ours."""
+    own = module._fpdt.instance_forward if is_patched(module) else vars(module).get("forward")
+    return own is not None
+
+
+@lru_cache
+def _same_code(one: Callable[..., Any] | None, other: Callable[..., Any]) -> bool:
+    return _code(one) is not None and _code(one) == _code(other)
+
+
+def _code(function: Any) -> tuple[Any, ...] | None:
+    """What a function does, by its bytecode and what that refers to; docstrings and names of files aside."""
+    inner: Any = function if function is None else inspect.unwrap(function)
+    code = getattr(inner, "__code__", None)
+    if not isinstance(code, CodeType):
+        return None
+    constants = tuple(constant for constant in code.co_consts if constant != inner.__doc__)
+    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants

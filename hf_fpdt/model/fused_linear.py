@@ -1,0 +1,207 @@
+"""Linear layers of a decoder layer: LoRA without passes over memory of its own, and products nobody reads left out.
+
+PEFT computes W x, then B A x, scales it and adds it: three more tensors of the output's size, each written and read
+again, forward and backward. Here the matrix product that forms B A x scales it and adds it where W x lies.
+
+A layer is replayed for the sake of its graph, not of its output, so the value of its last product (an MLP's
+down-projection, a quarter of the layer's weights) is read by nobody: backward needs its factors alone. Nor is q, where
+only K and V are made again, nor are q, k, v, where an attention output was kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+from torch.nn.modules.module import _global_forward_hooks
+
+from ..engine import current_call
+from .patch import is_patched, patch
+from .settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OutputUse:
+    """What becomes of a linear's output.
+
+    Attributes:
+        names: what it is, as in `AttentionCall.unread`: nobody reads it where all of them are unread.
+        readers: the modules it passes through, its own first; a hook on one of them may look.
+    """
+
+    names: frozenset[str]
+    readers: tuple[nn.Module, ...]
+
+    @property
+    def unread(self) -> bool:
+        """Whether nothing looks at it now."""
+        call = current_call()
+        if call is None or not self.names <= call.unread:
+            return False
+        return not _global_forward_hooks and not any(map(_hooked, self.readers))
+
+
+def patch_linear(module: nn.Module, settings: Settings, value: OutputUse | None = None) -> None:
+    """Patch a PEFT LoRA linear; and any linear of whose output it is known what becomes of it.
+
+    Again it says what that is now: a linear may have become the base of a wrapper, which reads all of it.
+    """
+    if not is_patched(module):
+        if is_plain_lora(module):
+            patch(module, _lora_forward, settings)
+        elif value is not None and type(module) is nn.Linear:
+            patch(module, _linear_forward, settings)
+    if is_patched(module):
+        patched: Any = module
+        patched._fpdt.value = value
+
+
+def is_plain_lora(module: nn.Module) -> bool:
+    """Whether it is PEFT's LoRA around a linear."""
+    peft_layers = _peft_layers()
+    return peft_layers is not None and type(module) is peft_layers.Linear
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether it is one of PEFT's LoRA layers, around a quantised linear too."""
+    peft_layers = _peft_layers()
+    return peft_layers is not None and isinstance(module, peft_layers.LoraLayer)
+
+
+def _peft_layers() -> Any:
+    """PEFT's module of LoRA layers, if it is loaded: where it is not, no model has any."""
+    return sys.modules.get("peft.tuners.lora.layer")
+
+
+def _unread(module: Any) -> bool:
+    value: OutputUse | None = module._fpdt.value
+    return value is not None and value.unread
+
+
+def _linear_forward(self: Any, x: Tensor) -> Tensor:
+    if not _unread(self):
+        return self._fpdt.forward(x)
+    x, weight, *bias = _in_autocast_dtype(x, self.weight, *_present(self.bias))
+    return _UnreadLinear.apply(x, weight, *bias) if torch.is_grad_enabled() else _unwritten(x, weight)
+
+
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    name = None if args or kwargs else _only_adapter(self)
+    if name is None:
+        return self._fpdt.forward(x, *args, **kwargs)
+    base, down, up = self.base_layer, self.lora_A[name], self.lora_B[name]
+    tensors = _in_autocast_dtype(x, base.weight, down.weight, up.weight, *_present(base.bias))
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        _say_not_fused(down.weight.dtype, x.dtype)
+        return self._fpdt.forward(x)  # PEFT computes wider adapters in their own dtype
+    dropout, (x, *weights) = self.lora_dropout[name], tensors
+    active = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    x_adapter = dropout(x) if active else None  # drawn whether or not it is used: what follows draws after it
+    unread = _unread(self)
+    if unread and not torch.is_grad_enabled():
+        return _unwritten(x, weights[0])
+    return _LoRALinear.apply(self.scaling[name], unread, x, x_adapter, *weights)
+
+
+@functools.cache
+def _say_not_fused(adapters: torch.dtype, inputs: torch.dtype) -> None:
+    """Once for each case."""
+    logger.warning(
+        "hf_fpdt: adapters are %s, a layer's input is %s, so PEFT's own slower code runs in place of fused LoRA: "
+        "train with bf16=True (autocast), or make them with get_peft_model(..., autocast_adapter_dtype=False).",
+        *(str(dtype).removeprefix("torch.") for dtype in (adapters, inputs)),
+    )
+
+
+def _unwritten(x: Tensor, weight: Tensor) -> Tensor:
+    """A tensor for the value of a linear that nobody reads."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _only_adapter(layer: Any) -> str | None:
+    """The one plain adapter that acts, if that is all that acts: frozen base, no variant, no hooks, not merged."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] in layer.lora_variant:
+        return None
+    base, down, up = layer.base_layer, layer.lora_A[active[0]], layer.lora_B[active[0]]
+    plain = all(type(part) is nn.Linear and not _hooked(part) for part in (base, down, up))
+    if not plain or up.bias is not None or any(p.requires_grad for p in base.parameters()):
+        return None
+    return active[0] if isinstance(layer.lora_dropout[active[0]], (nn.Dropout, nn.Identity)) else None
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def _present(bias: Tensor | None) -> list[Tensor]:
+    return [] if bias is None else [bias]
+
+
+def _in_autocast_dtype(x: Tensor, *others: Tensor) -> list[Tensor]:
+    """The factors as a linear under autocast would take them."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return [x, *others]
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in (x, *others)]
+
+
+class _LoRALinear(torch.autograd.Function):
+    """x W' + bias + scaling · x_adapter A' B' for a frozen W; `x_adapter` is x after dropout, None without."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scaling: float, unread: bool, x: Tensor, x_adapter: Tensor | None, *weights: Tensor
+    ) -> Tensor:
+        weight, down, up, *bias = weights
+        inner = linear(x if x_adapter is None else x_adapter, down)
+        ctx.scaling, ctx.dropped = scaling, x_adapter is not None
+        ctx.save_for_backward(x if x_adapter is None else x_adapter, inner, weight, down, up)
+        if unread:
+            return _unwritten(x, weight)
+        y = linear(x, weight, *bias)
+        y.view(-1, y.shape[-1]).addmm_(inner.flatten(0, -2), up.t(), alpha=scaling)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | float | None, ...]:
+        x, inner, weight, down, up = ctx.saved_tensors
+        dy_TO, x_TI = dy.flatten(0, -2), x.flatten(0, -2)
+        d_inner = (dy_TO @ up).mul_(ctx.scaling)
+        d_up = (dy_TO.t() @ inner.flatten(0, -2)).mul_(ctx.scaling)
+        dx, dx_adapter = None, None
+        if ctx.needs_input_grad[2]:
+            dx = dy_TO @ weight
+            dx = (dx if ctx.dropped else dx.addmm_(d_inner, down)).view(x.shape)
+        if ctx.dropped and ctx.needs_input_grad[3]:
+            dx_adapter = (d_inner @ down).view(x.shape)
+        return None, None, dx, dx_adapter, None, d_inner.t() @ x_TI, d_up, *(None,) * (len(ctx.needs_input_grad) - 7)
+
+
+class _UnreadLinear(torch.autograd.Function):
+    """The graph of a linear, its output never computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _unwritten(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dy_TO = dy.flatten(0, -2)
+        needs_x, needs_weight, *needs_bias = ctx.needs_input_grad
+        dx = (dy_TO @ weight).view(x.shape) if needs_x else None
+        d_weight = dy_TO.t() @ x.flatten(0, -2) if needs_weight else None
+        return dx, d_weight, *(dy_TO.sum(0) if needed else None for needed in needs_bias)

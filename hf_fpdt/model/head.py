@@ -1,0 +1,354 @@
+"""The model outside of its layers: final norm, head and loss, on the model's own code, in chunks.
+
+The head is whatever the model's own forward does after its base model: `lm_head`, a scale, a softcap. It is run on a
+slice of hidden states by running that forward with the base model standing aside, so nothing here knows architectures.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ..engine import (
+    Head,
+    RandomState,
+    chunked_loss,
+    mixes_tokens,
+    norm_by_chunks,
+    shifted,
+    untouched_random_state,
+    visiting,
+)
+from ..parallel import SAMPLE_KEY, batch_shared_by, check_shard
+from ..plan import by_layer
+from .layers import check_stack
+from .loss_arguments import check_loss_arguments
+from .patch import arguments_by_name, caches_in, patch
+from .refusals import homes_of
+from .settings import Settings
+
+# Who may put a forward of theirs in place of a model's: they call the model's own, and leave its loss alone. (Liger's,
+# which does not, has a reason of its own.)
+_WRAP_FORWARD = ("transformers.", "accelerate.", "torch.", "peft.", "trl.", "liger_kernel.", "hf_fpdt.")
+
+
+# TRL's has a head and a loss in chunks of its own, for calls with this argument.
+_TRLS_LOSS = "fused_lm_head"
+
+
+WHY_NOT_WHOLE = "the forward of {} does not run its base model as a whole; train it without apply_fpdt"
+
+
+def loss_reasons(model: Any) -> list[str]:
+    """Reasons why the loss that the model makes of labels is not the one computed here; [] if it is."""
+    if model.get_output_embeddings() is None:
+        return []
+    reasons = []
+    if model.loss_function is not ForCausalLMLoss:
+        reasons.append(
+            "its loss function is not transformers' ForCausalLMLoss, which is the one FPDT computes in chunks"
+        )
+    homes = dict.fromkeys(homes_of(model.forward), _WRAP_FORWARD) | {
+        type(model).forward.__module__: ("transformers.",)
+    }
+    foreign = [home for home, known in homes.items() if not home.startswith(known)]
+    if foreign:
+        reasons.append(
+            f"its forward ({', '.join(foreign)}) is not one of transformers' own, so the loss that it makes of labels "
+            "is not known; let it inherit forward, or train it without apply_fpdt"
+        )
+    return reasons
+
+
+def unshared_loss_reasons(model: Any) -> list[str]:
+    """Reasons why ranks that hold a part of the sequence each would make another loss than one process; or []."""
+    if not any(home.startswith("trl.") for home in homes_of(model.forward)):
+        return []
+    return ["TRL's trainers make the loss themselves, of a rank's own labels; take FPDTTrainer"]
+
+
+def patch_head(model: Any, settings: Settings) -> None:
+    """Patch the final norm and, where the model has a head, its base model and itself."""
+    for child in model.get_decoder().children():
+        if "norm" in type(child).__name__.lower():
+            patch(child, _norm_forward, settings)
+    patch(model.base_model, _base_forward, settings)
+    if model.get_output_embeddings() is not None:
+        patch(model, _causal_lm_forward, settings)
+    elif model.base_model is not model:
+        patch(model, _other_head_forward, settings)
+
+
+def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
+    if visiting() and mixes_tokens(self._fpdt.forward, hidden):
+        raise NotImplementedError(f"its final norm ({type(self).__name__}) looks at other tokens than one")
+    plan = self._fpdt.settings.plan(hidden)
+    size = plan.chunk_tokens // plan.sp_size
+    return norm_by_chunks(self._fpdt.forward, hidden, list(self.parameters()), size)
+
+
+@dataclass
+class _HeadCall:
+    """Set while the model's own forward runs for the sake of its head.
+
+    Without `outputs` the base model runs and leaves its outputs here; with them, the base model stands aside and the
+    head sees them.
+
+    Attributes:
+        whole: whether the head sees all that the base model gave at once; else one token of it.
+        began: the random state in which the head began.
+    """
+
+    outputs: Any = None
+    whole: bool = False
+    began: RandomState | None = None
+
+
+_head_call: ContextVar[_HeadCall | None] = ContextVar("fpdt_head_call", default=None)
+
+
+@contextmanager
+def _as_head_call(call: _HeadCall) -> Iterator[_HeadCall]:
+    token = _head_call.set(call)
+    try:
+        yield call
+    finally:
+        _head_call.reset(token)
+
+
+_sample: ContextVar[Tensor | None] = ContextVar("fpdt_sample", default=None)
+
+
+def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    sample = kwargs.pop(SAMPLE_KEY, _sample.get())
+    call = _head_call.get()
+    if call is not None and call.outputs is not None:
+        return call.outputs
+    arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
+    if visiting():
+        outputs = self._fpdt.forward(**arguments | {"use_cache": False})
+        if call is not None:
+            call.outputs = outputs
+        return outputs
+    check_stack(self, self._fpdt.settings)
+    _check_router(self.config, arguments)
+    # With a cache it is generation, in which every rank has the whole of a sequence.
+    sharded = self._fpdt.settings.group.size > 1 and not caches_in(arguments)
+    if sharded:
+        check_shard(arguments, sample, self._fpdt.settings.group, self._fpdt.settings.plan)
+        arguments["use_cache"] = False
+    with batch_shared_by(self._fpdt.settings.group.size if sharded else 1):
+        outputs = self._fpdt.forward(**arguments)
+    if call is None:
+        return outputs
+    call.outputs = outputs
+    if call.whole:
+        call.began = RandomState.now(outputs[0].device)
+        return outputs
+    # One token is enough for the model to make its output object; that token's logits are dropped.
+    return _with(call.outputs, last_hidden_state=call.outputs[0][:, :1])
+
+
+def _check_router(config: Any, arguments: dict[str, Any]) -> None:
+    if arguments.get("output_router_logits") or any(by_layer(config.get_text_config(), "output_router_logits")):
+        raise NotImplementedError(
+            "fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False (TRL's "
+            "trainers set it themselves: router_aux_loss_coef=0.0 in their config)."
+        )
+
+
+def _with(outputs: Any, **fields: Any) -> Any:
+    """A copy of a model's output with other `fields`; assigning to one would leave its entry as a mapping behind."""
+    return type(outputs)(**{**outputs, **fields})
+
+
+def _other_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a model whose head is no language model's: it runs on all tokens at once, by its own code.
+
+    Padding on the right is not masked, so the head may not read it; that is looked at the first time there is some.
+    """
+    settings, arguments = self._fpdt.settings, arguments_by_name(self._fpdt.signature, *args, **kwargs)
+    mask = arguments.get("attention_mask")
+    padded = isinstance(mask, Tensor) and mask.dim() == 2 and not settings.padding_tried and bool((mask == 0).any())
+    if not padded or visiting():
+        return self._fpdt.forward(**arguments)
+    with _as_head_call(_HeadCall(whole=True)) as call:
+        outputs = self._fpdt.forward(**arguments)
+    if call.outputs is not None and _reads_padding(self, arguments, outputs, call):
+        raise NotImplementedError(
+            f"fpdt: the head of {type(self).__name__} reads padding, whose hidden states are not those of a masked "
+            "model: give rows of one length (a batch of one row needs no padding)."
+        )
+    settings.padding_tried = True
+    return outputs
+
+
+def _reads_padding(model: Any, arguments: dict[str, Any], outputs: Any, call: _HeadCall) -> bool:
+    """Whether the head's loss is another one where the hidden states of padding are."""
+    if (loss := _loss_of(outputs)) is None:
+        return False
+    hidden, padding_BS1 = call.outputs[0].detach(), (arguments["attention_mask"] == 0).unsqueeze(-1)
+    other = _with(call.outputs, last_hidden_state=torch.where(padding_BS1.to(hidden.device), -hidden, hidden))
+    assert call.began is not None
+    with torch.no_grad(), untouched_random_state(hidden.device), _as_head_call(_HeadCall(other)):
+        call.began.restore()
+        with _without_fsdp(_heads(model)):
+            again = _loss_of(model._fpdt.forward(**arguments))
+    return not torch.equal(loss.detach(), again)
+
+
+def _loss_of(outputs: Any) -> Any:
+    """The loss in a model's outputs, of either kind; None where there is none."""
+    if isinstance(outputs, tuple):
+        return outputs[0] if outputs[0].dim() == 0 else None
+    return outputs.loss
+
+
+def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if visiting():
+        return _visited_forward(self, *args, **kwargs)
+    token = _sample.set(kwargs.pop(SAMPLE_KEY, None))
+    try:
+        if kwargs.get(_TRLS_LOSS):
+            return self._fpdt.forward(*args, **kwargs)  # TRL's loss in chunks, of hidden states that are made here
+        return _forward_with_loss(self, *args, **kwargs)
+    finally:
+        _sample.reset(token)
+
+
+def _visited_forward(self: Any, **arguments: Any) -> Any:
+    """The model's forward on a few tokens that no layer sees; its head is tried as layers are."""
+    with _as_head_call(_HeadCall(whole=True)) as call:
+        outputs = self._fpdt.forward(**arguments)
+    if call.outputs is None:
+        raise NotImplementedError(WHY_NOT_WHOLE.format(type(self).__name__))
+
+    def logits_of(hidden: Tensor) -> Tensor:
+        with _as_head_call(_HeadCall(_with(call.outputs, last_hidden_state=hidden))):
+            logits: Tensor = self._fpdt.forward(**arguments).logits
+        return logits
+
+    if mixes_tokens(logits_of, call.outputs[0]):
+        raise NotImplementedError(f"the head of {type(self).__name__} looks at other tokens than one")
+    return outputs
+
+
+def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's forward. With `labels`: loss in chunks, `logits=None` unless `logits_to_keep` asks for some."""
+    arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
+    if self.training and torch.is_grad_enabled():
+        arguments["use_cache"] = False
+    _check_router(self.config, arguments)
+    if arguments.get("labels") is None:
+        return self._fpdt.forward(**arguments)
+    if self.loss_function is not ForCausalLMLoss:
+        raise NotImplementedError(
+            "fpdt: the loss is computed in chunks, so a loss_function set on the model would not be called; call the "
+            "model without labels and compute the loss from its logits."
+        )
+    check_loss_arguments(arguments)
+    if arguments.get("shift_labels") is None and self._fpdt.settings.group.size > 1:
+        raise ValueError("fpdt: with sp_size above 1 labels are shifted before they are cut: pass shift_labels too.")
+    loss_arguments = {name: arguments.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
+    ignore_index, kept = arguments.pop("ignore_index", -100), arguments.pop("logits_to_keep", None)
+    as_tuple = arguments.pop("return_dict", self.config.return_dict) is False
+    arguments["return_dict"] = True
+    if not caches_in(arguments):
+        arguments["use_cache"] = False
+
+    with _as_head_call(_HeadCall()) as call:
+        outputs = self._fpdt.forward(**arguments)
+    if call.outputs is None:
+        raise NotImplementedError(f"fpdt: {WHY_NOT_WHOLE.format(type(self).__name__)}.")
+
+    def logits_of(hidden: Tensor, **kept: int | Tensor) -> Tensor:
+        """Logits of hidden states [B, S, D] by the model's own forward."""
+        with _as_head_call(_HeadCall(_with(call.outputs, last_hidden_state=hidden))), _without_fsdp(_heads(self)):
+            return self._fpdt.forward(**arguments, **kept).logits
+
+    hidden = call.outputs[0]
+    mask = arguments.get("attention_mask")
+    loss = _loss(self, hidden, logits_of, ignore_index, attention_mask=mask, **loss_arguments)
+    logits = None if kept is None else logits_of(hidden, logits_to_keep=kept)
+    outputs = _with(outputs, loss=loss, logits=logits)
+    return outputs.to_tuple() if as_tuple else outputs
+
+
+def _heads(model: Any) -> list[nn.Module]:
+    """What the model's forward may run after its base model."""
+    return [child for child in model.children() if child is not model.base_model]
+
+
+@contextmanager
+def _without_fsdp(modules: list[nn.Module]) -> Iterator[None]:
+    """FSDP2's hooks saw the head's one whole pass; on every chunk they would end their unit's backward pass early."""
+    inner = [module for outer in modules for module in outer.modules()]
+    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in inner]
+    for module in inner:
+        module._forward_pre_hooks = _not_fsdps(module._forward_pre_hooks)
+        module._forward_hooks = _not_fsdps(module._forward_hooks)
+    try:
+        yield
+    finally:
+        for module, before, after in hooks:
+            module._forward_pre_hooks, module._forward_hooks = before, after
+
+
+def _not_fsdps(hooks: Any) -> Any:
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not _is_fsdps(hook))
+
+
+def _is_fsdps(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.")
+
+
+def _loss(
+    model: Any,
+    hidden: Tensor,
+    logits_of: Callable[..., Tensor],
+    ignore_index: int,
+    *,
+    labels: Tensor,
+    shift_labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+    attention_mask: Tensor | None,
+) -> Tensor:
+    heads = _heads(model)
+    if any(hasattr(p, "placements") for child in heads for p in child.parameters()):
+        # FSDP2 put them back as shards after the pass above; what computes the logits would be other tensors.
+        raise NotImplementedError(
+            "fpdt: FSDP2 reshards the head as soon as it has run; wrap it with reshard_after_forward=False, or leave "
+            "it in the root's unit."
+        )
+    head = Head(
+        logits_of=logits_of,
+        parameters=list({id(p): p for child in heads for p in child.parameters()}.values()),
+        chunk_tokens=model._fpdt.settings.loss_chunk_tokens(model.config),
+        ignore_index=ignore_index,
+    )
+    group = model._fpdt.settings.group
+    targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+    if num_items_in_batch is None and group.size > 1:
+        # Then a plain mean of the ranks' losses (DDP, FSDP) is the mean over the sequence's tokens.
+        num_items_in_batch = group.sum((targets != ignore_index).sum().to(hidden.device)) / group.size
+    if attention_mask is not None and attention_mask.shape == targets.shape:
+        _check_padding(attention_mask.to(targets.device), targets, ignore_index)
+    return chunked_loss(head, hidden, targets, num_items_in_batch)
+
+
+def _check_padding(mask_BS: Tensor, targets_BS: Tensor, ignore_index: int) -> None:
+    """Padding on the right is not masked, so what it predicts is nobody's and may not count."""
+    on_the_right = (mask_BS == 0) & (mask_BS.cumsum(1) > 0)
+    if bool((on_the_right & (targets_BS != ignore_index)).any()):
+        raise ValueError(
+            f"fpdt: attention_mask marks tokens as padding whose labels count; set the labels of padding to "
+            f"{ignore_index} (a collator that pads labels does)."
+        )

@@ -1,0 +1,224 @@
+"""A decoder layer as the executor runs it: the class that is put in place of its own, and what it refuses.
+
+A layer gets a subclass of its own class under the same name (accelerate finds layers by that name); its forward cuts
+the sequence, and everything else stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..engine import LayerRun, look_of, modes_of, run_layer, visiting
+from .fused import fuse_layer
+from .patch import arguments_by_name, caches_in
+from .refusals import check_adapters
+from .settings import Settings
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the text decoder, in order; [] where there is no such stack."""
+    decoder = model.get_decoder()
+    for child in decoder.children() if decoder is not None else ():
+        if (
+            isinstance(child, nn.ModuleList)
+            and len(child)
+            and all(isinstance(m, GradientCheckpointingLayer) for m in child)
+        ):
+            return list(child)
+    return []
+
+
+def check_stack(model: PreTrainedModel, settings: Settings) -> None:
+    """Raise RuntimeError unless every layer of the decoder is one that `apply_fpdt` found at that place."""
+    seen: set[int] = set()
+    for index, layer in enumerate(decoder_layers(model)):
+        known = isinstance(layer, ChunkedLayer) and layer._fpdt_settings is settings
+        if not known or (layer._fpdt_index != index and id(layer) not in seen):
+            raise RuntimeError(
+                f"fpdt: layer {index} ({type(layer).__name__}) was put there after apply_fpdt, which knows nothing of "
+                "it: call remove() on the handle, then change the model, then apply_fpdt again."
+            )
+        seen.add(id(layer))
+
+
+def mostly_trained(parameters: list[nn.Parameter]) -> bool:
+    """Whether weights train, not adapters alone."""
+    return 2 * sum(p.numel() for p in parameters if p.requires_grad) > sum(p.numel() for p in parameters)
+
+
+class ChunkedLayer(nn.Module):
+    """Mixed into the class of each decoder layer; `_fpdt_*` are set by `enter_layer`."""
+
+    _fpdt_settings: Settings
+    _fpdt_name: str
+    _fpdt_index: int
+    _fpdt_class: Any
+    _fpdt_looks: set[tuple[object, ...]]  # those that passed a trial
+    _fpdt_checkpointing: bool | None  # None: never asked for, on this instance
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Always off: chunks are recomputed one by one already. What was asked for is kept for `remove()`."""
+        return False
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._fpdt_checkpointing = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, chunk by chunk; as it is for generation with a cache."""
+        raw = _raw_forward(self._fpdt_class)
+        arguments = arguments_by_name(_signature(raw), self, *args, **kwargs)
+        name = next(iter(arguments))
+        hidden = arguments.pop(name)
+        if visiting():
+            arguments |= _no_caches(arguments)
+        elif _needs_whole_sequence(self, arguments):
+            return raw(self, hidden, **arguments)
+        _check_arguments(arguments, hidden, self._fpdt_name)
+        with self._fpdt_settings.store.one_thread.entered(self._fpdt_name):
+            self._fpdt_try(raw, hidden, arguments)
+            return hidden if visiting() else self._fpdt_in_chunks(raw, hidden, arguments)
+
+    def _fpdt_in_chunks(self, raw: Callable[..., Any], hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        settings, parameters = self._fpdt_settings, list(self.parameters())
+        if settings.plugin.fused:
+            fuse_layer(self, raw, settings)
+        run = LayerRun(
+            name=self._fpdt_name,
+            index=self._fpdt_index,
+            forward=functools.partial(raw, self),
+            kwargs=arguments,
+            step=settings.step(hidden),
+            kernel=settings.plugin.kernel,
+            store=settings.store,
+            group=settings.group,
+            weights=functools.partial(_whole_weights, self),
+            modes=functools.partial(modes_of, self),
+            parameters=self.parameters,
+            sharded=hasattr(self, "unshard"),
+            progress=settings.progress,
+            full=settings.progress is not None and mostly_trained(parameters),
+        )
+        return run_layer(run, hidden, parameters)
+
+    def _fpdt_try(self, raw: Callable[..., Any], hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """Try the layer on a few tokens, the first time that it looks as it does now.
+
+        Raises:
+            NotImplementedError: it cannot be run in chunks.
+        """
+        look = look_of(self)
+        if look in self._fpdt_looks:
+            return
+        check_adapters(self, self._fpdt_name)
+        reason = self._fpdt_settings.trials.check(self, functools.partial(raw, self), hidden, arguments)
+        if reason is not None:
+            raise NotImplementedError(f"fpdt: {self._fpdt_name} cannot be run in chunks: {reason}.")
+        self._fpdt_looks.add(look)
+
+
+@contextmanager
+def _whole_weights(layer: Any) -> Iterator[None]:
+    """FSDP2's layers are gathered for their own forward and backward pass alone; elsewhere they are asked to be."""
+    sharded = hasattr(layer, "unshard")
+    if sharded:
+        layer.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            layer.reshard()
+
+
+def enter_layer(layer: Any, settings: Settings, index: int) -> None:
+    original: Any = type(layer)
+    checkpointing = layer.__dict__.pop("gradient_checkpointing", None)
+    layer.__class__ = _chunked_class(original)
+    layer._fpdt_settings, layer._fpdt_looks = settings, set()
+    layer._fpdt_name, layer._fpdt_index = f"layer {index} ({original.__name__})", index
+    layer._fpdt_class, layer._fpdt_checkpointing = original, checkpointing
+
+
+def check_entered(layer: Any) -> None:
+    if type(layer) is not _chunked_class(layer._fpdt_class):
+        raise RuntimeError(f"{layer._fpdt_name} was wrapped after apply_fpdt (FSDP2?); it cannot be restored now.")
+
+
+def leave_layer(layer: Any) -> None:
+    original, checkpointing = layer._fpdt_class, layer._fpdt_checkpointing
+    for name in [name for name in layer.__dict__ if name.startswith("_fpdt_")]:
+        delattr(layer, name)
+    layer.__class__ = original
+    if checkpointing is not None:
+        layer.gradient_checkpointing = checkpointing
+
+
+@functools.lru_cache
+def _chunked_class(original: Any) -> type[nn.Module]:
+    return type(original.__name__, (ChunkedLayer, original), {"__module__": original.__module__})
+
+
+@functools.lru_cache
+def _raw_forward(layer_class: Any) -> Callable[..., Any]:
+    """The layer's forward without the checkpointing wrapper that newer transformers put around it."""
+    forward = layer_class.forward
+    wrapped = forward.__code__.co_name == "forward_with_checkpointing"
+    return forward.__wrapped__ if wrapped else forward
+
+
+# Asked for in every layer of every generated token; a class's forward does not change.
+_signature = functools.lru_cache(inspect.signature)
+
+
+def _needs_whole_sequence(layer: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Generation with a cache, or evaluation under a mask: the layer runs as it is, over the bare attention function.
+
+    In training an empty cache is dropped, as transformers' own checkpointing does. Without gradients nothing is
+    trained, whatever mode the layer is in: samples may be generated between two steps.
+    """
+    for name in caches_in(arguments):
+        if not (layer.training and torch.is_grad_enabled()):
+            return True
+        if arguments[name].get_seq_length() > 0:
+            raise NotImplementedError(
+                "fpdt: training behind a filled cache (prefix tuning?) is not supported; use LoRA or full fine-tuning."
+            )
+    arguments |= _no_caches(arguments)
+    return arguments.get("attention_mask") is not None and not torch.is_grad_enabled()
+
+
+def _no_caches(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the arguments that are caches are to be instead."""
+    names = caches_in(arguments)
+    return {**dict.fromkeys(names), "use_cache": False} if names else {}
+
+
+def _check_arguments(arguments: dict[str, Any], hidden: Tensor, name: str) -> None:
+    """Refuse what a chunk cannot be given a part of: masks, and tensors whose token axis is not where it should be."""
+    n_tokens = hidden.shape[1]
+    for key, value in arguments.items():
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            why = _why_not_sliced(key, tensor, n_tokens) if isinstance(tensor, Tensor) else None
+            if why is not None:
+                raise NotImplementedError(f"fpdt: {name} got {key!r} of shape {tuple(tensor.shape)}: {why}")
+
+
+def _why_not_sliced(key: str, value: Tensor, n_tokens: int) -> str | None:
+    if key == "attention_mask":
+        return "masks are not supported in training; pad on the right with label -100 and pass no 4-D mask."
+    if value.requires_grad:
+        return "only hidden states may carry a gradient into a layer."
+    elsewhere = [axis for axis, size in enumerate(value.shape) if size == n_tokens > 1 and axis != 1]
+    if value.dim() > 1 and elsewhere and value.shape[1] != n_tokens:
+        return f"its token axis is {elsewhere[0]}, but only axis 1 is cut in chunks."
+    return None

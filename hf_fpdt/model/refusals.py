@@ -1,0 +1,183 @@
+"""Which models FPDT serves, decided from the model alone before any step. Every reason is found, not the first."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..plan import by_layer, largest, why_no_sizes
+
+# Wrappers that would run around our layers, by class name: importing them would pull in the distributed package.
+_REFUSED_WRAPPERS = (
+    ("FullyShardedDataParallel", "FSDP version 1 is not supported; use FSDP2 (fsdp_version: 2)"),
+    (
+        "CheckpointWrapper",
+        "FSDP's activation checkpointing would keep and recompute everything twice; switch it off "
+        "(fsdp_activation_checkpointing: false)",
+    ),
+)
+
+
+# Kinds of PEFT's layers, by the name of their package, that need the whole sequence or a whole forward pass.
+_SEQUENCE_TUNERS = ("lily", "poly")
+
+
+# What configurations, and a few modules, call the dropout of attention's weights.
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+# Transformers takes the frequencies of these from the largest position that it is given.
+_ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
+
+
+def why_unsupported(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
+    """Reasons why exact training of this model in chunks is not served, each with the way out; [] if it is.
+
+    Args:
+        model: a transformers model, not wrapped.
+        layers: its decoder layers.
+    """
+    try:
+        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    except ValueError as error:
+        return [f"it has not one text model ({str(error).partition('. ')[0]}); apply FPDT to the one that trains"]
+    return [
+        *_registry_reasons(model, layers),
+        *_config_reasons(config),
+        *_attention_reasons(config, layers),
+        *why_no_sizes(config),
+        *_wrapper_reasons(model, layers),
+        *_adapter_reasons(layers),
+    ]
+
+
+def why_not_shared(model: Any) -> list[str]:
+    """Reasons why ranks that hold a part of the sequence each would compute something else than one process; or []."""
+    reasons = []
+    if kinds := sorted(_rope_kinds(model.config.get_text_config()) & _ROPE_BY_LENGTH):
+        reasons.append(
+            f"its rotary embedding ({', '.join(kinds)}) takes its frequencies from how long the sequence is, of which "
+            "a rank sees a part"
+        )
+    if model.base_model is not model and model.get_output_embeddings() is None:
+        reasons.append("labels are shifted to the next token before they are cut, and its head is no language model's")
+    return reasons
+
+
+def homes_of(forward: Any) -> set[str]:
+    """The modules that a bound function's code and its name are of: `functools.wraps` gives it another's name."""
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    function = getattr(forward, "__func__", forward)
+    code = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+    return {str(code), str(getattr(function, "__module__", code))}
+
+
+def check_adapters(layer: nn.Module, name: str) -> None:
+    """Raise NotImplementedError where PEFT's adapters in a layer look at more tokens than one."""
+    if reasons := _adapter_reasons([layer]):
+        raise NotImplementedError(f"fpdt: {name} cannot be run in chunks: {'; '.join(reasons)}.")
+
+
+def _registry_reasons(model: Any, layers: Sequence[nn.Module]) -> list[str]:
+    if not layers:
+        return [
+            "no stack of decoder layers was found; FPDT drives models built on transformers' "
+            "GradientCheckpointingLayer"
+        ]
+    if not type(model)._can_set_attn_implementation():
+        return ["its class ignores the attention registry, so FPDT's attention would never be called"]
+    return []
+
+
+def _config_reasons(config: Any) -> list[str]:
+    other_kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    reasons = []
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append("encoder-decoder models are not causal throughout")
+    if other_kinds:
+        reasons.append(f"layers of type {', '.join(other_kinds)} are not full attention (config.layer_types)")
+    if any(by_layer(config, "num_kv_shared_layers")):
+        reasons.append("some of its layers take keys and values from another layer (config.num_kv_shared_layers)")
+    if any(by_layer(config, "attn_logit_softcapping")):
+        reasons.append("attention softcap is not served by a kernel yet (config.attn_logit_softcapping)")
+    if any(by_layer(config, "output_router_logits")):
+        reasons.append(
+            "the router's auxiliary loss needs all tokens at once; set config.output_router_logits=False (TRL's "
+            "trainers set it themselves: router_aux_loss_coef=0.0 in their config)"
+        )
+    return reasons
+
+
+def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
+    modules = [module for layer in layers for module in layer.modules()]
+    reasons = []
+    if window := _window(config, modules):
+        reasons.append(
+            f"sliding-window attention (window {window}) is not served by a kernel yet; if the model may attend "
+            "to everything, load it with sliding_window=None"
+        )
+    if any(hasattr(m, "sinks") for m in modules):
+        reasons.append("attention sinks are not served by a kernel yet")
+    if any(getattr(m, "is_causal", True) is False for m in (config, *modules)):
+        reasons.append("its attention is not causal")
+    if dropout := [name for name in ATTENTION_DROPOUTS if _draws(name, config, modules)]:
+        settings = ", ".join(f"{name}=0.0" for name in dropout)
+        reasons.append(f"attention dropout is not supported; load the model with {settings}")
+    return reasons
+
+
+def _draws(dropout: str, config: Any, modules: Sequence[nn.Module]) -> bool:
+    values = [*by_layer(config, dropout), *(getattr(module, dropout, 0.0) for module in modules)]
+    return any(isinstance(p, (int, float)) and p > 0 for p in values)
+
+
+def _window(config: Any, modules: Sequence[nn.Module]) -> int | None:
+    """The largest of the layers' windows that is one: shorter than what the model was made for."""
+    # Where no module says, the config's window is passed to attention by every layer (Mistral's habit).
+    windows: set[Any] = {m.sliding_window for m in modules if hasattr(m, "sliding_window")}
+    windows = windows or set(by_layer(config, "sliding_window"))
+    most = largest(config, "max_position_embeddings") or float("inf")
+    # Zero means none there (Qwen2-MoE). A longer sequence than the window is refused when it comes.
+    return max((window for window in windows - {None, 0} if window < most), default=None)
+
+
+def _rope_kinds(config: Any) -> set[Any]:
+    """Of the model, or of each type of its layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {each.get("rope_type") for each in (parameters, *nested)}
+
+
+def _adapter_reasons(layers: Sequence[nn.Module]) -> list[str]:
+    reasons = set()
+    for module in (module for layer in layers for module in layer.modules()):
+        package = type(module).__module__
+        if not package.startswith("peft.tuners."):
+            continue
+        kind = package.split(".")[2]
+        if kind in _SEQUENCE_TUNERS:
+            reasons.add(f"PEFT's adapters of type {kind} look at all tokens of a sequence")
+        variants = vars(module).get("lora_variant", {}).values()
+        if any(type(variant).__name__ == "ALoraLinearVariant" for variant in variants):
+            reasons.add("activated LoRA (aLoRA) looks for its tokens in the whole sequence")
+    return sorted(reasons)
+
+
+def _wrapper_reasons(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
+    names = {type(module).__name__ for module in model.modules()}
+    reasons = [reason for name, reason in _REFUSED_WRAPPERS if name in names]
+    if any("forward" in vars(layer) for layer in layers):
+        reasons.append(
+            "the forward of its layers was replaced on the instance (accelerate's hooks for a device_map of several "
+            "devices or for offloading), so FPDT's would not be called; load the model on one device"
+        )
+    if any(home.startswith("liger_kernel") for home in homes_of(model.forward)):
+        reasons.append(
+            "Liger's fused loss replaces the model's forward; apply Liger with fused_linear_cross_entropy=False, "
+            "FPDT's own loss never builds the logits either"
+        )
+    return reasons

@@ -1,0 +1,206 @@
+"""The cut of a batch over the ranks of a group: who makes it, and how a rank's part is known again.
+
+`ShardingCollator` cuts, `check_shard` looks before the model runs: both ends of one contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..layout import ChunkPlan
+from .group import SequenceParallelGroup
+
+# What a sharded batch calls the number that tells whole samples apart.
+SAMPLE_KEY = "fpdt_sample"
+
+
+_ranks_of_batch: ContextVar[int] = ContextVar("fpdt_ranks_of_batch", default=1)
+
+
+def ranks_of_batch() -> int:
+    """How many ranks share the sequence the model runs on; above 1 this rank's position_ids have gaps."""
+    return _ranks_of_batch.get()
+
+
+@contextmanager
+def batch_shared_by(ranks: int) -> Iterator[None]:
+    """Say so for the calls inside."""
+    token = _ranks_of_batch.set(ranks)
+    try:
+        yield
+    finally:
+        _ranks_of_batch.reset(token)
+
+
+def own_tokens(plan: ChunkPlan, rank: int, device: torch.device | None = None) -> Tensor:
+    """Global indices of the tokens that `rank` owns, [n_tokens / sp_size], in its local order."""
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in plan.rank_pieces(rank)])
+
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class ShardingCollator:
+    """Collates features and keeps this rank's tokens.
+
+    Attributes:
+        inner: makes a batch of whole sequences: a mapping with `input_ids` [B, S] and, to train, `labels` [B, S];
+            other tensors [B, S, …] are cut with them, everything else passes. `attention_mask` may mark padding on
+            the right, whose labels must be -100; it is left out of the result.
+        sp_size: ranks that share a sequence.
+        rank: this process's place among them.
+        chunk_tokens: global tokens a chunk, as in `FPDTPlugin`.
+        pad_token_id: what the sequence is filled up with.
+
+    The result has `input_ids`, `position_ids` and, if there were labels, `shift_labels` (the next token at each
+    position) and `labels` (the same, so that the model knows it is to compute a loss), all [B, S/P]. An inner
+    collator's own `shift_labels` count, and `labels` beside them do not. `fpdt_sample` [B] is a number made of each
+    whole row, by which the model sees that the ranks hold parts of the same samples; pass it on if you can.
+
+    Raises:
+        ValueError: no `input_ids`, labels of another shape, or padding that is not on the right or whose labels count.
+        NotImplementedError: packed documents (`position_ids` that restart).
+    """
+
+    inner: Callable[[Any], Any]
+    sp_size: int
+    rank: int
+    chunk_tokens: int
+    pad_token_id: int = 0
+
+    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        batch = dict(self.inner(features))
+        _check_batch(batch)
+        _check_positions(batch.pop("position_ids", None))
+        labels = batch.get("labels") if batch.get("shift_labels") is None else batch["shift_labels"]
+        _check_padding(batch.pop("attention_mask", None), labels)
+        n_tokens = batch["input_ids"].shape[1]
+        missing = -n_tokens % self.sp_size
+        if batch.get("shift_labels") is None and batch.get("labels") is not None:
+            batch["shift_labels"] = pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+        if batch.get("shift_labels") is not None:
+            batch["labels"] = batch["shift_labels"] = pad(batch["shift_labels"], (0, missing), value=IGNORE_INDEX)
+        batch[SAMPLE_KEY] = _fingerprint(batch["input_ids"], batch.get("shift_labels"))
+        batch = {name: self._fill(name, value, n_tokens, missing) for name, value in batch.items()}
+        batch["position_ids"] = torch.arange(n_tokens + missing, device=batch["input_ids"].device).expand(
+            batch["input_ids"].shape[0], -1
+        )
+        own = own_tokens(ChunkPlan(n_tokens + missing, self.chunk_tokens, self.sp_size), self.rank)
+        return {
+            name: value[:, own] if _by_token(value, n_tokens + missing) else value for name, value in batch.items()
+        }
+
+    def _fill(self, name: str, value: Any, n_tokens: int, missing: int) -> Any:
+        """Fill up on the right; labels are already."""
+        if not missing or not _by_token(value, n_tokens) or name in ("labels", "shift_labels"):
+            return value
+        tail = (0, 0) * (value.dim() - 2)
+        return pad(value, (*tail, 0, missing), value=self.pad_token_id if name == "input_ids" else 0)
+
+
+def _fingerprint(ids_BS: Tensor, shift_labels_BS: Tensor | None) -> Tensor:
+    """A number for each row that differs between samples, in all likelihood; below 2^40, so that sums stay exact."""
+    weights = torch.arange(1, ids_BS.shape[1] + 1, device=ids_BS.device) * 2_654_435_761 % 1_048_573
+    labels = 0 if shift_labels_BS is None else shift_labels_BS[:, : ids_BS.shape[1]]
+    return ((ids_BS * 31 + labels) * weights).sum(1) % 2**40
+
+
+def _by_token(value: Any, n_tokens: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == n_tokens
+
+
+def _check_batch(batch: Mapping[str, Any]) -> None:
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        got = "none" if ids is None else f"{type(ids).__name__} of shape {getattr(ids, 'shape', '?')}"
+        raise ValueError(
+            f"ShardingCollator: the inner collator must give input_ids of shape [batch, tokens]; got {got}."
+        )
+    for name in ("labels", "shift_labels"):
+        labels = batch.get(name)
+        if labels is not None and (not isinstance(labels, Tensor) or labels.shape != ids.shape):
+            raise ValueError(
+                f"ShardingCollator: {name} of shape {tuple(getattr(labels, 'shape', ()))} do not match input_ids of "
+                f"shape {tuple(ids.shape)}; each token needs its own label."
+            )
+    unsupported = [name for name in ("inputs_embeds", "cu_seq_lens_q", "seq_idx") if name in batch]
+    if unsupported:
+        raise NotImplementedError(
+            f"ShardingCollator: {', '.join(unsupported)} cannot be cut over ranks yet; give input_ids of one document "
+            "a sequence."
+        )
+
+
+def _check_positions(positions: Tensor | None) -> None:
+    if positions is not None and not torch.equal(positions, torch.arange(positions.shape[-1]).expand_as(positions)):
+        raise NotImplementedError(
+            "ShardingCollator: position_ids that do not count from 0 in steps of 1 (packed documents) are not "
+            "supported yet; give one document a sequence."
+        )
+
+
+def _check_padding(mask: Tensor | None, labels: Tensor | None) -> None:
+    if mask is None:
+        return
+    if mask.dim() != 2 or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        raise ValueError(
+            "ShardingCollator: only padding on the right is supported; set tokenizer.padding_side='right'."
+        )
+    if labels is not None and bool(((mask == 0) & (labels != IGNORE_INDEX)).any()):
+        raise ValueError("ShardingCollator: labels of padding must be -100 (a collator that pads labels sees to it).")
+
+
+def check_shard(
+    arguments: dict[str, Any],
+    sample_B: Tensor | None,
+    group: SequenceParallelGroup,
+    plan_of: Callable[[Tensor], ChunkPlan],
+) -> None:
+    """Every rank of the group must hold its own part of the same samples, else all of them raise.
+
+    A rank's tokens are told from a whole sequence by their positions alone, so these may not be guessed. Parts of
+    different lengths would hang in the first exchange; parts of different samples would train on a mixture of them.
+
+    Args:
+        arguments: of the base model's forward.
+        sample_B: what `ShardingCollator` made of each whole row; None: nothing was.
+        group: the ranks.
+        plan_of: how the sequence is cut of which a rank holds these tokens.
+    """
+    if arguments.get("position_ids") is None or arguments.get("attention_mask") is not None:
+        raise ValueError(
+            "fpdt: with sp_size above 1 the model takes a rank's part of a sequence, with position_ids and without "
+            "attention_mask, as hf_fpdt.ShardingCollator makes it (FPDTTrainer and FPDTAccelerator use one). PEFT's "
+            "prompt tuning drops position_ids: take LoRA."
+        )
+    ids = arguments.get("input_ids")
+    tokens = ids if ids is not None else arguments["inputs_embeds"]
+    batch, length = tokens.shape[:2]
+    plan = plan_of(tokens)
+    own, positions = own_tokens(plan, group.rank, tokens.device), arguments["position_ids"]
+    sizes = torch.tensor([batch, length], device=tokens.device)
+    sample = sizes.new_zeros(()) if sample_B is None else sample_B.sum().to(tokens.device)
+    in_place = (positions == own).all() if positions.shape[-1] == length else sizes.new_zeros(())
+    # Everything stays on the device until the group has seen it: the host waits once.
+    batches, lengths, samples, places = group.extremes(torch.cat([sizes, torch.stack([sample, in_place.long()])]))
+    if any(low != high for low, high in (batches, lengths, samples)):
+        raise ValueError(
+            "fpdt: the ranks of a sequence-parallel group got different samples (rows {}..{}, tokens a rank "
+            "{}..{}); they must read the same: shuffle and augment with the same seed on all of them.".format(
+                *batches, *lengths
+            )
+        )
+    if not places[0]:
+        raise ValueError(
+            f"fpdt: position_ids are not those of a rank's part of a sequence cut in chunks of {plan.chunk_tokens} "
+            f"tokens over {group.size} ranks; let ShardingCollator cut it, with the plugin that the model has."
+        )

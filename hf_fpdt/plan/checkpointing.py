@@ -1,0 +1,164 @@
+"""What one pass keeps of its layers for the backward pass: the rule of checkpoints, in whole numbers; no torch.
+
+For each layer the store keeps its input or not, and its attention output (with lse) or not. A missing attention output
+costs one attention forward in backward. A missing input is rebuilt from the nearest kept input below: token by token
+alone through layers whose attention output is there, by whole forward passes through the others; what a rebuild makes
+stays until its layer is done. Layers from one kept input up to the next are a SEGMENT.
+
+Backward frees the upper layers first, and what they free has room for rebuilding below. So segments GROW downwards:
+with attention outputs kept they may have 1, 3, 7, 15, … layers, with none 1, 1, 2, 2, 3, 3, …, and nothing is ever
+needed beyond what the forward pass left. Segments of one size need their own size on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .sizes import LayerBytes
+
+
+@dataclass(frozen=True)
+class KeptLayers:
+    """Which layers keep what, from the lowest layer with a backward pass (0) upwards.
+
+    Attributes:
+        inputs: whether a layer's input is kept; the lowest one's always is.
+        attentions: whether a layer's attention output and lse are.
+    """
+
+    inputs: tuple[bool, ...]
+    attentions: tuple[bool, ...]
+
+    def base(self, layer: int) -> int:
+        """The layer from whose input that of `layer` is rebuilt: itself where it is kept."""
+        while not self.inputs[layer]:
+            layer -= 1
+        return layer
+
+    @property
+    def layers(self) -> int:
+        """Layers with a backward pass."""
+        return len(self.inputs)
+
+    @property
+    def rebuilt(self) -> int:
+        """Layers whose forward pass is run again for the sake of the input above."""
+        return self.inputs.count(False)
+
+    @property
+    def attention_reruns(self) -> int:
+        """Layers whose attention is run again."""
+        return self.attentions.count(False)
+
+    @property
+    def rebuilt_attentions(self) -> int:
+        """Layers run again for the sake of the input above whose attention runs again with them."""
+        return sum(not above and not out for above, out in zip(self.inputs[1:], self.attentions[:-1], strict=True))
+
+    def __str__(self) -> str:
+        inputs, outs = self.inputs.count(True), self.attentions.count(True)
+        return f"{inputs} inputs and {outs} attention outputs of {self.layers} layers"
+
+
+def forward_bytes(kept: KeptLayers, sizes: LayerBytes) -> int:
+    """What the store holds when the forward pass ends."""
+    return kept.inputs.count(True) * sizes.input_total + kept.attentions.count(True) * sizes.attention_total
+
+
+def peak_bytes(kept: KeptLayers, sizes: LayerBytes) -> int:
+    """The most that the store holds at any moment of the step."""
+    held = peak = forward_bytes(kept, sizes)
+    for layer in reversed(range(kept.layers)):
+        if not kept.inputs[layer] and kept.inputs[layer + 1 : layer + 2] != (False,):
+            held += rebuild_bytes(kept.attentions, kept.base(layer), layer, sizes)
+            peak = max(peak, held)
+        # The layer below a rebuilt input was run again, attention too where its output had not been kept.
+        rebuilt = layer + 1 < kept.layers and not kept.inputs[layer + 1]
+        held -= sizes.input_total + sizes.attention_total * (kept.attentions[layer] or rebuilt)
+    return peak
+
+
+def rebuild_bytes(attentions: Sequence[bool], base: int, layer: int, sizes: LayerBytes) -> int:
+    """What rebuilding the inputs base+1 … layer adds: them, and the attention outputs that were not kept."""
+    missing = sum(not kept for kept in attentions[base:layer])
+    return (layer - base) * sizes.input_total + missing * sizes.attention_total
+
+
+def segmented(inputs: int, attentions: Sequence[bool], sizes: LayerBytes, budget: int) -> KeptLayers | None:
+    """A plan that keeps `inputs` inputs and never holds more than `budget` bytes; None where there is none."""
+    room = budget - inputs * sizes.input_total - sum(attentions) * sizes.attention_total
+    bases: list[int] = []
+    top = len(attentions)
+    while top and room >= 0 and len(bases) < inputs:
+        base = top - 1
+        while base and rebuild_bytes(attentions, base - 1, top - 1, sizes) <= room:
+            base -= 1
+        bases.append(base)
+        room += sizes.input_total + sum(attentions[base:top]) * sizes.attention_total
+        top = base
+    if top or room < 0:
+        return None
+    _split_largest(bases, len(attentions), inputs)
+    return KeptLayers(tuple(layer in bases for layer in range(len(attentions))), tuple(attentions))
+
+
+def _split_largest(bases: list[int], layers: int, count: int) -> None:
+    """Halve the longest segment until there are `count`; halves never need more room than the whole did."""
+    while len(bases) < count:
+        edges = [*sorted(bases), layers]
+        size, base = max((stop - start, start) for start, stop in zip(edges, edges[1:], strict=False))
+        bases.append(base + size // 2)
+
+
+def candidates(policy: str, layers: int, sizes: LayerBytes, budget: int, ratio: float) -> Iterator[KeptLayers]:
+    """Plans of a policy whose peak is within `budget`, the fastest first.
+
+    Args:
+        policy: a value of `FPDTPlugin.checkpoints`.
+        layers: layers with a backward pass.
+        budget: bytes that all tiers hold together.
+        ratio: cost of one layer's attention forward over that of its token-wise rest.
+    """
+    if policy == "segment":
+        yield from _least(layers, sizes, budget)
+        return
+    outs = {"attention": [layers], "input": [0]}.get(policy, range(layers + 1))
+    ins = [layers] if policy == "input" else range(1, layers + 1)
+    costs = sorted((ratio * (layers - n_out) + (layers - n_in), -n_in, n_out) for n_out in outs for n_in in ins)
+    for _, minus_n_in, n_out in costs:
+        # The last layers' outputs: they are freed first, and make room for what is rebuilt below.
+        plan = segmented(-minus_n_in, [layer >= layers - n_out for layer in range(layers)], sizes, budget)
+        if plan is not None:
+            yield plan
+
+
+def _least(layers: int, sizes: LayerBytes, budget: int) -> Iterator[KeptLayers]:
+    """The plan without attention outputs that holds least, if it is within `budget`."""
+    least = least_bytes("segment", layers, sizes)
+    if least <= budget:
+        # Of several the one that keeps most inputs: it rebuilds fewest layers.
+        yield next(_without_outputs(layers, sizes, least))
+
+
+def _without_outputs(layers: int, sizes: LayerBytes, budget: int) -> Iterator[KeptLayers]:
+    """Plans without attention outputs that never hold more than `budget`, those that keep most inputs first."""
+    none = [False] * layers
+    plans = (segmented(inputs, none, sizes, budget) for inputs in range(layers, 0, -1))
+    return (plan for plan in plans if plan is not None)
+
+
+def least_bytes(policy: str, layers: int, sizes: LayerBytes) -> int:
+    """The smallest budget with which the policy has a plan."""
+
+    def plans(budget: int) -> Iterator[KeptLayers]:
+        # To keep no attention output never needs more: what a rebuild makes of them is held for a shorter time.
+        if policy in ("segment", "auto"):
+            return _without_outputs(layers, sizes, budget)
+        return candidates(policy, layers, sizes, budget, 0.0)
+
+    low, high = 0, layers * (sizes.input_total + sizes.attention_total)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if next(plans(middle), None) is None else (low, middle)
+    return low

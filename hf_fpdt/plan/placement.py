@@ -1,0 +1,167 @@
+"""What a step may hold where, and what it keeps: "auto" resolved, checked before anything is allocated.
+
+Raises where a step cannot fit, with the arithmetic, instead of the kernel's out-of-memory killer an hour later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..config import FPDTPlugin
+from ..units import GIB
+from .checkpointing import KeptLayers, candidates, least_bytes, peak_bytes
+from .rehearsal import Forecast, forecast, without_kv
+from .sizes import KVBytes, LayerBytes, StepSizes
+from .tiers import STAGING_BUFFERS, Budgets, ExistingBuffers
+
+NO_LIMIT = 2**62
+
+
+# Left beside the arithmetic of the device's working set: fragments, libraries' workspaces.
+DEVICE_MARGIN = 1.10
+
+
+DEVICE_RESERVE = 1 * GIB
+
+
+@dataclass(frozen=True)
+class PassPlacement:
+    """What one forward and backward pass does with its memory.
+
+    Attributes:
+        kv: K and V by chunk, and which chunks are resident.
+        budgets: what checkpoints may take, without K and V.
+        pinned: the most that all host buffers may be, those of K and V among them.
+        foretold: what the step will take; None for a pass without a backward pass.
+    """
+
+    kv: KVBytes
+    budgets: Budgets
+    pinned: int
+    foretold: Forecast | None
+
+    @property
+    def kept(self) -> KeptLayers:
+        """Which layers keep what."""
+        assert self.foretold is not None
+        return self.foretold.kept
+
+
+@dataclass(frozen=True)
+class Available:
+    """Bytes that the stores could fill on each tier when they were first asked; the least of all ranks that agree."""
+
+    device: int
+    host: int
+    disk: int
+
+
+def budgets_of(plugin: FPDTPlugin, step: StepSizes, there: Available) -> Budgets:
+    """Bytes that the stores may fill on each tier in one step."""
+    device, host = plugin.device_budget_gib, plugin.host_budget_gib
+    working = DEVICE_RESERVE + DEVICE_MARGIN * step.working_bytes(step.kv_bytes(NO_LIMIT))
+    spare = NO_LIMIT if there.device >= NO_LIMIT else max(0, int(there.device - working))
+    return Budgets(
+        device=spare if device == "auto" else int(device * GIB),
+        host=there.host if host == "auto" else int(host * GIB),
+        disk=there.disk,
+    )
+
+
+def plan_pass(
+    policy: str, step: StepSizes, layers: int, budgets: Budgets, have: Mapping[int, int] | ExistingBuffers
+) -> PassPlacement:
+    """The fastest plan of the policy that the budgets hold.
+
+    Args:
+        policy: `FPDTPlugin.checkpoints`.
+        layers: layers with a backward pass; 0: none.
+        have: the pinned buffers that stay, see `forecast`.
+
+    Raises:
+        MemoryError: there is none; the message has the arithmetic and the ways out.
+    """
+    kv, sizes = step.kv_bytes(budgets.device), step.layer_bytes()
+    rest = Budgets(
+        budgets.device - kv.device_bytes, max(0, budgets.host - _staging_bytes(budgets, sizes)), budgets.disk
+    )
+    have = have if isinstance(have, ExistingBuffers) else ExistingBuffers(have)
+    if not layers:
+        return PassPlacement(kv, without_kv(rest, kv, have), rest.host, None)
+    room = without_kv(rest, kv, ExistingBuffers()).total if rest.host >= kv.host_buffer_bytes else -1
+    if room < least_bytes(policy, layers, sizes):
+        raise MemoryError(_too_much(policy, step, layers, budgets, kv))
+    for kept in candidates(policy, layers, sizes, room, step.attention_over_rest()):
+        # Without regard to the buffers there are, in which ranks may differ: they must keep the same.
+        found = forecast(kept, sizes, kv, rest, ExistingBuffers())
+        if found is not None and have:
+            found = forecast(kept, sizes, kv, rest, have)
+        if found is not None:
+            return PassPlacement(kv, without_kv(rest, kv, have), rest.host, found)
+    raise MemoryError(_too_much(policy, step, layers, budgets, kv))
+
+
+def _staging_bytes(budgets: Budgets, sizes: LayerBytes) -> int:
+    """Host memory through which bytes go to files and come back."""
+    return STAGING_BUFFERS * sizes.longest if budgets.disk else 0
+
+
+def _too_much(policy: str, step: StepSizes, layers: int, budgets: Budgets, kv: KVBytes) -> str:
+    sizes = step.layer_bytes()
+    needed, staging = _least_that_fits(policy, layers, sizes, kv), _staging_bytes(budgets, sizes)
+    on_host = f"; of it {_gib(kv.host_bytes + staging)} on the host, whatever files hold" if staging else ""
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(budgets).items() if size or name != "disk")
+    return (
+        f"FPDT cannot keep what the backward pass of {step.plan.n_tokens:,} tokens needs. Needed: "
+        f"{_gib(needed)} for checkpoints={policy!r} ({layers} layers; one layer's input {_gib(sizes.input_total)}, "
+        f"its attention output {_gib(sizes.attention_total)}) and {_gib(kv.device_bytes + kv.host_bytes)} for K, V "
+        f"and their gradients{on_host}. There: {parts}, together {_gib(budgets.total)}. Nothing was allocated. Ways "
+        f"out: {_smaller_policy(policy, layers, sizes)}larger budgets (device_budget_gib, host_budget_gib) or a "
+        f"folder for files (disk_dir); fewer tokens, or more ranks a sequence (sp_size)."
+    )
+
+
+def _least_that_fits(policy: str, layers: int, sizes: LayerBytes, kv: KVBytes) -> int:
+    """The least that checkpoints need on a host alone, with buffers that are longer than what lies in them."""
+    least = least_bytes(policy, layers, sizes)
+    for percent in range(100, 150):
+        needed = least * percent // 100
+        # To keep no attention output is what "auto" does at last.
+        plans = candidates("segment" if policy == "auto" else policy, layers, sizes, needed, 0.0)
+        if any(
+            forecast(kept, sizes, kv, Budgets(0, needed + kv.host_buffer_bytes), ExistingBuffers()) for kept in plans
+        ):
+            return needed
+    return least
+
+
+def _smaller_policy(policy: str, layers: int, sizes: LayerBytes) -> str:
+    least = least_bytes("segment", layers, sizes)
+    return "" if policy in ("segment", "auto") else f'checkpoints="segment" ({_gib(least)}) or "auto"; '
+
+
+def _gib(nbytes: int) -> str:
+    if nbytes >= NO_LIMIT // 2:
+        return "no limit"
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def described(plan: PassPlacement, step: StepSizes, budgets: Budgets) -> str:
+    """The one line that a person reads."""
+    chunks, resident = len(step.plan.chunks), plan.kv.backward_resident
+    text = f"{step.plan.n_tokens:,} tokens in {chunks} chunks: K, V of {resident} chunks on the device"
+    if plan.foretold is None:
+        return text
+    told = plan.foretold
+    places = f"device {_gib(told.device_bytes)}, host {_gib(told.host_bytes)}"
+    files = f", files {_gib(told.disk_bytes)}" if told.disk_bytes else ""
+    total = _gib(peak_bytes(told.kept, step.layer_bytes()))
+    return (
+        f"{text}; keeps {told.kept} ({total}: {places}{files}); in backward {told.kept.attention_reruns} layers run "
+        f"attention again, {told.kept.rebuilt} run their linears once more; budgets device {_gib(budgets.device)}, "
+        f"host {_gib(budgets.host)}"
+    )
+
+
+HOST_RESERVE = 6 * GIB  # what "auto" leaves to Python, CUDA, data loaders

@@ -1,0 +1,165 @@
+"""A step rehearsed with numbers in place of tensors, in the executor's own order: what it takes at its peak."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from .checkpointing import KeptLayers, forward_bytes
+from .sizes import KVBytes, LayerBytes
+from .tiers import SOON, Budgets, BufferPool, ExistingBuffers, ForwardOrder, Observer, Slot, TierAllocator
+
+
+def without_kv(budgets: Budgets, kv: KVBytes, have: ExistingBuffers) -> Budgets:
+    """What is left for checkpoints of budgets that count K and V on the host, and the buffers of K, V that exist."""
+    there = sum(size * count for size, count in have.kv.items())
+    return Budgets(budgets.device, max(0, budgets.host - max(there, kv.host_buffer_bytes)), budgets.disk)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a step takes.
+
+    Attributes:
+        kept: the plan.
+        device_bytes: most that checkpoints hold on the device.
+        host_bytes: all pinned buffers.
+        disk_bytes: most that files hold.
+        new_buffers: sizes of the pinned buffers of checkpoints that are not there yet, and how many of each.
+        new_kv_buffers: the same of K and V.
+    """
+
+    kept: KeptLayers
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    new_buffers: Mapping[int, int] = field(default_factory=dict)
+    new_kv_buffers: Mapping[int, int] = field(default_factory=dict)
+
+
+def forecast(
+    kept: KeptLayers, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: Mapping[int, int] | ExistingBuffers
+) -> Forecast | None:
+    """Play a step: every layer forward, then every layer backward; None where the budgets do not hold it.
+
+    Args:
+        budgets: `device` is what checkpoints may take of it, without K and V; `host` counts both.
+        have: the pinned buffers that exist; a plain mapping: of checkpoints alone.
+    """
+    have = have if isinstance(have, ExistingBuffers) else ExistingBuffers(have)
+    left = without_kv(budgets, kv, have)
+    pool, kv_pool = pool_of_numbers(have.checkpoints, left.host), pool_of_numbers(have.kv, budgets.host)
+    step = Rehearsal(kept, sizes, kv, TierAllocator(left, pool, kv_pool))
+    if not all(step.play()) or pool.nbytes + kv_pool.nbytes > budgets.host:
+        return None
+    peak, host = step.shelves.peak, pool.nbytes + kv_pool.nbytes
+    new, new_kv = pool.made - Counter(have.checkpoints), kv_pool.made - Counter(have.kv)
+    return Forecast(kept, peak["device"], host, peak["disk"], dict(new), dict(new_kv))
+
+
+def pool_of_numbers(have: Mapping[int, int], limit: int) -> BufferPool[int]:
+    """A pool of plain numbers."""
+    pool: BufferPool[int] = BufferPool(lambda size: size, limit)
+    for size, count in have.items():
+        for _ in range(count):
+            pool.add(size, size)
+    return pool
+
+
+class Rehearsal:
+    """The puts and takes of one step, in the order in which the executor makes them; each yields whether it fits.
+
+    Args:
+        look: called after each chunk with the phase ("forward", "rebuild", "backward"), the layer and the chunk.
+    """
+
+    def __init__(
+        self,
+        kept: KeptLayers,
+        sizes: LayerBytes,
+        kv: KVBytes,
+        shelves: TierAllocator[int],
+        look: Observer | None = None,
+    ) -> None:
+        self.kept, self.sizes, self.kv, self.shelves = kept, sizes, kv, shelves
+        self.look = look or (lambda phase, layer, chunk: None)
+        self.order = ForwardOrder(forward_bytes(kept, sizes), shelves.budgets)
+        self.places: dict[tuple[int, str, int], Slot[int]] = {}
+        self.chunks = range(len(sizes.inputs))
+
+    def play(self) -> Iterator[bool]:
+        """Every layer forward, then every layer backward."""
+        for layer in range(self.kept.layers):
+            yield from self._forward(layer)
+        for layer in reversed(range(self.kept.layers)):
+            if (layer, "input", 0) not in self.places:
+                yield from self._rebuild(self.kept.base(layer), layer)
+            yield from self._backward(layer)
+
+    def _put(self, layer: int, name: str, chunk: int, *, rebuilt: bool = False) -> Iterator[bool]:
+        sizes = {"input": self.sizes.inputs, "out": self.sizes.outs, "lse": self.sizes.lses}[name]
+        place = self.shelves.place(sizes[chunk], SOON if rebuilt else self.order.next(sizes[chunk]))
+        if place is not None:
+            self.places[layer, name, chunk] = place
+        yield place is not None
+
+    def _take(self, layer: int, *names: str, chunk: int) -> None:
+        for name in names:
+            place = self.places.pop((layer, name, chunk), None)
+            if place is not None:
+                self.shelves.leave(place)
+
+    def _forward(self, layer: int) -> Iterator[bool]:
+        kv: list[Slot[int]] = []
+        for chunk in self.chunks:
+            if self.kept.inputs[layer]:
+                yield from self._put(layer, "input", chunk)
+            yield from self._put_kv(kv, chunk, self.kv.forward_resident)
+            if self.kept.attentions[layer]:
+                yield from self._put(layer, "out", chunk)
+                yield from self._put(layer, "lse", chunk)
+            self.look("forward", layer, chunk)
+        self._close(kv)
+
+    def _put_kv(self, held: list[Slot[int]], chunk: int, resident: int) -> Iterator[bool]:
+        # The last chunk's K and V are read by its own row alone, from the device.
+        if resident <= chunk < self.chunks[-1]:
+            yield from self._hold(held, self.kv.parts[chunk])
+
+    def _hold(self, held: list[Slot[int]], nbytes: int) -> Iterator[bool]:
+        for _ in range(2):
+            place = self.shelves.place_kv(nbytes)
+            if place is not None:
+                held.append(place)
+            yield place is not None
+
+    def _close(self, held: list[Slot[int]]) -> None:
+        for place in held:
+            self.shelves.leave(place)
+
+    def _rebuild(self, base: int, layer: int) -> Iterator[bool]:
+        for below in range(base, layer):
+            kv: list[Slot[int]] = []
+            missing = not self.kept.attentions[below]
+            for chunk in self.chunks:
+                if missing:
+                    yield from self._put_kv(kv, chunk, self.kv.forward_resident)
+                    yield from self._put(below, "out", chunk, rebuilt=True)
+                    yield from self._put(below, "lse", chunk, rebuilt=True)
+                yield from self._put(below + 1, "input", chunk, rebuilt=True)
+                self.look("rebuild", below, chunk)
+            self._close(kv)
+
+    def _backward(self, layer: int) -> Iterator[bool]:
+        kv: list[Slot[int]] = []
+        for chunk in self.chunks[:-1]:
+            yield from self._put_kv(kv, chunk, self.kv.backward_resident)
+        for chunk in reversed(self.chunks):
+            self._take(layer, "input", "out", "lse", chunk=chunk)
+            if chunk == self.chunks[-1]:
+                # Gradients of the row's last keys are the next row's, and never leave the device.
+                for earlier in range(self.kv.backward_resident, chunk - 1):
+                    yield from self._hold(kv, self.kv.grads[earlier])
+            self.look("backward", layer, chunk)
+        self._close(kv)

@@ -1,0 +1,258 @@
+"""FPDT in transformers' Trainer: a mixin for any Trainer class, and the ready `FPDTTrainer`."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
+from transformers import Trainer, TrainingArguments
+
+from ..config import FPDTPlugin
+from ..model import applied_settings, apply_fpdt, has_fpdt, train_with
+from ..parallel import SequenceParallelGroup
+from .evaluation import Evaluation, filled, first_rows
+from .loaders import join_group, sharding_collator
+from .speed import TrainingSpeed
+
+_LOGITS = "whole logits (tokens x vocabulary), which FPDT does not make"
+
+
+_WHERE_THEY_FIT = "where they fit, train with transformers' Trainer on a model with apply_fpdt, sp_size=1"
+
+
+class FPDTTrainerMixin:
+    """Mix in before a Trainer class: `class MyTrainer(FPDTTrainerMixin, SFTTrainer)`.
+
+    Everything that Trainer counts stays what it is without sequence parallelism: the batch size is that of the
+    data-parallel groups, losses are means over tokens, `evaluate()` gives the loss that one process gives, also where
+    the set does not divide (of a set without a length, and where the Trainer class has an evaluation sampler of its
+    own, the rows that Accelerate repeats at the end count too).
+
+    Args:
+        fpdt_plugin: settings; None: `FPDTPlugin()`, which reads FPDT_* environment variables.
+        *args, **kwargs: as for the Trainer class.
+
+    Raises:
+        NotImplementedError: an option of the Trainer that cannot be honoured exactly; every one is named.
+    """
+
+    fpdt_group: SequenceParallelGroup
+    _fpdt_evaluation: Evaluation | None = None
+    _fpdt_speed: TrainingSpeed | None = None
+
+    def __init__(self, *args: Any, fpdt_plugin: FPDTPlugin | None = None, **kwargs: Any) -> None:
+        self.fpdt_plugin = FPDTPlugin() if fpdt_plugin is None else fpdt_plugin
+        model = kwargs.get("model", args[0] if args else None)
+        self._fpdt_applied = None if model is None else applied_settings(model)
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        reasons = refused_options(trainer, self.fpdt_group.size)
+        if reasons:
+            raise NotImplementedError(f"FPDT cannot run this Trainer: {'; '.join(reasons)}.")
+        if not has_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group):
+            self.fpdt_handle = apply_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group)
+        trainer.data_collator = sharding_collator(
+            trainer.data_collator,
+            self.fpdt_plugin,
+            self.fpdt_group,
+            on_gpu=trainer.args.device.type == "cuda",
+            pad_token_id=_pad_token_id(trainer),
+        )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; then the sequence-parallel groups are built beside the accelerator."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+        applied = self._fpdt_applied
+        self.fpdt_group = join_group(accelerator, self.fpdt_plugin, None if applied is None else applied.group)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; "auto" leaves the memory that this optimizer takes."""
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        train_with(self.model, optimizer)  # type: ignore[attr-defined]
+        return optimizer
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As Trainer's; each new model gets FPDT, and the last one's host memory."""
+        previous = getattr(self, "fpdt_handle", None)
+        if previous is not None:
+            previous.store.close()
+        model: nn.Module = super().call_model_init(trial)  # type: ignore[misc]
+        self.fpdt_handle = apply_fpdt(model, self.fpdt_plugin, self.fpdt_group)
+        return model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; training logs also have the speed and memory of `TrainingSpeed.log`."""
+        self._fpdt_speed = TrainingSpeed(self.accelerator)  # type: ignore[attr-defined]
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._fpdt_speed = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; its tokens are counted."""
+        if self._fpdt_speed is not None:
+            self._fpdt_speed.count(model, inputs, self.state.global_step)  # type: ignore[attr-defined]
+        step: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        return step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None, **kwargs: Any) -> None:
+        """As Trainer's; with the speed since the last log where it is one of training steps."""
+        # Those alone have both; every process logs them, so that processes can be asked.
+        if self._fpdt_speed is not None and start_time is not None and "loss" in logs:
+            logs.update(self._fpdt_speed.log(self.state.global_step))  # type: ignore[attr-defined]
+        super().log(logs, start_time, **kwargs)  # type: ignore[misc]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; in the middle of training it does not count as training time."""
+        with nullcontext() if self._fpdt_speed is None else self._fpdt_speed.paused():
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Samples an optimizer step: ranks of a group share theirs."""
+        return int(super().get_total_train_batch_size(args)) // self.fpdt_group.size  # type: ignore[misc]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # Evaluation averages each batch by itself, as one process does: not over the batches of other ranks.
+        if self._fpdt_evaluation is not None:
+            return None
+        return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+
+    def _get_dataloader(self, dataset: Dataset, description: str, batch_size: int, **kwargs: Any) -> DataLoader:
+        """Evaluation sets are filled up to whole batches on every rank; `prediction_step` leaves the filling out."""
+        sized: Any = dataset
+        sampler = getattr(kwargs.get("sampler_fn"), "__func__", Trainer._get_eval_sampler)
+        # A sampler of the class's own (TRL's repeats prompts) says what is evaluated, and how often.
+        left_alone = kwargs.get("is_training") or sampler is not Trainer._get_eval_sampler
+        rows = None if isinstance(dataset, IterableDataset) or left_alone else len(sized)
+        if rows is not None:
+            kwargs["sampler_fn"] = SequentialSampler
+            # One rank's last batch may be shorter.
+            ranks = self._data_parallel_size()
+            multiple = batch_size * ranks if ranks > 1 else 1
+            dataset, rows = filled(dataset, rows, multiple), rows if rows % multiple else None
+        loader = super()._get_dataloader(dataset, description, batch_size, **kwargs)  # type: ignore[misc]
+        loader.fpdt_rows = rows
+        seeded = loader.worker_init_fn
+        if isinstance(seeded, functools.partial) and "rank" in seeded.keywords:
+            # What a dataset draws in a worker must be the same on all ranks of a group.
+            loader.base_dataloader.worker_init_fn = functools.partial(seeded, rank=self._data_parallel_rank())
+        return loader
+
+    def _data_parallel_rank(self) -> int:
+        return int(self.args.process_index) // self.fpdt_group.size  # type: ignore[attr-defined]
+
+    def _data_parallel_size(self) -> int:
+        return int(self.args.world_size) // self.fpdt_group.size  # type: ignore[attr-defined]
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the loss is the mean over samples that one process would report.
+
+        As in Trainer, `logging_nan_inf_filter` leaves out batches without a loss (no label that counts).
+        """
+        rows = getattr(dataloader, "fpdt_rows", None)
+        arguments: Any = self.args  # type: ignore[attr-defined]
+        self._fpdt_evaluation = Evaluation(
+            rows, self._data_parallel_rank(), self._data_parallel_size(), arguments.logging_nan_inf_filter
+        )
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
+            loss = self._fpdt_evaluation.loss(self.accelerator)  # type: ignore[attr-defined]
+        finally:
+            evaluation, self._fpdt_evaluation = self._fpdt_evaluation, None
+        if loss is not None:
+            name = next(name for name in output.metrics if name.endswith("_loss"))
+            output.metrics[name] = loss
+        if evaluation.rows is None:
+            return output
+        arrays = {
+            name: first_rows(getattr(output, name), evaluation.rows, arguments.eval_do_concat_batches)
+            for name in ("predictions", "label_ids")
+        }
+        return output._replace(num_samples=evaluation.rows, **arrays)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, on the rows that are not filling; the loss is that of the group's whole batch.
+
+        With ranks that share sequences there is the loss alone.
+        """
+        evaluation = self._fpdt_evaluation
+        counted = 0 if evaluation is None else evaluation.next_rows(inputs)
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if loss is None and self.fpdt_group.size > 1:
+            raise NotImplementedError(
+                "fpdt: predict() without labels gives logits, which are cut over ranks: set sp_size=1."
+            )
+        if loss is not None:
+            loss = self.fpdt_group.sum(loss) / self.fpdt_group.size
+            if evaluation is not None:
+                evaluation.add(loss, counted)
+        return (loss, logits, labels) if self.fpdt_group.size == 1 else (loss, None, None)
+
+
+class FPDTTrainer(FPDTTrainerMixin, Trainer):
+    """transformers' `Trainer` with FPDT: `accelerate launch` starts processes, the plugin's `sp_size` groups them."""
+
+
+def _pad_token_id(trainer: Any) -> int:
+    vocabulary = trainer.model.config.get_text_config().vocab_size
+    for owner in (trainer.processing_class, trainer.model.config):
+        token = getattr(owner, "pad_token_id", None)
+        if token is not None and 0 <= int(token) < vocabulary:
+            return int(token)
+    return 0
+
+
+def _metrics_need_logits(trainer: Any) -> bool:
+    """Of every token: not those of a classification head, and not where metrics are of generated text."""
+    if getattr(trainer.args, "predict_with_generate", False):
+        return False
+    return trainer.model is None or trainer.model.get_output_embeddings() is not None
+
+
+def refused_options(trainer: Any, sp_size: int) -> list[str]:
+    """What of a Trainer (its `args`, metrics and loss function) FPDT cannot honour, each with its way out."""
+    args = trainer.args
+    liger = args.liger_kernel_config or {}
+    checks = (
+        (
+            args.label_smoothing_factor,
+            f"label_smoothing_factor needs {_LOGITS}: set it to 0; {_WHERE_THEY_FIT}",
+        ),
+        (
+            trainer.compute_metrics is not None and _metrics_need_logits(trainer),
+            f"compute_metrics needs {_LOGITS}, before preprocess_logits_for_metrics too: leave it out; evaluate() "
+            "gives eval_loss, whose exp is the perplexity, and docs/troubleshooting.md predicts tokens in slices",
+        ),
+        (
+            callable(trainer.compute_loss_func),  # TRL has a string there, for old releases of transformers
+            f"compute_loss_func needs {_LOGITS}: leave it out; {_WHERE_THEY_FIT}",
+        ),
+        (
+            args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True),
+            "Liger's fused loss would replace FPDT's; set liger_kernel_config={'fused_linear_cross_entropy': False}",
+        ),
+        (
+            not args.average_tokens_across_devices,
+            "average_tokens_across_devices=False counts tokens a rank; leave it on",
+        ),
+        (
+            sp_size > 1 and args.train_sampling_strategy == "batch_rebalance",
+            'train_sampling_strategy="batch_rebalance" gives the ranks of a sequence other samples; take another',
+        ),
+        (
+            sp_size > 1 and args.neftune_noise_alpha is not None,
+            "neftune_noise_alpha scales its noise by a rank's own number of tokens; leave it out",
+        ),
+        (
+            getattr(trainer, "aux_loss_enabled", False),  # of TRL's trainers, which set the model's config by it
+            "the router's auxiliary loss needs all tokens at once; set router_aux_loss_coef=0.0 in the trainer's "
+            "config",
+        ),
+        (args.n_gpu > 1, "DataParallel is not supported; start one process a GPU with accelerate launch"),
+    )
+    return [reason for refused, reason in checks if refused]

@@ -1,0 +1,190 @@
+"""`hf-fpdt plan`: a model's sizes from its configuration, and what the command finds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig
+
+from hf_fpdt.commands.main import main
+from hf_fpdt.commands.plan.tables import as_json
+from hf_fpdt.forecast.fit import Machines, fit, machine_bytes
+from hf_fpdt.forecast.rates import GPUS, UNUSABLE_GIB, with_memory
+from hf_fpdt.model.shapes import build_random, llama_8b, with_layers
+from hf_fpdt.model.sizes import training_of
+from hf_fpdt.plan.optimizers import OPTIMIZERS
+from hf_fpdt.units import GIB
+from tests.model.test_model_zoo import GEMMA4
+
+TINY = LlamaConfig(
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+)
+
+
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_sizes_are_those_of_the_model(lora: bool) -> None:
+
+    training = training_of(TINY, lora=lora)
+    model = build_random(TINY, "cpu", torch.bfloat16, lora)
+    weights = training.weights
+    assert weights.total == sum(p.numel() for p in model.parameters())
+    assert weights.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert weights.outside == 2 * 1024 * 256 + 256
+    assert training.model.layers == 4 and training.model.gated and training.model.head_dim == 32
+    assert 4 * training.model.layer_parameters + weights.outside == weights.total
+    layer = max(sum(p.numel() for p in part.parameters() if p.requires_grad) for part in layers_of(model))
+    outside = weights.trained - 4 * layer
+    assert weights.largest_trained == max(layer, outside) and (outside == 0) == lora
+
+
+def test_the_shape_of_llama_8b_has_its_parameters() -> None:
+    training = training_of(with_layers(llama_8b(), 1), lora=False)
+    assert training.model.layer_parameters == 218_112_000 and training.weights.outside == 1_050_677_248
+
+
+def test_the_command_plans_for_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TINY.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--host-mem", "16", "--seq-len", "64K", "--chunk-tokens", "4K", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    machines = Machines(gpu=GPUS["h100"], gpus=1, host_bytes=16 * GIB)
+
+    expected = fit(replace(training_of(TINY, lora=True), chunk_tokens=4096), machines, 2**16)
+    assert told == json.loads(json.dumps(as_json(expected, {})))
+    assert told["exchange_seconds"] == told["gather_seconds"] == 0
+    assert told["tokens"] == 65_536 and told["inputs_kept"] == told["layers"] == 4
+
+
+def test_without_a_length_it_finds_the_longest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TINY.save_pretrained(tmp_path)
+    arguments = ["plan", str(tmp_path), "--host-mem", "8", "--gpus", "2", "--gpu", "a100-40"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "a quarter more GPU memory" in text and "2 x A100 40GB" in text
+    assert "ends by host memory; longer with" in text or "ends by GPU memory; longer with" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--host-mem", "128", "--gpus", "3"], "32 query heads"),
+        (["--host-mem", "8", "--gpu", "a100-40", "--seq-len", "1M"], "Ways out"),
+        (["--host-mem", "lots"], "A number of GiB"),
+        ([], "--host-mem"),
+        (["no/such/model", "--host-mem", "8"], "no/such/model"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_without_a_traceback(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_fpdt.model.shapes.SHAPES", {"llama-8b": lambda: with_layers(llama_8b(), 2)})
+    try:
+        status = main(["plan", *arguments])
+    except SystemExit as ended:
+        status = int(str(ended.code))
+    error = capsys.readouterr().err
+    assert status == 2 and said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qwen3_5_text", "layers of type linear_attention are not full attention"),
+        ("gemma4_text", "its layers differ in head_dim (256, 512)"),
+        ("deepseek_v3", "heads of 192 for keys and of 128 for values"),  # as a trial of its layers finds
+    ],
+)
+def test_what_fpdt_refuses_to_train_is_not_planned(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoConfig.for_model(name).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--host-mem", "128"]) == 2
+    printed = capsys.readouterr()
+    assert (
+        "there is nothing to plan. FPDT cannot run" in printed.err
+        and said in printed.err
+        and printed.err.count("\n") == 1
+    )
+    assert not printed.out
+
+
+def test_a_model_whose_sizes_stand_by_layer_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = AutoConfig.for_model("gemma4_text", **GEMMA4, num_hidden_layers=2, vocab_size=1024, intermediate_size=512)
+    assert config.is_heterogeneous
+    config.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--host-mem", "16", "--seq-len", "64K", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    machines = Machines(gpu=GPUS["h100"], gpus=1, host_bytes=16 * GIB)
+    plain = AutoConfig.for_model("gemma4_text", **GEMMA4, num_hidden_layers=2, vocab_size=1024, intermediate_size=512)
+    plain.per_layer_config, plain.head_dim = None, 16
+    assert told == json.loads(json.dumps(as_json(fit(training_of(plain, lora=True), machines, 2**16), {})))
+
+
+def test_without_host_memory_it_says_what_a_length_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--shape", "llama-8b", "--gpus", "4", "--seq-len", "2M"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    hidden = 2 * 1024**2 // 4 * 4096 * 2  # bytes of a rank's hidden states
+    lse = 2 * 1024**2 * 8 * 4
+    kept = 4 * 32 * (2 * hidden + lse)
+    assert found["host_bytes"] + 4 * found["device_bytes"]["checkpoints"] == pytest.approx(kept, rel=0.01)
+    assert found["least_host_bytes"] < found["host_bytes"] and found["seconds_with_least"] > found["seconds"]
+    assert found["seconds"] > found["exchange_seconds"] > found["gather_seconds"] == 0
+    assert main(arguments) == 0
+    least = f"{machine_bytes(found['least_host_bytes']) / GIB:,.1f} {found['seconds_with_least']:,.1f} s"
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"the least {least}" in text
+    assert f"exchanges between GPUs: {found['exchange_seconds']:.1f} s of the step" in text
+    assert main(["plan", "--shape", "llama-8b"]) == 2 and "--host-mem is needed" in capsys.readouterr().err
+
+
+def device_bytes(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, int]:
+    """What a plan of 64K tokens has on the GPU."""
+    assert main(["plan", "--seq-len", "64K", "--chunk-tokens", "4K", "--host-mem", "16", "--json", *options]) == 0
+    return dict(json.loads(capsys.readouterr().out)["device_bytes"])
+
+
+def test_the_optimizer_takes_what_its_kind_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TINY.save_pretrained(tmp_path)
+    taken = {kind: device_bytes(capsys, str(tmp_path), "--full", "--optimizer", kind) for kind in OPTIMIZERS}
+    gradients = taken["sgd"]["gradients"]
+    assert gradients and {kind: row["optimizer"] / gradients for kind, row in taken.items()} == {
+        "adamw": 2,
+        "adamw-8bit": 1,
+        "lion": 1,
+        "adafactor": 0,
+        "sgd-momentum": 1,
+        "sgd": 0,
+    }
+    assert device_bytes(capsys, str(tmp_path), "--full") == taken["adamw"]
+    assert device_bytes(capsys, str(tmp_path), "--lora") == device_bytes(capsys, str(tmp_path))
+
+
+def test_a_gpu_with_other_memory_is_named_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TINY.save_pretrained(tmp_path)
+    arguments = ["plan", str(tmp_path), "--host-mem", "8", "--gpus", "2", "--seq-len", "64K"]
+    texts = []
+    for memory in (["--gpu-mem", "40"], ["--gpu-mem", "80"], []):
+        assert main([*arguments, *memory]) == 0
+        texts.append(capsys.readouterr().out)
+    assert "2 x H100 40GB" in texts[0] and f"{40 - UNUSABLE_GIB:.1f}" in texts[0]
+    assert texts[1] == texts[2] != texts[0], "80 is what an H100 has"
+
+
+@pytest.mark.parametrize("name", ["H100 80GB", "NVIDIA H100 80GB HBM3", "NVIDIA L40S"])
+def test_another_memory_takes_the_place_of_the_one_in_the_name(name: str) -> None:
+    gpu = with_memory(replace(GPUS["h100"], name=name), 48)
+    assert gpu.name == f"{name.split(' 80')[0]} 48GB" and gpu.memory_gib == 48 - UNUSABLE_GIB

@@ -1,0 +1,78 @@
+"""scripts/docs/families.py: exact, refused and wrong families are told apart, and stand in the table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from hf_fpdt.attention.kernels import table as kernels
+from tests.helpers import app_support  # noqa: F401  puts scripts/docs on the path
+
+import families  # isort: skip
+from family_trial import EXACT, LATE, NOT_TRIED, REFUSED, WITHOUT_WINDOW, WRONG, Verdict, tried  # isort: skip
+
+VERDICTS = [
+    Verdict("llama", "Llama", EXACT, error=1.2e-7, how="float64"),
+    Verdict("mistral", "Mistral", REFUSED, ("a window (window 40) | is not served", WITHOUT_WINDOW)),
+    Verdict("moshi", "Moshi", REFUSED, ("a window (window 3) | is not served",)),
+    Verdict("gone", "Gone", NOT_TRIED, ("its process ended with -9",)),
+]
+
+
+def test_an_exact_family_and_one_with_a_window() -> None:
+    llama = tried("llama", "LlamaForCausalLM")
+    assert llama.verdict == EXACT and llama.how == "float64" and 0 < (llama.error or 0) < 1e-6, llama
+    mistral = tried("mistral", "MistralForCausalLM")
+    assert (
+        mistral.verdict == REFUSED and "sliding-window" in mistral.reasons[0] and mistral.reasons[-1] == WITHOUT_WINDOW
+    )
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-4, 1.05])
+def test_a_family_that_is_trained_wrong_is_found(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.KERNELS["cpu"]
+
+    def forward(*args: Any, scale: float, **kwargs: Any) -> Any:
+        return right.forward(*args, scale=factor * scale, **kwargs)
+
+    table = {**kernels.KERNELS, "cpu": replace(right, forward=forward)}
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "KERNELS", MappingProxyType(table))
+        kernels._select.cache_clear()
+        found = tried("llama", "LlamaForCausalLM")
+    kernels._select.cache_clear()
+    assert found.verdict == WRONG and "relative error" in found.reasons[0], found
+
+
+def test_what_cannot_be_tried_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise LookupError("no such layer")
+
+    monkeypatch.setattr("family_trial.tiny_config", fails)
+    monkeypatch.setattr("family_trial._default", fails)
+    assert tried("llama", "Llama").reasons == ("no tiny model of it can be made (LookupError: no such layer)",)
+
+
+@pytest.mark.parametrize(("last", "status"), [(EXACT, 0), (LATE, 0), (WRONG, 1)])
+def test_the_command_writes_both_files_and_ends_with_1_for_a_wrong_one(
+    last: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = [*VERDICTS, Verdict("other", "Other", last, ("by much",), error=0.5)]
+    monkeypatch.setattr(families, "_all_tried", lambda *_: iter(verdicts))
+    table, rows = tmp_path / "families.md", tmp_path / "families.json"
+    assert families.main(["--write", str(table), "--json", str(rows)]) == status
+    assert len(json.loads(rows.read_text())["families"]) == 5
+    text = table.read_text()
+    assert "| `llama` | `Llama` | 1e-07 |" in text and families.COMMAND in text
+    assert f"| a window \\| is not served | `mistral` ({WITHOUT_WINDOW}), `moshi` |" in text
+    assert "| its process ended with -9 | `gone` |" in text and (f"## {WRONG} (1)" in text) == (status == 1)
+
+
+def test_a_family_that_transformers_has_not_is_a_mistake() -> None:
+    with pytest.raises(SystemExit, match="no causal llama9"):
+        families.main(["--only", "llama,llama9"])

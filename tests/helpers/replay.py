@@ -1,0 +1,121 @@
+"""A training step played through with plain lists, for `test_shelves`: who lies where, one put and take a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from hf_fpdt.plan.checkpointing import KeptLayers, forward_bytes
+from hf_fpdt.plan.rehearsal import Forecast
+from hf_fpdt.plan.sizes import KVBytes, LayerBytes
+from hf_fpdt.plan.tiers import Budgets
+from hf_fpdt.units import page_rounded
+
+
+def replayed(
+    kept: KeptLayers, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: Mapping[int, int]
+) -> Forecast | None:
+    """What `shelves.forecast` should tell, found without its classes."""
+    # Host buffers of checkpoints, and of K, V and their gradients.
+    frees = {False: sorted(size for size, count in have.items() for _ in range(count)), True: list[int]()}
+    mades = {False: list(frees[False]), True: list[int]()}
+    last = len(kv.parts) - 1
+    of_kv = kv.parts[kv.backward_resident : last] + kv.grads[kv.backward_resident : max(0, last - 1)]
+    limits = {False: max(0, budgets.host - 2 * sum(map(page_rounded, of_kv))), True: budgets.host}
+    used, most = Counter[str](), Counter[str]()
+    there: dict[tuple[int, str, int], tuple[str, int, int]] = {}
+    chunks, put_bytes = len(sizes.inputs), 0
+    nbytes_of = {"input": sizes.inputs, "out": sizes.outs, "lse": sizes.lses}
+    total = forward_bytes(kept, sizes)
+
+    def put(key: tuple[int, str, int], nbytes: int, tiers: list[str]) -> None:
+        for tier in tiers:
+            size = 0
+            if tier == "host":
+                free, made, new = frees[key[0] < 0], mades[key[0] < 0], page_rounded(nbytes)
+                fits = [buffer for buffer in free if buffer >= nbytes]
+                may_grow = sum(made) + new <= limits[key[0] < 0]
+                if fits and 2 * fits[0] > 3 * new and may_grow:
+                    fits = []  # much longer than need be
+                size = fits[0] if fits else new
+                if fits:
+                    free.remove(size)
+                elif may_grow:
+                    made.append(size)
+                else:
+                    continue
+            elif used[tier] + nbytes > (budgets.device if tier == "device" else budgets.disk):
+                continue
+            used[tier] += nbytes
+            most[tier] = max(most[tier], used[tier])
+            there[key] = tier, nbytes, size
+            return
+        raise MemoryError
+
+    def take(key: tuple[int, str, int]) -> None:
+        tier, nbytes, size = there.pop(key, ("", 0, 0))
+        used[tier] -= nbytes
+        if tier == "host":
+            frees[key[0] < 0].append(size)
+            frees[key[0] < 0].sort()
+
+    def keep(layer: int, name: str, chunk: int, rebuilt: bool) -> None:
+        nonlocal put_bytes
+        left, nbytes = total - put_bytes, nbytes_of[name][chunk]
+        tiers = ["device", "host", "disk"]
+        if not rebuilt:
+            put_bytes += nbytes
+            if left > budgets.device + limits[False]:
+                tiers = ["disk", "host"]
+            elif left > budgets.device:
+                tiers = ["host", "device", "disk"]
+        put((layer, name, chunk), nbytes, tiers)
+
+    def put_kv(chunk: int, resident: int) -> None:
+        for name in ("K", "V"):
+            if resident <= chunk < chunks - 1:
+                put((-1, name, chunk), kv.parts[chunk], ["host"])
+
+    def drop_kv() -> None:
+        for key in [key for key in there if key[0] == -1]:
+            take(key)
+
+    def forward(layer: int, keeps_input: bool, keeps_row: bool, above: bool) -> None:
+        for chunk in range(chunks):
+            if keeps_input:
+                keep(layer, "input", chunk, above)
+            if not above or keeps_row:
+                put_kv(chunk, kv.forward_resident)
+            for name in ("out", "lse") if keeps_row else ():
+                keep(layer, name, chunk, above)
+            if above:
+                keep(layer + 1, "input", chunk, True)
+        drop_kv()
+
+    def backward(layer: int) -> None:
+        for chunk in range(chunks - 1):
+            put_kv(chunk, kv.backward_resident)
+        for chunk in reversed(range(chunks)):
+            for name in ("input", "out", "lse"):
+                take((layer, name, chunk))
+            for earlier in range(kv.backward_resident, chunks - 2) if chunk == chunks - 1 else ():
+                for name in ("dK", "dV"):
+                    put((-1, name, earlier), kv.grads[earlier], ["host"])
+        drop_kv()
+
+    try:
+        for layer in range(kept.layers):
+            forward(layer, kept.inputs[layer], kept.attentions[layer], False)
+        for layer in reversed(range(kept.layers)):
+            base = max(index for index in range(layer + 1) if (index, "input", 0) in there)
+            for below in range(base, layer):
+                forward(below, False, not kept.attentions[below], True)
+            backward(layer)
+    except MemoryError:
+        return None
+    assert not there
+    host = sum(map(sum, mades.values()))
+    if host > budgets.host:
+        return None
+    new = {of_kv: dict(Counter(made) - Counter({} if of_kv else have)) for of_kv, made in mades.items()}
+    return Forecast(kept, most["device"], host, most["disk"], new[False], new[True])

@@ -1,0 +1,75 @@
+"""Shapes have the published sizes, and models of random weights are ready to train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config
+
+from hf_fpdt.model.shapes import SHAPES, build_random, with_layers
+
+PARAMETERS = {
+    "llama-8b": 8_030_261_248,
+    "llama-1b": 1_235_814_400,
+    "llama-70b": 70_553_706_496,
+    "qwen3-32b": 32_762_123_264,
+    "neox-6.9b": 6_857_302_016,
+}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 80}
+
+
+def shrunken(name: str) -> PreTrainedConfig:
+    """Two thin layers of the shape's architecture."""
+    config: Any = with_layers(SHAPES[name](), 2)
+    grouped = {"num_key_value_heads": 2, "head_dim": 8} if "neox" not in name else {}
+    for key, value in {**SMALL, **grouped}.items():
+        setattr(config, key, value)
+    return config
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameter_count_is_the_published_one(name: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[name]())
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_take_sequences_of_millions(name: str) -> None:
+    config: Any = SHAPES[name]()
+    assert config.max_position_embeddings == 2 * 1024**2 and config.rope_parameters["rope_type"] == "default"
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_random_model_has_a_finite_loss_and_the_gradients_asked_for(name: str, lora: bool) -> None:
+    model = build_random(shrunken(name), "cpu", torch.bfloat16, lora)
+    assert model.training and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    ids = torch.randint(0, SMALL["vocab_size"], (1, 24))
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    trained = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {key for key, parameter in model.named_parameters() if "lora_" in key or not lora}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_random_model_keeps_rope_in_fp32(name: str) -> None:
+    model = build_random(shrunken(name), "cpu", torch.bfloat16, lora=False)
+    buffers = {key: buffer for key, buffer in model.named_buffers() if key.endswith("rotary_emb.inv_freq")}
+    (inv_freq,) = buffers.values()
+    rotated = 8 // 4 if name.startswith("neox") else 8
+    theta = {"llama": 500_000.0, "qwen3": 1_000_000.0}.get(name.partition("-")[0], 10_000.0)
+    assert inv_freq.dtype == torch.float32
+    assert torch.allclose(inv_freq, theta ** -(torch.arange(0, rotated, 2) / rotated))
+
+
+def test_layers_are_cut_with_their_kinds() -> None:
+    config: Any = with_layers(Qwen3Config(**SMALL, num_hidden_layers=6, num_key_value_heads=2, head_dim=8), 3)
+    assert config.num_hidden_layers == len(config.layer_types) == 3
+    assert len(build_random(config, "cpu", torch.float32, lora=False).model.layers) == 3
+    own = Qwen3Config(num_hidden_layers=2, intermediate_size=8, per_layer_config={1: {"intermediate_size": 9}})
+    many: Any = with_layers(own, 5)
+    assert [layer.intermediate_size for layer in many.per_layer_config] == [8, 9, 8, 9, 8]

@@ -1,0 +1,136 @@
+"""What grows on the device with the sequence is what the table in `hf_fpdt.memory` says, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.layout.chunks import ChunkPlan
+from hf_fpdt.model.shapes import build_random, llama_8b, neox_6_9b, with_layers
+from hf_fpdt.plan.sizes import PHASES, ModelSizes, StepSizes
+from tests.helpers.live_bytes import live_bytes
+from tests.helpers.support import assert_rejects
+
+GIB = 2**30
+CHUNK = 64
+PLACES: dict[str, dict[str, Any]] = {
+    "resident": {},
+    "all on the host": {"device_budget_gib": 0},
+    "segments on the host": {"device_budget_gib": 0, "checkpoints": "segment"},
+}
+
+
+def narrow(shape: str) -> torch.nn.Module:
+    """Two layers of a shape, wide enough that token ids do not count, in fp32."""
+    config = with_layers({"llama": llama_8b, "neox": neox_6_9b}[shape](), 2)
+    config.hidden_size, config.intermediate_size, config.vocab_size = 256, 512, 128
+    config.num_attention_heads = 8
+    if shape == "llama":
+        config.num_key_value_heads, config.head_dim = 2, 32
+    return build_random(config, "cpu", torch.float32, lora=True)
+
+
+def peak_and_growth(shape: str, n_tokens: int, place: dict[str, Any]) -> tuple[int, int]:
+    """Peak of a step without the device's checkpoints, and what the table says of it that grows."""
+    model = narrow(shape)
+    handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, loss_chunk_tokens=64, **place))
+    ids = torch.randint(0, 128, (1, n_tokens))
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+    with live_bytes() as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    sizes, plan = next((sizes, plan) for (sizes, layers), plan in handle.store.plans.items() if layers)
+    # At these lengths what one chunk needs in the backward pass decides where the peak is.
+    growth = sum(row.nbytes for row in sizes.device_rows(plan.kv) if row.grows and "backward" in row.phases)
+    on_device = plan.foretold.device_bytes
+    handle.remove()
+    return counter.peak - on_device, growth
+
+
+@pytest.mark.parametrize("shape", ["llama", "neox"])
+@pytest.mark.parametrize("place", PLACES)
+def test_the_peak_grows_with_the_sequence_as_the_table_says(
+    shape: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A kernel's own dK, dV are as long as its keys; a call's keys are bounded, here below the shorter length.
+    monkeypatch.setattr("hf_fpdt.engine.calls.BACKWARD_CALL_TOKENS", 2 * CHUNK)
+    (short, short_growth), (long, long_growth) = (
+        peak_and_growth(shape, n_tokens, PLACES[place]) for n_tokens in (6 * CHUNK, 14 * CHUNK)
+    )
+    measured = long - short
+
+    def check(predicted: int) -> None:
+        assert measured == pytest.approx(predicted, rel=0.03), f"{measured / unit:.3f}, {predicted / unit:.3f} units"
+
+    unit = 8 * CHUNK * 256 * 4
+    check(long_growth - short_growth)
+    assert_rejects(check, {"a tensor of hidden states more": long_growth - short_growth + unit})
+
+
+@pytest.mark.parametrize("shape", ["llama", "neox"])
+def test_what_is_there_when_the_first_layer_begins(shape: str) -> None:
+    model, n_tokens = narrow(shape), 6 * CHUNK
+    handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK))
+    ids = torch.randint(0, 128, (1, n_tokens))
+    model(input_ids=ids, labels=ids).loss.backward()
+    sizes = next(sizes for (sizes, layers) in handle.store.plans if layers)
+    begun: list[int] = []
+    first = model.get_submodule("base_model.model." + {"llama": "model", "neox": "gpt_neox"}[shape]).layers[0]
+    with live_bytes() as counter, first.register_forward_pre_hook(lambda *_: begun.append(counter.now)):
+        model(input_ids=ids, labels=ids)
+    handle.remove()
+    # The ids were there before the counter, and of what is made of them not all is kept: 32 bytes a token at most.
+    measured, ids_bytes = begun[0], 32 * n_tokens
+
+    def check(predicted: int) -> None:
+        assert predicted - ids_bytes <= measured <= predicted
+
+    check(sizes.entry_bytes)
+    assert_rejects(check, {"embeddings twice": sizes.entry_bytes + sizes.unit, "none": sizes.entry_bytes - sizes.unit})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", ["llama", "neox"])
+@pytest.mark.parametrize("place", ["resident", "all on the host"])
+def test_gpu_the_peak_is_what_the_table_says(shape: str, place: str) -> None:
+    """Two layers at full width, 65,536 tokens in chunks of 16,384, bf16, LoRA."""
+    config = with_layers({"llama": llama_8b, "neox": neox_6_9b}[shape](), 2)
+    model = build_random(config, "cuda", torch.bfloat16, lora=True)
+    handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=16_384, **PLACES[place]))
+    ids = torch.randint(0, config.vocab_size, (1, 65_536), device="cuda")
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model(input_ids=ids, labels=ids).loss.backward()
+    torch.cuda.synchronize()
+    measured = torch.cuda.max_memory_allocated() - before
+    sizes, plan = next((sizes, plan) for (sizes, layers), plan in handle.store.plans.items() if layers)
+    working = sizes.working_bytes(plan.kv, checkpoints_elsewhere=place != "resident", resident=True)
+    predicted = working + plan.foretold.device_bytes
+    handle.remove()
+    print(f"{shape}, {place}: {measured / GIB:.3f} GiB over the weights, predicted {predicted / GIB:.3f}")
+    assert measured == pytest.approx(predicted, rel=0.03)
+
+
+def test_the_docs_list_every_tensor_that_grows() -> None:
+    """The table of docs/offload.md is that of the arithmetic, for Llama-3.1-8B."""
+    sizes = ModelSizes(32, 4096, 14_336, 32, 8, 128, 128, 218_112_000)
+    step = StepSizes(sizes, ChunkPlan(2**17, 2**15))
+    expected: dict[str, dict[str, int]] = {}
+    for row in step.device_rows(step.kv_bytes(2**62)):
+        if row.grows:
+            expected.setdefault(row.name, {}).update(dict.fromkeys(row.phases, row.nbytes // 2**17))
+    table = Path("docs/offload.md").read_text().split("| tensor | forward | loss | backward |")[1].split("\n\n")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    listed = {
+        name.replace(" (0 to)", ""): {
+            phase: int(cell.replace(",", "")) for phase, cell in zip(PHASES, cells, strict=True) if cell
+        }
+        for name, *cells in lines
+    }
+    assert listed == expected

@@ -1,0 +1,173 @@
+"""TRL's trainers with the mixin train as without it: their own loss, of hidden states that FPDT makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3MoeConfig
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.parallel.group import SequenceParallelGroup
+from hf_fpdt.training.evaluation import Evaluation
+from hf_fpdt.training.trainer import FPDTTrainerMixin
+from tests.helpers.app_support import stories, write_tiny_checkpoint
+from tests.helpers.support import assert_rejects
+
+TOLERANCE = 1e-4  # of fp32 sums of a few hundred terms, twice
+NOTHING = 1e-6  # losses of policies are sums of advantages, zero but for rounding
+
+
+class FpdtSft(FPDTTrainerMixin, SFTTrainer):
+    """As the README has it."""
+
+
+class FpdtDpo(FPDTTrainerMixin, DPOTrainer):
+    """The same for preferences: a policy, and a reference without gradients."""
+
+
+class FpdtGrpo(FPDTTrainerMixin, GRPOTrainer):
+    """Batches are lists of prompts; what is trained on is generated in the step."""
+
+
+class FpdtRloo(FPDTTrainerMixin, RLOOTrainer):
+    """The same."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def texts() -> Dataset:
+    return Dataset.from_list([{"text": text[:400]} for text in stories(4)])
+
+
+def preferences() -> Dataset:
+    rows = [(text[:150], text[150:350], text[500:600]) for text in stories(4)]
+    return Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows])
+
+
+def prompts() -> Dataset:
+    """Of one length: padding on the left is refused with gradients."""
+    return Dataset.from_list([{"prompt": f"line {number} of story number {number}"} for number in range(4)])
+
+
+def variety(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(completion))) for completion in completions]
+
+
+LORA = {"peft_config": LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)}
+REWARD = {"reward_funcs": variety}
+SAMPLING = {"num_generations": 2, "max_completion_length": 8, "num_iterations": 2}
+# Arguments of the trainer and of its configuration.
+CASES: dict[str, tuple[Any, Any, Any, Callable[[], Dataset], dict[str, Any], dict[str, Any]]] = {
+    "SFT": (SFTTrainer, FpdtSft, SFTConfig, texts, {}, {"max_length": None}),
+    "SFT, LoRA": (SFTTrainer, FpdtSft, SFTConfig, texts, LORA, {"max_length": None}),
+    "DPO": (DPOTrainer, FpdtDpo, DPOConfig, preferences, {}, {"max_length": None}),
+    "DPO, LoRA": (DPOTrainer, FpdtDpo, DPOConfig, preferences, LORA, {"max_length": None}),
+    "GRPO": (GRPOTrainer, FpdtGrpo, GRPOConfig, prompts, REWARD, SAMPLING),
+    "RLOO": (RLOOTrainer, FpdtRloo, RLOOConfig, prompts, REWARD, SAMPLING),
+}
+WANTED = ("loss", "grad_norm", "entropy", "eval_loss", "eval_entropy", "logps/chosen", "num_tokens")
+WANTED += ("reward", "kl", "clip_ratio/region_mean", "eval_reward", "eval_num_tokens")
+
+
+def logged(
+    case: str,
+    checkpoint: Path,
+    folder: Path,
+    *,
+    fpdt: bool,
+    change: Callable[[PreTrainedModel], None] | None = None,
+    **settings: Any,
+) -> list[float]:
+    """Loss, gradient norm and TRL's own metrics of two steps and an evaluation."""
+    stock, ours, config, data, more, own_settings = CASES[case]
+    rows = data()
+    often = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-2}
+    args = config(str(folder), **often, **own_settings, **settings, use_cpu=True, bf16=False, report_to="none")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="fpdt" if fpdt else "sdpa")
+    if change is not None:
+        change(model)
+    extra = {**more, **({"fpdt_plugin": FPDTPlugin(chunk_tokens=64)} if fpdt else {})}
+    trainer = (ours if fpdt else stock)(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(2)),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        **extra,
+    )
+    trainer.train()
+    trainer.evaluate()
+    if fpdt:
+        first = next(row for row in trainer.state.log_history if "loss" in row)
+        assert first["step_seconds"] > 0 and ("tokens_per_second" in first) == (data is not prompts)
+    return [row[name] for row in trainer.state.log_history for name in WANTED if name in row]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_trains_as_without_fpdt(case: str, checkpoint: Path, tmp_path: Path) -> None:
+    truth = logged(case, checkpoint, tmp_path / "stock", fpdt=False)
+
+    def assert_same(change: Callable[[PreTrainedModel], None] | None) -> None:
+        found = logged(case, checkpoint, tmp_path / "ours", fpdt=True, change=change)
+        assert found == pytest.approx(truth, rel=TOLERANCE, abs=NOTHING)
+
+    def scaled(model: PreTrainedModel) -> None:
+        for layer in model.model.layers:
+            layer.self_attn.scaling *= 1.5
+
+    assert len(truth) >= 10
+    assert_same(None)
+    assert_rejects(assert_same, {"a scale": scaled})
+
+
+@pytest.fixture(scope="module")
+def experts(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose router chooses two of four experts, with the tokenizer of the other."""
+    folder, tokenizer = tmp_path_factory.mktemp("experts"), AutoTokenizer.from_pretrained(checkpoint)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = Qwen3MoeConfig(vocab_size=300, num_experts=4, num_experts_per_tok=2, **sizes, **heads)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", ["SFT", "DPO", "GRPO"])
+def test_a_routers_auxiliary_loss_is_refused_with_what_turns_it_off(case: str, experts: Path, tmp_path: Path) -> None:
+    """TRL asks for it by itself, whatever the model's configuration says."""
+    with pytest.raises(NotImplementedError, match="auxiliary loss.*router_aux_loss_coef=0.0 in the trainer's config"):
+        logged(case, experts, tmp_path, fpdt=True)
+    if case == "SFT":
+        runs = [logged(case, experts, tmp_path, fpdt=fpdt, router_aux_loss_coef=0.0) for fpdt in (False, True)]
+        assert len(runs[0]) >= 10 and runs[1] == pytest.approx(runs[0], rel=TOLERANCE)
+
+
+def test_an_evaluation_that_would_count_filling_is_refused() -> None:
+    """Ranks need whole batches; rows that fill them up are left out by their labels, which preferences do not have."""
+    evaluation = Evaluation(rows=6, rank=0, ranks=2, finite_only=True)
+    batch = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "completion_mask": torch.ones(2, 5)}
+    assert evaluation.next_rows(batch) == 2
+    with pytest.raises(NotImplementedError, match="6 rows do not divide into whole batches on 2 ranks"):
+        Evaluation(rows=6, rank=1, ranks=2, finite_only=True, steps=1).next_rows(batch)
+
+
+def test_ranks_that_share_sequences_are_refused(checkpoint: Path) -> None:
+    """TRL divides the loss of a rank's own labels by their number where nobody counted all."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    add_fused_lm_head(model)
+    with pytest.raises(NotImplementedError, match="with sp_size above 1: TRL's trainers"):
+        apply_fpdt(model, FPDTPlugin(sp_size=2, chunk_tokens=16), SequenceParallelGroup(size=2))
+    apply_fpdt(model, FPDTPlugin(chunk_tokens=16)).remove()
