@@ -2,9 +2,9 @@
 
 In reading order:
 
-    online             online attention: one query row against a stream of K, V spans
-    kernels            one file a kernel, their contract and their table
-    reference          slow and obvious twins of the fast paths, in the dtype they are given. For tests and checks
+    online     one query row over a stream of K, V spans, merged
+    kernels    the contract of a kernel, one file each, and the table
+    reference  slow twins, for checks
 """
 
 from .kernels.contract import Kernel

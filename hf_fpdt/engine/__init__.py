@@ -2,18 +2,18 @@
 
 In reading order:
 
-    layer              the layer executor: a decoder layer run chunk by chunk, for any architecture (paper
-    calls              what the registered attention function does inside a layer's own forward (paper sections
-    layer_run          one call of one layer: what every chunk of it needs, and what its backward pass finds again
-    whole              attention of whole tensors, differentiable: what the name "fpdt" means without the layer
-    gradients          parameter gradients of one layer, or of the head, added up over chunks
-    replay_state       state that a replay must find as the forward pass did: random generators, autocast
-    trial              is a decoder layer what the executor takes it for? Each distinct one is tried on a few
-    layer_state        how a layer is built and what it holds: what says whether it still is the layer that was
-    loss               the head by chunks: final norm, logits and cross-entropy without a tensor of the size
-    cross_entropy      cross-entropy of a chunk of logits together with its gradient, which is known as soon as
-    cross_entropy_triton the Triton kernel of `cross_entropy`; imported only where Triton is
-    progress           one line inside a long step: which layer and chunk, how fast, how long still. Quiet where
+    layer                 the chunk loop, forward and backward
+    calls                 what attention does in each pass
+    layer_run             one call of one layer
+    whole                 attention of whole tensors
+    gradients             gradients of weights, summed over chunks
+    replay_state          what a replay must find again: random numbers, autocast, modes
+    trial                 may a layer be cut at all? Each distinct one is tried
+    layer_state           how a layer is built, and whether it still is
+    loss                  final norm, head and loss, chunk by chunk
+    cross_entropy         the loss of a chunk with its gradient
+    cross_entropy_triton  the same in one kernel
+    progress              the line inside a long step
 """
 
 from .calls import current_call

@@ -2,12 +2,12 @@
 
 In reading order:
 
-    fit                whether a training step fits given machines, what it takes where and how long; and the
-    seconds            seconds of a training step, and of what GPUs send each other in it. Numbers only; no torch
-    collectives        what a training step costs, by arithmetic: which collectives it makes and the bytes that a
-    rates              what known GPUs do in a second. Numbers only; no torch
-    rates_file         rates of a machine's own GPU in a JSON file: `hf-fpdt check --rates` writes it, `hf-fpdt
-    curves             what the picture of a plan shows, as numbers: memory over one step, and the longest length
+    fit          does a step fit, how long may it be, what would help
+    seconds      seconds of a step, and of what GPUs send each other
+    collectives  how often and how much GPUs exchange
+    rates        what known GPUs do in a second
+    rates_file   rates that were measured, kept in a file
+    curves       memory over a step; reach by host memory
 """
 
 from .curves import CHECKPOINTS, KV, WORKING, MemoryCurve, Reach, memory_curve, reach_by_host

@@ -4,8 +4,8 @@ A step is attention at the kernel's rate, matrix products at theirs, and everyth
 copies inside the device) at the speed of device memory.
 
 An all-to-all of Ulysses (`parallel.group`; paper sections 2 and 4.1) stands in the way: the stream that computes waits
-for it, and what comes next reads what it brought. Its time counts in full, and so does that of the copies around it that
-bring heads into order. Only copies to and from the host go on meanwhile.
+for it, and what comes next reads what it brought. Its time counts in full, and so does that of the copies around it
+that bring heads into order. Only copies to and from the host go on meanwhile.
 
 FSDP2 gathers weights one layer ahead and reduces gradients of the layer before, on streams of its own: that is beside
 computation, and a step waits for it only where it takes longer. It fetches ahead for backward passes alone, so what is

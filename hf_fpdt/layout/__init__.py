@@ -2,8 +2,8 @@
 
 In reading order:
 
-    chunks             which tokens a chunk holds, and who owns them. Integers only
-    spans              which keys a query row reads, in which kernel calls. Integers only
+    chunks  the cut of a sequence, and the tokens of each rank
+    spans   a row's keys, as kernel calls
 """
 
 from .chunks import Chunk, ChunkPlan

@@ -2,17 +2,18 @@
 
 In reading order:
 
-    kv                 K and V of one layer and their gradients, wherever they lie (paper sections 4.1 and 4.2)
-    streamed_kv        K, V, dK, dV of the chunks that the device does not hold: pinned host buffers, fetched one
-    checkpoints        what backward needs of the forward pass, by (layer, chunk): kept, and fetched before it is
-    entries            one kept tensor: on the device, in pinned host memory, or in a file; all three by the same
-    files              tensors on their way to a file and back, through pinned buffers of the host
-    transfers          streams and events: the only file that knows them; and how much memory there is. Everything
-    pinned             pinned host memory: regions that stay pinned, and buffers that are cut out of them anew for
-    disk               the last tier of the checkpoint store: bytes between CPU buffers and a file of this
-    available          how much memory there is: of the GPU, of the host within its control groups, of a disk
-    training           what gradients and optimizer will still take of the GPU once training has begun
-    one_thread         one thread at a time in the layers of a model
+    kv            K and V of one layer, and their gradients
+    streamed_kv   those of chunks that wait on the host
+    checkpoints   what backward needs of the forward pass, by layer and chunk
+    device_tiers  what a pass may keep where: measured, planned, pinned
+    entries       one kept tensor, on whichever tier
+    files         tensors on their way to a file and back
+    transfers     streams, events, copies
+    pinned        pinned host memory, cut into buffers
+    disk          one nameless file, read and written directly
+    available     how much memory there is
+    training      what gradients and optimizer will take
+    one_thread    one thread at a time in a model
 """
 
 from .available import device_bytes_available

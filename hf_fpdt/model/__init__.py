@@ -2,19 +2,19 @@
 
 In reading order:
 
-    apply              `apply_fpdt(model, plugin)`: the layer executor, the chunked loss and the chunked final
-    layers             A decoder layer as the executor runs it: the class that is put in place of its own, and
-    head               the model outside of its layers: final norm, head and loss, on the model's own code, in
-    attention_function what transformers calls: the attention function and the mask function registered under
-    refusals           which models FPDT serves, decided from the model alone before any step. Every reason is
-    loss_arguments     what a call asks of the loss, and the loss in chunks does not hear, is refused by name
-    settings           what the patched modules of one model share
-    patch              replacing the `forward` of one module instance, and taking the replacement away again
-    fused              faster twins of a layer's own pieces, taken only where the layer's code is the code that
-    fused_linear       linear layers of a decoder layer: LoRA without passes over memory of its own, and products
-    liger              liger's Triton kernels, where the package `liger-kernel` is installed: norm, SwiGLU and
-    shapes             sizes of known models as configurations, and models with random weights made from one: for
-    sizes              sizes of a model for the planner, from its configuration: built without memory
+    apply               `apply_fpdt`, and the handle that undoes it
+    layers              a decoder layer as the engine runs it
+    head                base model, norm, head and loss
+    attention_function  what is registered as "fpdt"
+    refusals            which models are not served, and why
+    loss_arguments      what a call may not ask of the loss
+    settings            what the patched modules share
+    patch               an instance's forward replaced, and put back
+    fused               which pieces of a layer have a faster twin
+    fused_linear        LoRA fused; products that nobody reads
+    liger               Liger's kernels, where they are
+    shapes              known models as configurations
+    sizes               sizes of a model for the planner
 """
 
 from .apply import FPDTHandle, applied_settings, apply_fpdt, device_peak, has_fpdt, train_with, why_refused

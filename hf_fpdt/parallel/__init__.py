@@ -2,8 +2,8 @@
 
 In reading order:
 
-    group              ranks that share a sequence, and what they exchange (Ulysses, paper section 4.1)
-    sharding           the cut of a batch over the ranks of a group: who makes it, and how a rank's part is known
+    group     the ranks, and what they exchange (Ulysses)
+    sharding  the cut of a batch, and how a rank's part is known again
 """
 
 from .group import GROUP_TIMEOUT, SequenceParallelGroup, build_group, check_heads, repeat_heads, sum_repeated_heads

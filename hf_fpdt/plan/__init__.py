@@ -2,14 +2,14 @@
 
 In reading order:
 
-    sizes              how many bytes a training step needs: what layers would keep, K and V, and what grows on
-    by_layer           attributes of a transformers configuration whose layers may differ
-    checkpointing      what one pass keeps of its layers for the backward pass: the rule of checkpoints, in whole
-    tiers              which tier an entry of the stores goes to. Integers only; no torch
-    rehearsal          A step rehearsed with numbers in place of tensors, in the executor's own order: what it
-    placement          what a step may hold where, and what it keeps: "auto" resolved, checked before anything is
-    operations         operations of a chunk, a pass and a step: all that are run, and those that strict MFU
-    optimizers         bytes an optimizer takes for each weight that trains
+    sizes          bytes of a step: of a model, a layer, K and V, and what grows on the GPU
+    by_layer       a configuration's sizes, layer by layer
+    checkpointing  the rule of what each layer keeps for its backward pass
+    tiers          the allocator: GPU, pinned host buffers, files
+    rehearsal      a step played with numbers, to know its peaks before it runs
+    placement      "auto" resolved: budgets, and the fastest placement that they hold
+    operations     operations of a chunk and of a step; strict MFU
+    optimizers     bytes an optimizer takes for each weight
 """
 
 from .by_layer import (

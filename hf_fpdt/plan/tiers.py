@@ -1,7 +1,8 @@
 """Which tier an entry of the stores goes to. Integers only; no torch.
 
 Three tiers: device memory, pinned host memory, files. Stores place real buffers by the rules of this file, and
-`rehearsal` plays the same rules with plain numbers for buffers, so what it predicts is what they allocate, to the byte.
+`rehearsal` plays the same rules with plain numbers for buffers, so what it predicts is what they allocate, to the
+byte.
 
 The last layers are needed first, so they go to the device; what the device cannot hold goes to the host, and what
 neither holds, the first layers, to files. What backward rebuilds is needed soon: device first. K and V that the device

@@ -2,11 +2,11 @@
 
 In reading order:
 
-    trainer            FPDT in transformers' Trainer: a mixin for any Trainer class, and the ready `FPDTTrainer`
-    evaluation         evaluation that gives one process's loss on any number of ranks
-    accelerator        FPDT under Accelerate: sequence-parallel groups beside DDP or FSDP2 over the whole world
-    loaders            telling an `Accelerator` of sequence-parallel groups, whose ranks read the same samples and
-    speed              how fast training goes, for Trainer's logs: tokens a second, strict MFU, memory
+    trainer      `FPDTTrainerMixin` and `FPDTTrainer`
+    evaluation   one process's loss on any number of ranks
+    accelerator  `FPDTAccelerator`
+    loaders      data loaders that know groups
+    speed        tokens a second and MFU in the logs
 """
 
 from .accelerator import FPDTAccelerator

@@ -11,40 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Where the package's files will be once it has sub-packages; what is there already has to leave this list.
-FUTURE = frozenset(
-    {
-        "hf_fpdt/attention/kernels",
-        "hf_fpdt/attention/online.py",
-        "hf_fpdt/commands/bench/stacks/trl_loss.py",
-        "hf_fpdt/commands/plan",
-        "hf_fpdt/engine/calls.py",
-        "hf_fpdt/engine/layer.py",
-        "hf_fpdt/engine/loss.py",
-        "hf_fpdt/forecast/fit.py",
-        "hf_fpdt/layout/chunks.py",
-        "hf_fpdt/layout/spans.py",
-        "hf_fpdt/memory/checkpoints.py",
-        "hf_fpdt/memory/entries.py",
-        "hf_fpdt/memory/kv.py",
-        "hf_fpdt/memory/pinned.py",
-        "hf_fpdt/memory/streamed_kv.py",
-        "hf_fpdt/memory/transfers.py",
-        "hf_fpdt/model/apply.py",
-        "hf_fpdt/model/fused.py",
-        "hf_fpdt/model/head.py",
-        "hf_fpdt/model/layers.py",
-        "hf_fpdt/model/shapes.py",
-        "hf_fpdt/parallel",
-        "hf_fpdt/parallel/group.py",
-        "hf_fpdt/plan/checkpointing.py",
-        "hf_fpdt/plan/placement.py",
-        "hf_fpdt/plan/rehearsal.py",
-        "hf_fpdt/plan/sizes.py",
-        "hf_fpdt/plan/tiers.py",
-        "hf_fpdt/training/trainer.py",
-    }
-)
 # A page for other folders, whose links are right there.
 TEMPLATES = {"model_cards/template.md"}
 PAGES = sorted(
@@ -89,7 +55,7 @@ def broken(page: Path, root: Path = ROOT) -> Iterator[str]:
         target = (page.parent / path).resolve() if path else page
         if not target.is_relative_to(root):
             yield f"{link}: outside of the repository"
-        elif not target.exists() and str(target.relative_to(root)) not in FUTURE:
+        elif not target.exists():
             yield f"{link}: no such file"
         elif heading and heading not in anchors(target):
             yield f"{link}: no such heading"
@@ -107,7 +73,3 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# Here\n\n`[code](gone.md)`\n" + "\n".join(f"[a\nlink]({link})" for link in good + bad))
     assert [line.split(": ")[0] for line in broken(page, tmp_path)] == bad
-
-
-def test_what_is_there_is_no_longer_to_come() -> None:
-    assert not [path for path in sorted(FUTURE) if (ROOT / path).exists()]

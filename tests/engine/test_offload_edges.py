@@ -64,7 +64,7 @@ def test_remove_gives_everything_back_and_the_model_can_be_used_again(tmp_path: 
         settings = budgets(place, "segment", sizes, tmp_path)
         handle = apply_fpdt(target, FPDTPlugin(chunk_tokens=32, kernel="math", loss_chunk_tokens=50, **settings))
         results.append(step(target, data))
-        tiers = handle.store._tiers
+        tiers = handle.store._tiers.memory
         assert tiers is not None
         regions = [weakref.ref(region) for region in tiers.pinned._regions]
         assert regions

@@ -55,7 +55,7 @@ AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
 @dataclass(frozen=True)
 class Module:
-    """One source file: its name inside the package (`engine.layer`, `plan.__init__`, `config`), its text and its tree."""
+    """One source file: its name inside the package (`engine.layer`, `plan.__init__`), its text and its tree."""
 
     name: str
     source: str

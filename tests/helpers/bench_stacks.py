@@ -1,4 +1,4 @@
-"""Stacks that are wrong in the ways a chunked trainer can be, for `hf-fpdt bench --stacks tests.helpers.bench_stacks:…`."""
+"""Stacks that are wrong as a chunked trainer can be: for `hf-fpdt bench --stacks tests.helpers.bench_stacks:…`."""
 
 from __future__ import annotations
 

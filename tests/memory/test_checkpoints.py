@@ -125,8 +125,12 @@ def test_a_step_without_host_buffers_has_its_staging_ready(tmp_path: Path) -> No
     longest = page_rounded(STEP.layer_bytes().longest)
     with checkpoint_store(device=RESIDENT, host=STAGING_BUFFERS * longest, disk_dir=str(tmp_path)) as store:
         store.join(FakeRun(0, STEP), CPU)
-        assert store._tiers is not None and store._tiers.files is not None and not store.used_bytes()["pinned"]
-        assert store._tiers.files.pinned.nbytes == STAGING_BUFFERS * longest
+        assert (
+            store._tiers.memory is not None
+            and store._tiers.memory.files is not None
+            and not store.used_bytes()["pinned"]
+        )
+        assert store._tiers.memory.files.pinned.nbytes == STAGING_BUFFERS * longest
 
 
 def test_a_pass_that_is_dropped_gives_its_bytes_back() -> None:

@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fpdt.memory import entries
 from hf_fpdt.memory.entries import DeviceEntry, DiskTierEntry, Entry, HostEntry
 from hf_fpdt.memory.files import DiskStaging
 from hf_fpdt.memory.transfers import Copy, Fetch, Transfers, typed
-from hf_fpdt.plan.tiers import STAGING_BUFFERS, Tier, TierAllocator
+from hf_fpdt.plan.tiers import LOOKAHEAD, STAGING_BUFFERS, Tier, TierAllocator
 from tests.helpers.stores import CPU, NO_LIMIT, tiers, transfers
 from tests.helpers.support import assert_rejects
 
@@ -147,7 +146,7 @@ def test_staging_buffers_are_used_again(bench: Bench, monkeypatch: pytest.Monkey
     kept = [bench.keep(value, "disk") for value in data]
     for _ in range(3):
         for i, (entry, value) in enumerate(zip(kept, data, strict=True)):
-            for ahead in kept[i : i + entries.LOOKAHEAD]:
+            for ahead in kept[i : i + LOOKAHEAD]:
                 ahead.begin()
             assert torch.equal(entry.get(), value)
         kept.append(bench.keep(data[0], "disk"))  # writes between reads

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_fpdt.memory import transfers as offload
+from hf_fpdt.memory import available
 from hf_fpdt.memory.available import host_bytes_available
 from hf_fpdt.memory.pinned import NEVER_WRITTEN, PinnedMemory
 from hf_fpdt.memory.transfers import typed
@@ -121,7 +121,7 @@ def test_processes_of_a_machine_share_its_memory_and_leave_a_reserve(monkeypatch
 
 
 def limits(root: Path, own: str) -> list[int]:
-    return list(offload._container_bytes_available(root, own))
+    return list(available._container_bytes_available(root, own))
 
 
 def group(folder: Path, **files: str) -> None:

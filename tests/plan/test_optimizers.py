@@ -81,8 +81,8 @@ def test_kinds_are_told_by_name_and_the_unknown_one_is_the_largest(optimizer: An
 def leaves(model: nn.Module) -> int:
     """What "auto" leaves to the training of a model."""
     settings = applied_settings(model)
-    assert settings is not None and isinstance(settings.store._training, TrainingMemory)
-    return settings.store._training()
+    assert settings is not None and isinstance(settings.store._tiers.training, TrainingMemory)
+    return settings.store._tiers.training()
 
 
 def test_what_is_there_already_is_not_left_once_more() -> None:

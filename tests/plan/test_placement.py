@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import hf_fpdt.plan.placement
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.memory.available import available
@@ -140,7 +139,7 @@ def test_a_first_pass_says_what_it_and_training_take(monkeypatch: pytest.MonkeyP
         said.append((training_bytes, step_bytes))
         return available(plugin, device, training_bytes, step_bytes)
 
-    monkeypatch.setattr("hf_fpdt.memory.available.available", noted)
+    monkeypatch.setattr("hf_fpdt.memory.device_tiers.available", noted)
     model, ids = tiny(dtype=torch.float32), tokens(1, 40)
     handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=8))
     for _ in range(2):
@@ -159,7 +158,7 @@ def test_numbers_that_were_given_are_kept(tmp_path: Any) -> None:
 
 
 def test_processes_of_a_machine_share_its_disk(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_fpdt.budget, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("hf_fpdt.memory.available.free_bytes", lambda folder: 1000)
     for count, share in ((None, 1000), ("8", 125)):
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         if count is not None:

@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from hf_fpdt.plan import tiers as shelves
 from hf_fpdt.plan.checkpointing import KeptLayers
-from hf_fpdt.plan.rehearsal import Forecast, forecast
+from hf_fpdt.plan.rehearsal import Forecast, Rehearsal, forecast
 from hf_fpdt.plan.sizes import KVBytes, LayerBytes
 from hf_fpdt.plan.tiers import Budgets, BufferPool, ExistingBuffers, ForwardOrder, TierAllocator
 from hf_fpdt.units import PAGE, page_rounded
@@ -163,7 +162,7 @@ def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.Monke
             "buffers that exist forgotten": lambda *a: forecast(*a[:4], NONE),
         },
     )
-    monkeypatch.setattr(shelves.PlayedStep, "_close", lambda step, held: None)
+    monkeypatch.setattr(Rehearsal, "_close", lambda step, held: None)
     assert_rejects(assert_foretold, {"K, V never given back": forecast})
 
 

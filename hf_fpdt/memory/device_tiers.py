@@ -1,0 +1,198 @@
+"""What a pass may keep where on this device: measured, agreed on by the ranks, planned, said, and pinned.
+
+All of that is done once for each length, before the pass's first layer keeps anything; `checkpoints` and `kv` then put
+tensors where the plan has them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import FPDTPlugin
+from ..parallel import SequenceParallelGroup
+from ..plan import (
+    Available,
+    Budgets,
+    BufferPool,
+    ExistingBuffers,
+    PassPlacement,
+    StepSizes,
+    TierAllocator,
+    budgets_of,
+    described,
+    plan_pass,
+)
+from .available import available
+from .files import DiskStaging
+from .pinned import PinnedMemory
+from .training import TrainingMemory
+from .transfers import Transfers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DeviceMemory:
+    """Memory of one device's stores."""
+
+    transfers: Transfers
+    pinned: PinnedMemory
+    allocator: TierAllocator[Tensor]
+    files: DiskStaging | None
+
+    @property
+    def pools(self) -> tuple[BufferPool[Tensor], BufferPool[Tensor]]:
+        """Host buffers of checkpoints, and of K and V."""
+        return self.allocator.pool, self.allocator.kv_pool
+
+    def in_the_way(self) -> ExistingBuffers:
+        """The host buffers that a pass must do with: all there are where some hold something, else none."""
+        if not any(pool.used_bytes for pool in self.pools):
+            return ExistingBuffers()
+        return ExistingBuffers(*(dict(pool.made) for pool in self.pools))
+
+
+class Run(Protocol):
+    """What the store asks of a layer's run."""
+
+    @property
+    def index(self) -> int:
+        """The layer's place among the model's."""
+
+    @property
+    def step(self) -> StepSizes:
+        """Sizes of the step."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards the layer, so that all ranks of the job must run the same layers in the same order."""
+
+
+class DeviceTiers:
+    """Plans the passes of one model on one device, and has the memory for them.
+
+    Args:
+        plugin: policy and budgets.
+        group: ranks that share a sequence, which must keep the same.
+        training: what gradients and optimizer will still take of the device; None: nothing.
+
+    Attributes:
+        memory: of the device; None before the first layer runs.
+        plans: those made so far, by step and by layers with a backward pass.
+    """
+
+    def __init__(self, plugin: FPDTPlugin, group: SequenceParallelGroup, training: TrainingMemory | None) -> None:
+        self.plugin, self.group, self.training = plugin, group, training
+        self.memory: DeviceMemory | None = None
+        self.plans: dict[tuple[StepSizes, int], PassPlacement] = {}
+        self._had: dict[tuple[StepSizes, int], ExistingBuffers] = {}  # the buffers that were in the way of each plan
+        self._there: Available | None = None
+
+    def plan_pass(self, run: Run, device: torch.device) -> PassPlacement:
+        """What the pass that begins with this layer does with its memory; budgets are set for it.
+
+        Raises:
+            MemoryError: no plan fits.
+        """
+        step = run.step
+        if run.sharded:
+            # What is rebuilt gathers weights: ranks with shorter sequences do as the longest.
+            sizes = torch.tensor([step.plan.n_tokens, step.batch], device=device)
+            (_, n_tokens), (_, batch) = self.group.extremes(sizes, everywhere=True)
+            step = replace(step, plan=replace(step.plan, n_tokens=n_tokens), batch=batch)
+        plan = self.plan(step, step.model.layers - run.index, device, sharded=run.sharded)
+        allocator = self.on(device).allocator
+        allocator.budgets, allocator.pool.limit = plan.budgets, plan.budgets.host
+        return plan
+
+    def plan(self, step: StepSizes, layers: int, device: torch.device, *, sharded: bool) -> PassPlacement:
+        """What a pass of this step does with its memory: made and said once, and its buffers are there.
+
+        Args:
+            layers: layers with a backward pass; 0 for a pass without.
+
+        Raises:
+            MemoryError: no plan fits.
+        """
+        memory, key = self.on(device), (step, layers)
+        have, new = memory.in_the_way() if layers else ExistingBuffers(), key not in self.plans
+        if new or self._had[key] != have:
+            budgets = self._budgets(step, device, everywhere=sharded)
+            memory.allocator.kv_pool.limit = budgets.host
+            # What is free between buffers in use may be too short for any other.
+            left = replace(budgets, host=budgets.host - memory.pinned.gap_bytes) if have else budgets
+            self.plans[key] = plan_pass(self.plugin.checkpoints, step, layers, left, have)
+            self._had[key] = have
+        plan = self.plans[key]
+        grew = layers > 0 and _reserve(memory, plan, step)
+        if new or grew:
+            level = logging.INFO if grew or len(self.plans) <= 2 else logging.DEBUG
+            budgets = self._budgets(step, device, everywhere=sharded)
+            logger.log(level, "hf_fpdt: %s", described(plan, step, budgets))
+        return plan
+
+    def _budgets(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> Budgets:
+        return budgets_of(self.plugin, step, self._available(step, device, everywhere=everywhere))
+
+    def _available(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> Available:
+        """Measured once, before the first pass, by all ranks together: ranks whose plans differed would hang."""
+        if self._there is None:
+            training = 0 if self.training is None else self.training()
+            own = available(self.plugin, device, training, step.entry_bytes)
+            values = torch.tensor([own.device, own.host, own.disk], device=device)
+            self._there = Available(*(low for low, _ in self.group.extremes(values, everywhere=everywhere)))
+        return self._there
+
+    def on(self, device: torch.device) -> DeviceMemory:
+        """Memory of the stores on this device; made when it is asked for first."""
+        if self.memory is None or self.memory.transfers.device != device:
+            self.close()
+            transfers, pinned = Transfers(device), PinnedMemory(device)
+            files = None if self.plugin.disk_dir is None else DiskStaging(self.plugin.disk_dir, transfers)
+            allocator = TierAllocator(Budgets(0, 0), *(BufferPool(pinned.buffer, 0) for _ in range(2)))
+            self.memory = DeviceMemory(transfers, pinned, allocator, files)
+        return self.memory
+
+    def close(self) -> None:
+        """Give all memory back; plans are made anew."""
+        self.plans.clear()
+        self._had.clear()
+        self._there = None
+        if self.memory is not None:
+            self.memory.pinned.release()
+            if self.memory.files is not None:
+                self.memory.files.close()
+        self.memory = None
+
+
+def _reserve(tiers: DeviceMemory, plan: PassPlacement, step: StepSizes) -> bool:
+    """Have the pinned buffers that the plan needs beside those in the way; whether memory was pinned for them.
+
+    Where none are, what is pinned gets cut anew, so that a step has the buffers it was foretold to have.
+    """
+    foretold = plan.foretold
+    assert foretold is not None
+    if foretold.disk_bytes:
+        assert tiers.files is not None
+        tiers.files.stage_for(step.layer_bytes().longest)
+    needed, needed_kv = Counter(foretold.new_buffers), Counter(foretold.new_kv_buffers)
+    if not tiers.in_the_way():
+        if [pool.made for pool in tiers.pools] == [needed, needed_kv]:
+            return False
+        for pool in tiers.pools:
+            pool.clear()
+        tiers.pinned.recut()
+    tiers.pinned.limit, before = plan.pinned + tiers.pinned.gap_bytes, tiers.pinned.seconds
+    for size, buffer in tiers.pinned.buffers(needed + needed_kv):
+        if needed[size]:
+            needed[size] -= 1
+            tiers.allocator.pool.add(size, buffer)
+        else:
+            tiers.allocator.kv_pool.add(size, buffer)
+    return tiers.pinned.seconds > before
