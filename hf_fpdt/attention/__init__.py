@@ -11,8 +11,10 @@ from .kernels.contract import Kernel
 from .kernels.table import KERNELS, select_kernel
 from .online import backward_row, forward_row, kernel_spans
 from .reference import attention, peaked_qkv
+from .spec import AttentionSpec
 
 __all__ = [
+    "AttentionSpec",
     "KERNELS",
     "Kernel",
     "attention",

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..layout import Span, row_spans
 from ..numerics import accumulation_dtype
 from .kernels.contract import MAX_ELEMENTS, Kernel
+from .spec import AttentionSpec
 
 Stream = Iterable[tuple[Span, Tensor, Tensor]]
 
@@ -38,7 +39,7 @@ class KVSource(Protocol):
         """Add one call's gradients to those of its keys."""
 
 
-def forward_row(kernel: Kernel, q_BSNH: Tensor, kv: Stream, *, scale: float) -> tuple[Tensor, Tensor]:
+def forward_row(kernel: Kernel, q_BSNH: Tensor, kv: Stream, *, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """Attention of one query row over the spans of `kv`.
 
     Returns:
@@ -46,7 +47,7 @@ def forward_row(kernel: Kernel, q_BSNH: Tensor, kv: Stream, *, scale: float) -> 
     """
     merged: tuple[Tensor, Tensor] | None = None
     for span, k, v in kv:
-        part = kernel.forward(q_BSNH, k, v, causal=span.causal, scale=scale)
+        part = kernel.forward(q_BSNH, k, v, causal=span.causal, spec=spec)
         merged = part if merged is None else merge(merged, part)
     assert merged is not None
     return merged[0].to(q_BSNH.dtype), merged[1].to(accumulation_dtype(q_BSNH.dtype))
@@ -74,12 +75,12 @@ def backward_row(
     store: KVSource,
     spans: Sequence[Span],
     *,
-    scale: float,
+    spec: AttentionSpec,
 ) -> Tensor:
     """dq of one query row, whose merged (out, lse) is `row`; dK and dV of the spans it reads are added in `store`."""
     dq: Tensor | None = None
     for span, k, v in store.stream(spans, with_grads=True):
-        part, dk, dv = kernel.backward(dout_BSNH, q_BSNH, k, v, *row, causal=span.causal, scale=scale)
+        part, dk, dv = kernel.backward(dout_BSNH, q_BSNH, k, v, *row, causal=span.causal, spec=spec)
         store.add_grad(span, dk, dv)
         dq = part if dq is None else dq.to(accumulation_dtype(dq.dtype)).add_(part)
     assert dq is not None

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..attention import Kernel, select_kernel
+from ..attention import AttentionSpec, Kernel, select_kernel
 from ..forecast import GPU, HEAD_DIMS, gpu_named
 from ..memory import PinnedMemory, Transfers, device_bytes_available
 from ..plan import BACKWARD_OPERATIONS
@@ -94,19 +96,44 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> floa
 
 def attention_rates(device: torch.device, dtype: torch.dtype, head_dim: int, sizes: Sizes) -> tuple[float, float]:
     """Operations a second forward and backward of the kernel that "auto" takes, on a full square of grouped heads."""
-    kernel: Kernel = select_kernel("auto", device, dtype, head_dim)
-    n, scale = min(sizes.tokens, kernel.row_tokens), head_dim**-0.5
-    q, k, v = (torch.randn(1, n, heads, head_dim, device=device).to(dtype) for heads in (Q_HEADS, KV_HEADS, KV_HEADS))
-    operations = 4.0 * n * n * Q_HEADS * head_dim
-    forward = rate_of(operations, lambda: kernel.forward(q, k, v, causal=False, scale=scale), device, sizes.seconds)
-    out, lse = kernel.forward(q, k, v, causal=False, scale=scale)
-    backward = rate_of(
-        BACKWARD_OPERATIONS * operations,
-        lambda: kernel.backward(q, q, k, v, out, lse, causal=False, scale=scale),
-        device,
-        sizes.seconds,
-    )
-    return forward, backward
+    kernel = select_kernel("auto", device, dtype, AttentionSpec.plain(head_dim))
+    n = min(sizes.tokens, kernel.row_tokens)
+    return row_rates(kernel, QueryRow(Q_HEADS, KV_HEADS, head_dim, n, n, causal=False), device, dtype, sizes.seconds)
+
+
+@dataclass(frozen=True)
+class QueryRow:
+    """Queries, and the keys that they read in one call; with `causal` the last query is aligned with the last key."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    queries: int
+    keys: int
+    causal: bool
+
+    @property
+    def operations(self) -> float:
+        """Of its forward pass."""
+        hidden = self.queries * (self.queries - 1) // 2 if self.causal else 0
+        return 4.0 * (self.queries * self.keys - hidden) * self.q_heads * self.head_dim
+
+
+def row_rates(
+    kernel: Kernel, row: QueryRow, device: torch.device, dtype: torch.dtype, seconds: float
+) -> tuple[float, float]:
+    """Operations a second forward and backward of one call on random tensors."""
+
+    def normal(tokens: int, heads: int) -> Tensor:
+        return torch.randn(1, tokens, heads, row.head_dim, device=device, dtype=dtype)
+
+    q, dout = normal(row.queries, row.q_heads), normal(row.queries, row.q_heads)
+    k, v = normal(row.keys, row.kv_heads), normal(row.keys, row.kv_heads)
+    how: dict[str, Any] = {"causal": row.causal, "spec": AttentionSpec.of(q, k, v, row.head_dim**-0.5)}
+    out, lse = kernel.forward(q, k, v, **how)
+    forward = rate_of(row.operations, lambda: kernel.forward(q, k, v, **how), device, seconds)
+    again = BACKWARD_OPERATIONS * row.operations
+    return forward, rate_of(again, lambda: kernel.backward(dout, q, k, v, out, lse, **how), device, seconds)
 
 
 def _memory_rate(device: torch.device, sizes: Sizes) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import Kernel, backward_row, forward_row, kernel_spans, select_kernel
+from ..attention import AttentionSpec, Kernel, backward_row, forward_row, kernel_spans, select_kernel
 from ..layout import Chunk, ChunkPlan, Span
 from ..memory import KVStore
 from ..parallel import repeat_heads, sum_repeated_heads
@@ -36,7 +36,7 @@ class Call:
     unread: frozenset[str] = frozenset()
     n_tokens: int | None = None
 
-    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
+    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, spec: AttentionSpec) -> Tensor:
         """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
         raise NotImplementedError
 
@@ -92,16 +92,16 @@ class AttentionCall(Call):
 
     qkv: tuple[Tensor, Tensor, Tensor] | None = None
     q: Tensor
-    scale: float
+    spec: AttentionSpec
 
     def __init__(self, run: LayerRun, chunk: Chunk, store: KVStore) -> None:
         self.run, self.chunk, self.store, self.n_tokens = run, chunk, store, run.plan.n_tokens
 
-    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
+    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, spec: AttentionSpec) -> Tensor:
         """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
         if self.qkv is not None:
             raise RuntimeError(f"fpdt: {self.run.name} calls its attention function twice; it is not supported.")
-        self.qkv, self.scale = (q_BSNH, k_BSGH, v_BSGH), scale
+        self.qkv, self.spec = (q_BSNH, k_BSGH, v_BSGH), spec
         self.repeats = self.run.group.kv_repeats(q_BSNH.shape[2], k_BSGH.shape[2])
         with torch.no_grad():
             q, *kv = q_BSNH.detach(), *(repeat_heads(x.detach(), self.repeats) for x in (k_BSGH, v_BSGH))
@@ -127,18 +127,18 @@ class AttentionCall(Call):
     def row_forward(self) -> tuple[Tensor, Tensor]:
         """(out, lse) of this chunk's queries over the chunks 0..i of the store."""
         kernel, spans = self._calls()
-        return forward_row(kernel, self.q, self.store.stream(spans), scale=self.scale)
+        return forward_row(kernel, self.q, self.store.stream(spans), spec=self.spec)
 
     def row_backward(self, d_leaf_BSNH: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv for the rank's own tokens of this chunk, complete if every later chunk's row was done before."""
         kernel, spans = self._calls(BACKWARD_CALL_TOKENS)
         (dout,) = self.run.group.seq_to_heads(d_leaf_BSNH)
-        dq = backward_row(kernel, dout, self.q, row, self.store, spans, scale=self.scale)
+        dq = backward_row(kernel, dout, self.q, row, self.store, spans, spec=self.spec)
         dq, dk, dv = self.run.group.heads_to_seq(dq, *self.store.take_grad(self.chunk))
         return dq, sum_repeated_heads(dk, self.repeats), sum_repeated_heads(dv, self.repeats)
 
     def _calls(self, most_tokens: int = 2**62) -> tuple[Kernel, Sequence[Span]]:
-        kernel = select_kernel(self.run.kernel, self.q.device, self.q.dtype, self.q.shape[-1])
+        kernel = select_kernel(self.run.kernel, self.q.device, self.q.dtype, self.spec)
         diagonal, unit = (self.chunk.start, self.chunk.stop), self.run.plan.chunk_tokens
         return kernel, kernel_spans(kernel, diagonal, unit, self.store, most_tokens=most_tokens)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..attention import AttentionSpec
 from ..layout import Chunk, ChunkPlan
 from .calls import Call, calling, hidden_states_of, tokens_of
 from .gradients import GradientSums
@@ -63,11 +64,11 @@ class TrialCall(Call):
     def __init__(self) -> None:
         self.calls = 0
 
-    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float) -> Tensor:
+    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, spec: AttentionSpec) -> Tensor:
         """Output [B, S, N, H]."""
         self.calls += 1
         k, v = (x.repeat_interleave(q_BSNH.shape[2] // x.shape[2], dim=2) for x in (k_BSGH, v_BSGH))
-        return (q_BSNH * k).sum(-1, keepdim=True).mul(scale).sigmoid() * v
+        return (q_BSNH * k).sum(-1, keepdim=True).mul(spec.scale).sigmoid() * v
 
 
 class _NoDropout(TorchFunctionMode):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..attention import Kernel, backward_row, forward_row, kernel_spans, select_kernel
+from ..attention import AttentionSpec, Kernel, backward_row, forward_row, kernel_spans, select_kernel
 from ..layout import Span
 from ..memory import KVStore
 from .replay_state import Autocast
@@ -32,8 +32,9 @@ def attend_whole(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float
         NotImplementedError: no kernel serves, or the named one does not.
     """
     _check_shapes(q_BSNH, k_BTGH, v_BTGH)
-    chosen = select_kernel(kernel, q_BSNH.device, q_BSNH.dtype, q_BSNH.shape[-1])
-    return _WholeAttention.apply(chosen, scale, q_BSNH, k_BTGH, v_BTGH)
+    spec = AttentionSpec.of(q_BSNH, k_BTGH, v_BTGH, scale)
+    chosen = select_kernel(kernel, q_BSNH.device, q_BSNH.dtype, spec)
+    return _WholeAttention.apply(chosen, spec, q_BSNH, k_BTGH, v_BTGH)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -55,15 +56,15 @@ def _rows(kernel: Kernel, q: Tensor, kv: KVStore) -> Iterator[tuple[slice, tuple
 
 class _WholeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv = KVStore.holding(k, v)
         with torch.cuda.device_of(q):
             parts = [
-                forward_row(kernel, q[:, rows], kv.stream(spans), scale=scale) for rows, spans in _rows(kernel, q, kv)
+                forward_row(kernel, q[:, rows], kv.stream(spans), spec=spec) for rows, spans in _rows(kernel, q, kv)
             ]
         out = torch.cat([part[0] for part in parts], dim=1)
         ctx.save_for_backward(q, k, v, out, torch.cat([part[1] for part in parts], dim=2))
-        ctx.kernel, ctx.scale, ctx.autocast = kernel, scale, Autocast.now(q.device)
+        ctx.kernel, ctx.spec, ctx.autocast = kernel, spec, Autocast.now(q.device)
         return out
 
     @staticmethod
@@ -75,5 +76,5 @@ class _WholeAttention(torch.autograd.Function):
         with ctx.autocast.again():  # backward may be called inside an autocast that forward was outside of
             for rows, spans in _rows(ctx.kernel, q, kv):
                 row = out[:, rows], lse[:, :, rows].contiguous()
-                dq[:, rows] = backward_row(ctx.kernel, dout[:, rows], q[:, rows], row, kv, spans, scale=ctx.scale)
+                dq[:, rows] = backward_row(ctx.kernel, dout[:, rows], q[:, rows], row, kv, spans, spec=ctx.spec)
         return None, None, dq, *kv.take_grad(kv.plan.chunks[0])

@@ -15,12 +15,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ..attention import AttentionSpec
 from ..engine import attend_whole, current_call
 from ..parallel import ranks_of_batch
 
 NAME = "fpdt"
-
-
 MASK_BYTES_LIMIT = 4 * 2**30  # of a boolean [batch, 1, queries, keys] mask
 
 
@@ -69,8 +68,9 @@ def fpdt_attention(
         )
     q_BSNH, k_BTGH, v_BTGH = (_at_autocast(x).transpose(1, 2) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = attend_whole if call is None else call.attend
-    return attend(q_BSNH, k_BTGH, v_BTGH, scale=scale), None
+    if call is None:
+        return attend_whole(q_BSNH, k_BTGH, v_BTGH, scale=scale), None
+    return call.attend(q_BSNH, k_BTGH, v_BTGH, spec=AttentionSpec.of(q_BSNH, k_BTGH, v_BTGH, scale)), None
 
 
 def _at_autocast(x: Tensor) -> Tensor:

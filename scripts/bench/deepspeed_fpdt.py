@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_fpdt.attention import AttentionSpec
 from hf_fpdt.attention.kernels.table import KERNELS
 from hf_fpdt.commands.bench.stacks.base import Pieces, Stack, Unavailable, base_of
 from hf_fpdt.model.layers import decoder_layers
@@ -109,12 +110,12 @@ def stand_in_for_flash_attn(device: str) -> None:
     kernel = KERNELS["flash" if device == "cuda" else "cpu"]
 
     def forward(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float, causal: bool, **rest: Any) -> Any:
-        out, lse = kernel.forward(q, k, v, causal=causal, scale=scale)
+        out, lse = kernel.forward(q, k, v, causal=causal, spec=AttentionSpec.of(q, k, v, scale))
         return out, lse, None, None
 
     def backward(*args: Any, rng_state: Any = None) -> None:
         dout, q, k, v, out, lse, dq, dk, dv, _, scale, causal, *_ = args
-        made = kernel.backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
+        made = kernel.backward(dout, q, k, v, out, lse, causal=causal, spec=AttentionSpec.of(q, k, v, scale))
         for into, gradient in zip((dq, dk, dv), made, strict=True):
             into.copy_(gradient)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_fpdt.attention import reference
 from hf_fpdt.attention.kernels.contract import Kernel
 from hf_fpdt.attention.kernels.table import KERNELS, select_kernel
 from hf_fpdt.attention.online import backward_row, forward_row
+from hf_fpdt.attention.spec import AttentionSpec
 from hf_fpdt.layout.chunks import Chunk, ChunkPlan
 from hf_fpdt.layout.spans import Span, row_spans
 from hf_fpdt.memory.kv import KVStore
@@ -45,19 +47,19 @@ def naive_results(qkv: Qkv, dout: Tensor, scale: float, exact: list[Tensor]) -> 
 def by_rows(kernel: Kernel, qkv: Qkv, dout: Tensor, scale: float, chunk: int, spans_of: object = None) -> list[Tensor]:
     """out, dq, dk, dv over rows of `chunk` queries, as the layer executor runs them."""
     q, k, v = qkv
-    plan = ChunkPlan(q.shape[1], chunk)
+    plan, spec = ChunkPlan(q.shape[1], chunk), AttentionSpec.of(q, k, v, scale)
     store = KVStore(plan)
     out, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
     rows = {}
     for c in plan.chunks:
         store.put(c, k[:, c.rank_slice], v[:, c.rank_slice])
         spans = (spans_of or spans_for)(kernel, c, chunk)  # type: ignore[operator]
-        rows[c.index] = forward_row(kernel, q[:, c.rank_slice], store.stream(spans), scale=scale)
+        rows[c.index] = forward_row(kernel, q[:, c.rank_slice], store.stream(spans), spec=spec)
         out[:, c.rank_slice] = rows[c.index][0]
     for c in reversed(plan.chunks):
         part = slice(c.start, c.stop)
         spans = (spans_of or spans_for)(kernel, c, chunk)  # type: ignore[operator]
-        dq[:, part] = backward_row(kernel, dout[:, part], q[:, part], rows[c.index], store, spans, scale=scale)
+        dq[:, part] = backward_row(kernel, dout[:, part], q[:, part], rows[c.index], store, spans, spec=spec)
         dk[:, part], dv[:, part] = store.take_grad(c)
     return [out, dq, dk, dv]
 
@@ -135,7 +137,7 @@ def test_gpu_kernels_are_as_accurate_as_whole_attention(
     name: str, dtype: torch.dtype, head_dim: int, heads: tuple[int, int], n_tokens: int, chunk: int
 ) -> None:
     kernel = KERNELS[name]
-    reason = kernel.why_not(torch.device("cuda"), dtype, head_dim)
+    reason = kernel.why_not(torch.device("cuda"), dtype, AttentionSpec.plain(head_dim))
     if reason is not None:
         pytest.skip(f"{name} {reason}")
     q, k, v = (x.cuda() for x in peaked_qkv(1, n_tokens, n_tokens, *heads, head_dim, dtype))
@@ -155,32 +157,32 @@ def test_gpu_kernels_are_as_accurate_as_whole_attention(
 
 
 def test_auto_takes_the_cpu_kernel_on_a_cpu() -> None:
-    assert select_kernel("auto", torch.device("cpu"), torch.float32, 64).name == "cpu"
+    assert select_kernel("auto", torch.device("cpu"), torch.float32, AttentionSpec.plain(64)).name == "cpu"
 
 
 def test_a_named_kernel_that_cannot_serve_raises_with_its_reason() -> None:
     with pytest.raises(NotImplementedError, match="flash: runs on CUDA devices, not on cpu"):
-        select_kernel("flash", torch.device("cpu"), torch.bfloat16, 64)
+        select_kernel("flash", torch.device("cpu"), torch.bfloat16, AttentionSpec.plain(64))
 
 
 def test_an_unknown_kernel_is_refused_with_the_known_names() -> None:
     with pytest.raises(ValueError, match="'fa5' is not known.*fa4.*math"):
-        select_kernel("fa5", torch.device("cpu"), torch.bfloat16, 64)
+        select_kernel("fa5", torch.device("cpu"), torch.bfloat16, AttentionSpec.plain(64))
 
 
 def test_the_choice_is_logged_with_what_was_passed_over(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="hf_fpdt"):
-        select_kernel("auto", torch.device("cpu"), torch.float16, 24)
-        select_kernel("auto", torch.device("cpu"), torch.float16, 24)
+        select_kernel("auto", torch.device("cpu"), torch.float16, AttentionSpec.plain(24))
+        select_kernel("auto", torch.device("cpu"), torch.float16, AttentionSpec.plain(24))
     (line,) = [record.message for record in caplog.records]
     assert "'cpu'" in line and "fa4: runs on CUDA devices" in line
 
 
 def test_math_is_not_narrowed_by_autocast() -> None:
     qkv = peaked_qkv(1, 40, 40, 2, 2, 16, torch.float32)
-    plain = KERNELS["math"].forward(*qkv, causal=True, scale=0.25)
+    plain = KERNELS["math"].forward(*qkv, causal=True, spec=AttentionSpec.plain(16, 0.25))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrowed = KERNELS["math"].forward(*qkv, causal=True, scale=0.25)
+        narrowed = KERNELS["math"].forward(*qkv, causal=True, spec=AttentionSpec.plain(16, 0.25))
     assert all(torch.equal(a, b) for a, b in zip(plain, narrowed, strict=True))
 
 
@@ -197,14 +199,14 @@ def test_kernels_are_asked_to_be_deterministic(as_before: None, monkeypatch: pyt
     package = SimpleNamespace(_flash_attn_bwd=lambda *args, **options: asked.append(options["deterministic"]) or args)
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", package)
     torch.use_deterministic_algorithms(True)
-    KERNELS["fa4"].backward(*[torch.zeros(1)] * 6, causal=True, scale=1.0)
+    KERNELS["fa4"].backward(*[torch.zeros(1)] * 6, causal=True, spec=AttentionSpec.plain(64))
     torch.use_deterministic_algorithms(False)
     with pytest.raises(KeyError, match="deterministic"):
-        KERNELS["fa4"].backward(*[torch.zeros(1)] * 6, causal=True, scale=1.0)
+        KERNELS["fa4"].backward(*[torch.zeros(1)] * 6, causal=True, spec=AttentionSpec.plain(64))
     assert asked == [True]
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    case = torch.device("cuda"), torch.bfloat16, 64
+    case = torch.device("cuda"), torch.bfloat16, AttentionSpec.plain(64)
     assert KERNELS["cudnn"].why_not(*case) is None
     torch.use_deterministic_algorithms(True)
     assert "not deterministic" in (KERNELS["cudnn"].why_not(*case) or "")
@@ -216,7 +218,7 @@ def test_kernels_of_nvidia_alone_are_passed_over_on_an_amd_gpu(monkeypatch: pyte
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.cute.interface", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(__version__="2.8.3"))
-    case = torch.device("cuda"), torch.bfloat16, 104
+    case = torch.device("cuda"), torch.bfloat16, AttentionSpec.plain(104)
     assert KERNELS["cudnn"].why_not(*case) is None
     monkeypatch.setattr(torch.version, "hip", "7.0.2")
     reasons = {name: kernel.why_not(*case) for name, kernel in KERNELS.items()}
@@ -234,5 +236,20 @@ def test_the_choice_is_made_again_for_deterministic_algorithms(
     with caplog.at_level("INFO", logger="hf_fpdt"):
         for on in (False, True):
             torch.use_deterministic_algorithms(on)
-            select_kernel("auto", torch.device("cpu"), torch.float32, 40)
+            select_kernel("auto", torch.device("cpu"), torch.float32, AttentionSpec.plain(40))
     assert len(caplog.records) == 2 and "deterministic" in caplog.messages[1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"window": 4}, "no sliding window"),
+        ({"softcap": 30.0}, "no softcap"),
+        ({"packed": True}, "no packed documents"),
+        ({"value_dim": 8}, "keys and values of one width, not 16 and 8"),
+    ],
+)
+def test_a_kernel_that_does_plain_attention_alone_says_so(asked: dict[str, Any], reason: str) -> None:
+    spec = replace(AttentionSpec.plain(16), **asked)
+    with pytest.raises(NotImplementedError, match=f"cpu: .*{reason}.*math: .*{reason}"):
+        select_kernel("auto", torch.device("cpu"), torch.float32, spec)

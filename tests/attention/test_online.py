@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import hf_fpdt.attention.online
+import hf_fpdt.engine.whole
 from hf_fpdt import attend_whole
 from hf_fpdt.attention import reference
 from hf_fpdt.attention.kernels.contract import MAX_ELEMENTS
@@ -33,7 +33,7 @@ def test_whole_attention_is_exact_in_rows(
 ) -> None:
     """The last query is aligned with the last key; rows of 128 queries make several of them."""
     small_rows = dataclasses.replace(KERNELS[kernel], row_tokens=128)
-    monkeypatch.setattr(hf_fpdt.attention, "select_kernel", lambda *_: small_rows)
+    monkeypatch.setattr(hf_fpdt.engine.whole, "select_kernel", lambda *_: small_rows)
     qkv = peaked_qkv(2, q_len, kv_len, *heads, 16, torch.float64)
     dout = torch.randn_like(qkv[0])
     ours = gradients(lambda *x: attend_whole(*x, scale=0.25), qkv, dout)

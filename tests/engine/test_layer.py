@@ -19,6 +19,7 @@ import hf_fpdt.engine.layer
 import hf_fpdt.engine.loss
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.attention.kernels.table import KERNELS
+from hf_fpdt.attention.spec import AttentionSpec
 from tests.helpers.support import assert_as_accurate, assert_rejects
 from tests.helpers.truth import in_double, loss_and_gradients, tiny, truth
 
@@ -170,7 +171,7 @@ def test_broken_variants_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
         def run() -> Results:
             with monkeypatch.context() as patch:
                 for name, value in changes.items():
-                    module = hf_fpdt.layer if hasattr(hf_fpdt.layer, name) else hf_fpdt.run
+                    module = hf_fpdt.engine.layer if hasattr(hf_fpdt.engine.layer, name) else hf_fpdt.engine.calls
                     patch.setattr(module, name, value)
                 return with_fpdt(model, ids, labels, chunk_tokens=16, kernel="math")
 
@@ -185,10 +186,13 @@ def test_broken_variants_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     def unmasked(*args: Any, **kwargs: Any) -> object:
         return [dataclasses.replace(s, causal=False) for s in spans(*args, **kwargs)]
 
+    def half(spec: AttentionSpec) -> AttentionSpec:
+        return dataclasses.replace(spec, scale=spec.scale / 2)
+
     half_scale = dataclasses.replace(
         KERNELS["math"],
-        forward=lambda *a, causal, scale: KERNELS["math"].forward(*a, causal=causal, scale=scale / 2),
-        backward=lambda *a, causal, scale: KERNELS["math"].backward(*a, causal=causal, scale=scale / 2),
+        forward=lambda *a, causal, spec: KERNELS["math"].forward(*a, causal=causal, spec=half(spec)),
+        backward=lambda *a, causal, spec: KERNELS["math"].backward(*a, causal=causal, spec=half(spec)),
     )
     check(broken())
     assert_rejects(
@@ -336,9 +340,9 @@ def test_everything_runs_on_the_gpu_of_its_tensors(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(torch.cuda, "device_of", Entered)
     for module, name in (
-        (hf_fpdt.attention, "forward_row"),
-        (hf_fpdt.run, "forward_row"),
-        (hf_fpdt.loss, "cross_entropy"),
+        (hf_fpdt.engine.whole, "forward_row"),
+        (hf_fpdt.engine.calls, "forward_row"),
+        (hf_fpdt.engine.loss, "cross_entropy"),
     ):
         monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
     model, ids = tiny("llama", attn_implementation="fpdt"), torch.randint(0, 64, (1, 40))

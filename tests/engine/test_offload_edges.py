@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-import hf_fpdt.engine.layer
 from hf_fpdt import FPDTPlugin, FPDTTrainer, apply_fpdt
+from hf_fpdt.engine import layer
 from hf_fpdt.memory.entries import DeviceEntry
 from hf_fpdt.memory.streamed_kv import HostMemory, _Entry
 from hf_fpdt.memory.transfers import Transfers
@@ -44,8 +44,8 @@ def test_too_little_memory_is_said_before_any_layer_runs(
     step(enough, data)
     assert handle.store.used_bytes()["pinned"] <= least
     ran: list[int] = []
-    on_chunk = hf_fpdt.engine.layer._on_chunk
-    monkeypatch.setattr(hf_fpdt.layer, "_on_chunk", lambda run, *args: ran.append(run.index) or on_chunk(run, *args))
+    on_chunk = layer._on_chunk
+    monkeypatch.setattr(layer, "_on_chunk", lambda run, *args: ran.append(run.index) or on_chunk(run, *args))
     short, handle = applied(model, **settings, host_budget_gib=(least - 1) / 2**30)
     with pytest.raises(MemoryError, match="Nothing was allocated") as refused:
         short(**data)

@@ -225,7 +225,7 @@ def raising_once(patch: pytest.MonkeyPatch, call: int, what: str) -> Any:
         return kernel
 
     with patch.context() as inner:
-        inner.setattr(hf_fpdt.run, "select_kernel", selected)
+        inner.setattr(hf_fpdt.engine.calls, "select_kernel", selected)
         yield
 
 

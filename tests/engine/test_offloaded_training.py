@@ -134,13 +134,13 @@ def test_broken_offload_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
         written.add(buffer.data_ptr())
         return to_host(self, source, buffer)
 
-    check(broken(hf_fpdt.layer, "_forward_again", again))
+    check(broken(hf_fpdt.engine.layer, "_forward_again", again))
     assert_rejects(
         check,
         {
-            "rebuilt with other masks": broken(hf_fpdt.layer, "_forward_again", other_masks),
+            "rebuilt with other masks": broken(hf_fpdt.engine.layer, "_forward_again", other_masks),
             "replayed with other masks": broken(RandomState, "restore", lambda _: None),
-            "a layer skipped in a rebuild": broken(hf_fpdt.layer, "_forward_again", skipped),
+            "a layer skipped in a rebuild": broken(hf_fpdt.engine.layer, "_forward_again", skipped),
             "sums of gradients not written back": broken(_Entry, "write", once),
             "a stale buffer": broken(Transfers, "to_host", stale),
         },

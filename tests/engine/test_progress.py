@@ -21,7 +21,8 @@ from tests.helpers.truth import tiny
 
 STEP = """
 import torch
-from hf_fpdt import FPDTPlugin, apply_fpdt, progress
+from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.engine import progress
 from tests.helpers.truth import tiny
 progress.SECONDS = 0
 model = tiny("llama", num_hidden_layers=4)
@@ -31,7 +32,7 @@ model(input_ids=ids, labels=ids).loss.backward()
 """
 TIMING = """
 import time
-from hf_fpdt import progress
+from hf_fpdt.engine import progress
 progress.SECONDS = 0.01
 line = progress.StepProgress(peak=989e12)
 line.begin(1e18)

@@ -25,7 +25,9 @@ ROOMS = MappingProxyType(
         "parallel": frozenset({"layout", "config"}),
         "memory": frozenset({"plan", "parallel", "layout", "config", "numerics", "units"}),
         "engine": frozenset({"memory", "attention", "parallel", "plan", "layout", "numerics"}),
-        "model": frozenset({"engine", "memory", "parallel", "forecast", "plan", "config", "layout", "units"}),
+        "model": frozenset(
+            {"engine", "memory", "attention", "parallel", "forecast", "plan", "config", "layout", "units"}
+        ),
         "training": frozenset({"model", "parallel", "plan", "config", "units"}),
         "commands": frozenset(
             {"training", "model", "engine", "memory", "parallel", "attention", "forecast", "plan", "layout"}

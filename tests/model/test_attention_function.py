@@ -239,7 +239,7 @@ def test_a_window_is_compared_with_the_whole_sequence(monkeypatch: pytest.Monkey
         mask = fpdt_mask(1, 20, 20, local_size=24)
     assert mask is not None and mask.is_meta
     layer, q = tiny().model.layers[0].self_attn, torch.ones(1, 4, 8, 8)
-    monkeypatch.setattr(hf_fpdt.interface, "current_call", lambda: Mock(n_tokens=37))
+    monkeypatch.setattr(hf_fpdt.model.attention_function, "current_call", lambda: Mock(n_tokens=37))
     with pytest.raises(NotImplementedError, match="sliding window of 24 over 37 keys"):
         fpdt_attention(layer, q, q, q, None, sliding_window=24)
 
@@ -283,7 +283,7 @@ def test_an_encoder_is_refused() -> None:
 
 
 def test_a_mask_that_would_fill_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_fpdt.interface, "MASK_BYTES_LIMIT", 100)
+    monkeypatch.setattr(hf_fpdt.model.attention_function, "MASK_BYTES_LIMIT", 100)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="Pad on the right, or shorten the input"):
         tiny(attention="fpdt")(tokens(1, 23), attention_mask=left_mask())
 
@@ -293,7 +293,7 @@ def test_a_window_whose_mask_was_not_made_is_refused_by_its_layer(why: str, monk
     """Also where no gradient flows: the mask has no storage, and nothing may compute with it."""
     model = tiny("mistral", attention="fpdt", sliding_window=8).requires_grad_(False)
     if why == "too large":
-        monkeypatch.setattr(hf_fpdt.interface, "MASK_BYTES_LIMIT", 100)
+        monkeypatch.setattr(hf_fpdt.model.attention_function, "MASK_BYTES_LIMIT", 100)
     with torch.set_grad_enabled(why == "gradients on"):
         for arguments in ({"use_cache": False}, {"use_cache": True}):
             with pytest.raises(NotImplementedError, match="sliding window of 8 over 23 keys"):

@@ -147,7 +147,7 @@ def test_gpu_a_model_of_twins_is_as_accurate_as_its_own_pieces(name: str) -> Non
     variants = {}
     for what, change in broken.items():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hf_fpdt.model, "load_liger", lambda change=change: replace(liger, **change))
+            patch.setattr(hf_fpdt.model.apply, "load_liger", lambda change=change: replace(liger, **change))
             variants[what] = with_fpdt(True)
     assert_rejects(check, variants)
 

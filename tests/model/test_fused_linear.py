@@ -212,7 +212,7 @@ def rows_through(model: Any, names: tuple[str, ...], step: Callable[[], object])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "linear", counted)
-        patch.setattr(hf_fpdt.linear, "linear", counted)
+        patch.setattr(hf_fpdt.model.fused_linear, "linear", counted)
         step()
     return rows
 

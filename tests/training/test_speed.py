@@ -157,7 +157,7 @@ def test_strict_mfu_is_the_models_operations_over_what_the_gpu_could(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peak = 1e9
-    monkeypatch.setattr("hf_fpdt.model.apply.device_peak", lambda: peak)
+    monkeypatch.setattr("hf_fpdt.training.speed.device_peak", lambda: peak)
     run, logs, collator = trained(tmp_path)
     model = run.model
     layer = sum(p.numel() for p in model.model.layers[0].parameters())

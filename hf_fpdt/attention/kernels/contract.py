@@ -1,4 +1,14 @@
-"""What an attention kernel is: its contract, and how it says why it cannot serve."""
+"""What an attention kernel is: one contract, and how it says why it cannot serve (paper section 4.2).
+
+    forward(q_BSNH, k_BTGH, v_BTGH, *, causal, spec) -> out_BSNH, lse_BNS
+    backward(dout_BSNH, q, k, v, out, lse_BNS, *, causal, spec) -> dq, dk, dv
+    why_not(device, dtype, spec) -> None where the kernel serves, else the reason it does not
+
+B batch, S queries, T keys, N query heads, G key/value heads (G divides N), H head dimension. `lse` is fp32 (float64
+for float64 inputs). `out` and `lse` given to `backward` are those of the whole row, merged over its calls; then the
+gradients of the calls add up to the row's. With `causal` the last query is aligned with the last key; a kernel whose
+`row_shape` is not "prefix" is only asked for causal with S = T.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +21,15 @@ import torch
 from torch import Tensor
 
 from ...layout import RowShape
+from ..spec import AttentionSpec
 
 aten = torch.ops.aten
-
-
 # Kernels index with 32 bits: one call may see at most this many elements of K (flash-attn issues 1841, 2611).
 MAX_ELEMENTS = 2**31 - 1
-
-
 NVIDIA_ALONE = "runs on NVIDIA GPUs alone"
-
-
 Forward = Callable[..., tuple[Tensor, Tensor]]
-
-
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-WhyNot = Callable[[torch.device, torch.dtype, int], "str | None"]
+WhyNot = Callable[[torch.device, torch.dtype, AttentionSpec], "str | None"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,19 @@ class Kernel:
     row_tokens: int = 32_768
 
 
+def why_not_plain(spec: AttentionSpec) -> str | None:
+    """Why a kernel that does plain causal attention alone cannot serve."""
+    if spec.window is not None:
+        return f"does no sliding window ({spec.window}) yet"
+    if spec.softcap is not None:
+        return f"does no softcap ({spec.softcap}) yet"
+    if spec.packed:
+        return "does no packed documents yet"
+    if spec.value_dim != spec.head_dim:
+        return f"takes keys and values of one width, not {spec.head_dim} and {spec.value_dim}"
+    return None
+
+
 def deterministic_argument() -> dict[str, bool]:
     """For kernels that have to be asked; PyTorch's own look for themselves."""
     return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
@@ -61,7 +75,7 @@ def import_or_none(name: str) -> ModuleType | None:
 
 
 def why_not_half_on_gpu(
-    device: torch.device, dtype: torch.dtype, head_dim: int, *, least_sm: int, most_dim: int, on_rocm: str | None
+    device: torch.device, dtype: torch.dtype, spec: AttentionSpec, *, least_sm: int, most_dim: int, on_rocm: str | None
 ) -> str | None:
     """Why a half-precision GPU kernel with these limits cannot serve.
 
@@ -74,8 +88,10 @@ def why_not_half_on_gpu(
         return f"{on_rocm} (this PyTorch is built for ROCm {torch.version.hip})"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {dtype}"
-    if head_dim % 8 or head_dim > most_dim:
-        return f"takes a head_dim that is a multiple of 8 and at most {most_dim}, not {head_dim}"
+    if spec.head_dim % 8 or spec.head_dim > most_dim:
+        return f"takes a head_dim that is a multiple of 8 and at most {most_dim}, not {spec.head_dim}"
+    if (reason := why_not_plain(spec)) is not None:
+        return reason
     major, minor = torch.cuda.get_device_capability()
     if major * 10 + minor < least_sm:
         return f"needs compute capability {least_sm / 10}, this GPU has {major}.{minor}"

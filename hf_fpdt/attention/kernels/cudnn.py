@@ -1,23 +1,25 @@
-"""cuDNN's attention through PyTorch's operators."""
+"""cuDNN's attention through PyTorch's operators; causal is top-left aligned.
+
+It builds a plan for each shape, so it is asked for few (pairs of chunks).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..spec import AttentionSpec
 from .contract import NVIDIA_ALONE, Kernel, aten, why_not_half_on_gpu
 
-# -- cudnn: builds a plan for each shape, so it is asked for few (pairs); causal is top-left aligned ------------------
 
-
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=spec.scale)
     return out.transpose(1, 2), lse.view(q.shape[:3])
 
 
 def _cudnn_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
     no_rng = torch.zeros((), dtype=torch.int64, device=q.device)
@@ -37,19 +39,19 @@ def _cudnn_backward(
         *lengths,
         0.0,
         causal,
-        scale=scale,
+        scale=spec.scale,
     )
     dq, dk, dv = (x.transpose(1, 2) for x in grads)
     return dq, dk, dv
 
 
-def _cudnn_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _cudnn_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
     # torch.backends.cudnn is there on ROCm too, and means MIOpen.
     if device.type == "cuda" and torch.version.hip is None and not torch.backends.cudnn.is_available():
         return "this PyTorch was built without cuDNN"
     if torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic, and deterministic algorithms are asked for"
-    return why_not_half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
+    return why_not_half_on_gpu(device, dtype, spec, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
 
 
 CUDNN = Kernel(

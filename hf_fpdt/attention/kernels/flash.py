@@ -1,36 +1,35 @@
-"""FlashAttention-2 as PyTorch has it."""
+"""FlashAttention-2 as PyTorch has it; causal is bottom-right aligned."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..spec import AttentionSpec
 from .contract import Kernel, aten, why_not_half_on_gpu
 
-# -- flash: FlashAttention-2 as PyTorch ships it; causal is bottom-right aligned --------------------------------------
 
-
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     lengths = (q.shape[1], k.shape[1])
-    out, lse, *_ = aten._flash_attention_forward(q, k, v, None, None, *lengths, 0.0, causal, False, scale=scale)
+    out, lse, *_ = aten._flash_attention_forward(q, k, v, None, None, *lengths, 0.0, causal, False, scale=spec.scale)
     return out, lse
 
 
 def _flash_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     lengths = (q.shape[1], k.shape[1])
     no_rng = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     dq, dk, dv = aten._flash_attention_backward(
-        dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, *no_rng, scale=scale
+        dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, *no_rng, scale=spec.scale
     )
     return dq, dk, dv
 
 
-def _flash_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def _flash_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
     # PyTorch runs AOTriton there: a row would read the keys of an earlier one, and nothing would say so.
     on_rocm = "aligns the causal mask with the first key on AMD GPUs, not with the last; install flash-attn"
-    return why_not_half_on_gpu(device, dtype, head_dim, least_sm=80, most_dim=256, on_rocm=on_rocm)
+    return why_not_half_on_gpu(device, dtype, spec, least_sm=80, most_dim=256, on_rocm=on_rocm)
 
 
 FLASH = Kernel(

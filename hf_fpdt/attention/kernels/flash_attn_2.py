@@ -1,4 +1,4 @@
-"""The flash-attn package, version 2."""
+"""The flash-attn package, version 2; causal is bottom-right aligned."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ import importlib
 import torch
 from torch import Tensor
 
+from ..spec import AttentionSpec
 from .contract import Kernel, import_or_none, why_not_half_on_gpu
 
-# -- flash-attn-2 and flash-attn-3: the packages of those names; causal is bottom-right aligned -----------------------
 
-
-def _fa2_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _fa2_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     fa2 = importlib.import_module("flash_attn.flash_attn_interface")
-    out, lse, *_ = fa2._flash_attn_forward(q, k, v, 0.0, scale, causal, -1, -1, 0.0, None, False)
+    out, lse, *_ = fa2._flash_attn_forward(q, k, v, 0.0, spec.scale, causal, -1, -1, 0.0, None, False)
     return out, lse
 
 
 def _fa2_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     fa2 = importlib.import_module("flash_attn.flash_attn_interface")
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     fa2._flash_attn_backward(
-        *(dout.contiguous(), q, k, v, out, lse, dq, dk, dv, 0.0, scale, causal, -1, -1, 0.0, None),
+        *(dout.contiguous(), q, k, v, out, lse, dq, dk, dv, 0.0, spec.scale, causal, -1, -1, 0.0, None),
         torch.are_deterministic_algorithms_enabled(),
     )
     return dq, dk, dv
 
 
-def _fa2_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    reason = why_not_half_on_gpu(device, dtype, head_dim, least_sm=80, most_dim=256, on_rocm=None)
+def _fa2_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
+    reason = why_not_half_on_gpu(device, dtype, spec, least_sm=80, most_dim=256, on_rocm=None)
     if reason is not None:
         return reason
     interface = import_or_none("flash_attn.flash_attn_interface")

@@ -1,4 +1,4 @@
-"""flash-attn-4 (CuTe DSL): the fastest on Hopper."""
+"""flash-attn-4 (CuTe DSL), the fastest on Hopper; causal is bottom-right aligned."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ import importlib
 import torch
 from torch import Tensor
 
+from ..spec import AttentionSpec
 from .contract import NVIDIA_ALONE, Kernel, deterministic_argument, import_or_none, why_not_half_on_gpu
 
-# -- fa4: flash-attn-4 (CuTe DSL); causal is bottom-right aligned -----------------------------------------------------
 
-
-def _fa4_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _fa4_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     fa4 = importlib.import_module("flash_attn.cute.interface")
-    out, lse, *_ = fa4._flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True)
+    out, lse, *_ = fa4._flash_attn_fwd(q, k, v, softmax_scale=spec.scale, causal=causal, return_lse=True)
     return out, lse
 
 
 def _fa4_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     fa4 = importlib.import_module("flash_attn.cute.interface")
     grads = fa4._flash_attn_bwd(
-        q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, **deterministic_argument()
+        q, k, v, out, dout, lse, softmax_scale=spec.scale, causal=causal, **deterministic_argument()
     )
     dq, dk, dv = grads[:3]
     return dq, dk, dv
 
 
-def _fa4_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    reason = why_not_half_on_gpu(device, dtype, head_dim, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
+def _fa4_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
+    reason = why_not_half_on_gpu(device, dtype, spec, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
     if reason is None and import_or_none("flash_attn.cute.interface") is None:
         return "the package flash-attn-4 is not installed (pip install flash-attn-4)"
     return reason

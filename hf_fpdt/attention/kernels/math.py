@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .contract import Kernel
-
-# -- math: plain PyTorch, any device and dtype; the twin the others are checked against -------------------------------
+from ..spec import AttentionSpec
+from .contract import Kernel, why_not_plain
 
 
 def _math_scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,33 +22,33 @@ def _math_scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> tuple[Tens
     return q_BSGRH, k.to(dtype), scores
 
 
-def _math_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _math_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        _, _, scores = _math_scores(q, k, causal, scale)
+        _, _, scores = _math_scores(q, k, causal, spec.scale)
         lse_BGRS = scores.logsumexp(-1)
         out = torch.einsum("bgrst,btgh->bsgrh", scores.softmax(-1), v.to(scores.dtype))
     return out.flatten(2, 3).to(q.dtype), lse_BGRS.flatten(1, 2)
 
 
 def _math_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        q_BSGRH, k_, scores = _math_scores(q, k, causal, scale)
+        q_BSGRH, k_, scores = _math_scores(q, k, causal, spec.scale)
         groups = (k.shape[2], -1)
         p = scores.sub_(lse.unflatten(1, groups).unsqueeze(-1)).exp_()
         do = dout.to(p.dtype).unflatten(2, groups)
         delta_BGRS = (do * out.to(p.dtype).unflatten(2, groups)).sum(-1).permute(0, 2, 3, 1)
         dv = torch.einsum("bgrst,bsgrh->btgh", p, do)
         dp = torch.einsum("bsgrh,btgh->bgrst", do, v.to(p.dtype))
-        ds = dp.sub_(delta_BGRS.unsqueeze(-1)).mul_(p).mul_(scale)
+        ds = dp.sub_(delta_BGRS.unsqueeze(-1)).mul_(p).mul_(spec.scale)
         dq = torch.einsum("bgrst,btgh->bsgrh", ds, k_).flatten(2, 3)
         dk = torch.einsum("bgrst,bsgrh->btgh", ds, q_BSGRH)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _math_why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    return None
+def _math_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
+    return why_not_plain(spec)
 
 
 MATH = Kernel(

@@ -1,4 +1,4 @@
-"""The table of attention kernels, and which one serves a call."""
+"""The table of attention kernels: one is chosen for a call, and never replaced in silence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 import torch
 
+from ..spec import AttentionSpec
 from .contract import Kernel
 from .cpu import CPU
 from .cudnn import CUDNN
@@ -20,25 +21,25 @@ from .math import MATH
 logger = logging.getLogger(__name__)
 
 
-def select_kernel(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
+def select_kernel(name: str, device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> Kernel:
     """The kernel called `name`, or with "auto" the first of the table that serves; logged once for each case.
 
     Raises:
         ValueError: `name` is not in the table.
         NotImplementedError: the named kernel, or every kernel, cannot serve; the reasons are in the message.
     """
-    return _select(name, device.type, dtype, head_dim, torch.are_deterministic_algorithms_enabled())
+    return _select(name, device.type, dtype, spec, torch.are_deterministic_algorithms_enabled())
 
 
 @functools.lru_cache
-def _select(name: str, device_type: str, dtype: torch.dtype, head_dim: int, deterministic: bool) -> Kernel:
+def _select(name: str, device_type: str, dtype: torch.dtype, spec: AttentionSpec, deterministic: bool) -> Kernel:
     device = torch.device(device_type)
-    case = f"{device_type}, {dtype}, head_dim {head_dim}{', deterministic' if deterministic else ''}"
+    case = f"{device_type}, {dtype}, head_dim {spec.head_dim}{', deterministic' if deterministic else ''}"
     if name != "auto" and name not in KERNELS:
         raise ValueError(f'kernel={name!r} is not known; "auto" or one of {", ".join(KERNELS)} is expected.')
     reasons: list[str] = []
     for kernel in KERNELS.values() if name == "auto" else (KERNELS[name],):
-        reason = kernel.why_not(device, dtype, head_dim)
+        reason = kernel.why_not(device, dtype, spec)
         if reason is None:
             logger.info("hf_fpdt: attention kernel %r for %s%s", kernel.name, case, _passed_over(reasons))
             return kernel
@@ -55,6 +56,4 @@ def _passed_over(reasons: list[str]) -> str:
 
 # "auto" takes the first that serves.
 _TABLE = (FLASH_ATTN_4, FLASH_ATTN_3, CUDNN, FLASH_ATTN_2, FLASH, CPU, MATH)
-
-
 KERNELS = MappingProxyType({kernel.name: kernel for kernel in _TABLE})

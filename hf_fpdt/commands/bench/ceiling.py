@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ...attention import select_kernel
+from ...attention import AttentionSpec, select_kernel
 from ...model import training_of
-from ...plan import BACKWARD_OPERATIONS, ModelSizes
-from ..measure import rate_of
+from ...plan import ModelSizes
+from ..measure import QueryRow, rate_of, row_rates
 from .figures import keys_of
 from .job import Job
 from .models import config_of
@@ -31,7 +31,7 @@ def measure_ceiling(job: Job) -> dict[str, Any]:
     sizes = training_of(config_of(job, most_layers=1), lora=False).model
     lengths = sorted({keys_of(n_tokens) for n_tokens in job.tokens})
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
-    kernel = select_kernel("auto", device, dtype, sizes.head_dim)
+    kernel = select_kernel("auto", device, dtype, AttentionSpec.plain(sizes.head_dim))
     attention = {str(keys): attention_rates(sizes, keys, device, dtype) for keys in lengths}
     return {
         "kernel": kernel.name,
@@ -45,18 +45,10 @@ def attention_rates(sizes: ModelSizes, keys: int, device: torch.device, dtype: t
 
     Where the kernel's causal masks are not aligned to the last key, every query sees every key; the rate is the same.
     """
-    kernel = select_kernel("auto", device, dtype, sizes.head_dim)
-    rows, causal = min(keys, ROW_TOKENS), kernel.row_shape == "prefix"
-    q, dout = (torch.randn(1, rows, sizes.q_heads, sizes.head_dim, device=device, dtype=dtype) for _ in range(2))
-    k, v = (torch.randn(1, keys, sizes.kv_heads, sizes.head_dim, device=device, dtype=dtype) for _ in range(2))
-    how: dict[str, Any] = {"causal": causal, "scale": sizes.head_dim**-0.5}
-    out, lse = kernel.forward(q, k, v, **how)
-    pairs = rows * keys - (rows * (rows - 1) // 2 if causal else 0)
-    operations = 4.0 * pairs * sizes.q_heads * sizes.head_dim
-    seconds = SECONDS[device.type]
-    forward = rate_of(operations, lambda: kernel.forward(q, k, v, **how), device, seconds)
-    again = BACKWARD_OPERATIONS * operations
-    return forward, rate_of(again, lambda: kernel.backward(dout, q, k, v, out, lse, **how), device, seconds)
+    kernel = select_kernel("auto", device, dtype, AttentionSpec.plain(sizes.head_dim))
+    queries, causal = min(keys, ROW_TOKENS), kernel.row_shape == "prefix"
+    row = QueryRow(sizes.q_heads, sizes.kv_heads, sizes.head_dim, queries, keys, causal)
+    return row_rates(kernel, row, device, dtype, SECONDS[device.type])
 
 
 def matmul_rate(sizes: ModelSizes, tokens: int, device: torch.device, dtype: torch.dtype) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...attention import KERNELS, attention, peaked_qkv
+from ...attention import KERNELS, AttentionSpec, attention, peaked_qkv
 from ...config import FPDTPlugin
 from ...engine import attend_whole
 from ...model import apply_fpdt, build_random
@@ -80,7 +80,7 @@ class Finding:
 
 def kernels_here(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
     """By kernel, why it cannot serve; None where it can. In the order in which "auto" looks."""
-    return {name: kernel.why_not(device, dtype, head_dim) for name, kernel in KERNELS.items()}
+    return {name: kernel.why_not(device, dtype, AttentionSpec.plain(head_dim)) for name, kernel in KERNELS.items()}
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
@@ -90,8 +90,8 @@ def training_dtype(device: torch.device) -> torch.dtype:
 
 def check_dtype(kernel: str, device: torch.device, head_dim: int) -> torch.dtype | None:
     """The widest dtype that the kernel takes, for errors stand out most there; None where it serves in none."""
-    takes = KERNELS[kernel].why_not
-    return next((t for t in (torch.float32, torch.bfloat16) if takes(device, t, head_dim) is None), None)
+    takes, spec = KERNELS[kernel].why_not, AttentionSpec.plain(head_dim)
+    return next((t for t in (torch.float32, torch.bfloat16) if takes(device, t, spec) is None), None)
 
 
 def worst_ratio(ours: Tensors, plain: Tensors, truth: Tensors) -> tuple[str, float]:

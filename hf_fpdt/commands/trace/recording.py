@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ...attention import select_kernel
+from ...attention import AttentionSpec, select_kernel
 from ...config import FPDTPlugin, resolve_chunk_tokens
 from ...model import LORA_RANK, apply_fpdt, build_random
 from ...parallel import SequenceParallelGroup, ShardingCollator, build_group
@@ -52,7 +52,7 @@ class Recording:
             LayersDiffer: the model's layers have heads of different sizes.
         """
         _, _, head_dim = attention_sizes(self.config.get_text_config())
-        return select_kernel(self.plugin.kernel, torch.device(DEVICE), DTYPE, head_dim).name
+        return select_kernel(self.plugin.kernel, torch.device(DEVICE), DTYPE, AttentionSpec.plain(head_dim)).name
 
     def about(self) -> dict[str, str]:
         """Title and conditions, for the file and the picture."""

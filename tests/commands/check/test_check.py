@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from hf_fpdt.attention import AttentionSpec
 from hf_fpdt.attention.kernels import table as kernels
 from hf_fpdt.commands.check import command as cli_check
 from hf_fpdt.commands.check.compare import FACTOR, TinyModel, check_attention, worst_ratio
@@ -115,7 +116,7 @@ def test_an_unsupported_model_ends_with_1_and_its_reason(
 def test_a_copy_that_does_not_run_is_no_reason_against_the_model(
     folder: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_fpdt.commands.check.tiny_config.VOCABULARY", 10**6)  # tokens that the copy does not know
+    monkeypatch.setattr("hf_fpdt.commands.check.compare.VOCABULARY", 10**6)  # tokens that the copy does not know
     status, out, _ = run(capsys, folder("llama", **GROUPED))
     assert status == 1 and "not supported" not in out and "nothing was compared" in out, out
 
@@ -124,8 +125,8 @@ def test_a_copy_that_does_not_run_is_no_reason_against_the_model(
 
 
 def wrong_scale(kernel: kernels.Kernel) -> kernels.Kernel:
-    def forward(*args: Any, scale: float, **kwargs: Any) -> Any:
-        return kernel.forward(*args, scale=1.05 * scale, **kwargs)
+    def forward(*args: Any, spec: AttentionSpec, **kwargs: Any) -> Any:
+        return kernel.forward(*args, spec=replace(spec, scale=1.05 * spec.scale), **kwargs)
 
     return replace(kernel, forward=forward)
 

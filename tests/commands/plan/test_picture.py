@@ -95,7 +95,7 @@ def test_mistakes_end_before_anything_is_looked_for(
     def missing() -> None:
         raise PictureError("matplotlib is not installed")
 
-    monkeypatch.setattr("hf_fpdt.commands.pictures.check_matplotlib", missing)
+    monkeypatch.setattr("hf_fpdt.commands.plan.command.check_matplotlib", missing)
     assert main(["plan", "--host-mem", "128", "--plot", str(tmp_path / "plan.png")]) == 2
     assert "not installed" in capsys.readouterr().err
     assert plan_picture.COLOURS.keys() >= {CHECKPOINTS}

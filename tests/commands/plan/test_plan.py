@@ -90,7 +90,7 @@ def test_without_a_length_it_finds_the_longest(tmp_path: Path, capsys: pytest.Ca
 def test_mistakes_end_with_status_2_and_without_a_traceback(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_fpdt.model.shapes.SHAPES", {"llama-8b": lambda: with_layers(llama_8b(), 2)})
+    monkeypatch.setattr("hf_fpdt.commands.options.SHAPES", {"llama-8b": lambda: with_layers(llama_8b(), 2)})
     try:
         status = main(["plan", *arguments])
     except SystemExit as ended:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 
 from hf_fpdt import FPDTPlugin
 from hf_fpdt.commands import main as cli
+from hf_fpdt.commands.pictures import PictureError
 from hf_fpdt.commands.trace import command as cli_trace
 from hf_fpdt.commands.trace import picture as trace_picture
 from hf_fpdt.commands.trace import recording
@@ -262,7 +263,7 @@ def test_columns_show_what_fills_most_of_them() -> None:
 
 def test_without_matplotlib_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(trace_picture.PictureError, match="pip install matplotlib"):
+    with pytest.raises(PictureError, match="pip install matplotlib"):
         trace_picture.draw([], tmp_path / "x.png", "title")
 
 
