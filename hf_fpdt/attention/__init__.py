@@ -2,6 +2,7 @@
 
 In reading order:
 
+    spec       what a call asks of attention
     online     one query row over a stream of K, V spans, merged
     kernels    the contract of a kernel, one file each, and the table
     reference  slow twins, for checks

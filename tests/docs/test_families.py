@@ -37,8 +37,8 @@ def test_an_exact_family_and_one_with_a_window() -> None:
 def test_a_family_that_is_trained_wrong_is_found(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernels.KERNELS["cpu"]
 
-    def forward(*args: Any, scale: float, **kwargs: Any) -> Any:
-        return right.forward(*args, scale=factor * scale, **kwargs)
+    def forward(*args: Any, spec: AttentionSpec, **kwargs: Any) -> Any:
+        return right.forward(*args, spec=replace(spec, scale=factor * spec.scale), **kwargs)
 
     table = {**kernels.KERNELS, "cpu": replace(right, forward=forward)}
     with monkeypatch.context() as patched:

@@ -52,6 +52,8 @@ MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "O
 LOOKING_CALLS = frozenset({"isinstance", "hasattr", "len", "all", "any", "set", "sorted", "min", "max", "sum"})
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
 HOT_PATH = ("attention", "memory", "engine", "model.fused", "model.fused_linear", "model.liger")
+# The tokenizers library raises the class Exception itself: caught there, and let go on where it is any other.
+PLAIN_EXCEPTIONS = frozenset({("commands.finetune.base_model", "_load_tokenizer")})
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
 

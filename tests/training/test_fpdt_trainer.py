@@ -20,8 +20,7 @@ from transformers import Trainer, TrainingArguments
 from hf_fpdt import FPDTPlugin, FPDTTrainer, FPDTTrainerMixin, ShardingCollator, apply_fpdt
 from hf_fpdt.model.apply import applied_settings
 from hf_fpdt.parallel.group import SequenceParallelGroup
-from hf_fpdt.trainer import _refused_options
-from hf_fpdt.training.trainer import _pad_token_id
+from hf_fpdt.training.trainer import _pad_token_id, refused_options
 from tests.helpers.models import tiny
 from tests.helpers.support import assert_rejects
 from tests.training.test_trainer import PadRight, text_rows
@@ -104,7 +103,7 @@ def test_compiling_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def options(**changes: Any) -> SimpleNamespace:
-    """What `_refused_options` reads of a trainer; nothing is refused without `changes`."""
+    """What `refused_options` reads of a trainer; nothing is refused without `changes`."""
     args: dict[str, Any] = {
         "label_smoothing_factor": 0.0,
         "use_liger_kernel": False,
@@ -143,7 +142,7 @@ CLASSIFIER = SimpleNamespace(get_output_embeddings=lambda: None)
 def test_single_options_are_refused_where_they_would_be_wrong(
     changes: dict[str, Any], sp_size: int, message: str | None
 ) -> None:
-    reasons = "; ".join(_refused_options(options(**changes), sp_size))
+    reasons = "; ".join(refused_options(options(**changes), sp_size))
     if message is None:
         assert not reasons
     else:

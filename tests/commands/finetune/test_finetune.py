@@ -489,9 +489,8 @@ def test_a_setting_in_the_environment_that_is_none_ends_in_one_line(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FPDT_HOST_BUDGET", "112")
-    test_a_mistake_ends_in_one_line_and_code_2(
-        [], ["FPDT_HOST_BUDGET", "FPDT_HOST_BUDGET_GIB is the nearest"], inputs, tmp_path, monkeypatch, capsys
-    )
+    words = ["FPDT_HOST_BUDGET", "FPDT_HOST_BUDGET_GIB is the nearest"]
+    assert_refused(arguments(inputs, tmp_path / "output"), words, capsys)
 
 
 def test_a_model_fpdt_cannot_run_is_refused_before_it_loads(

@@ -178,7 +178,7 @@ def test_a_mistake_in_the_file_is_one_line(text: str, words: list[str], tmp_path
         (["--checkpoints", "bogus"], ["checkpoints='bogus'"]),
         (["--sp_size", "0"], ["sp_size=0"]),
         (["--host_budget_gib", "much"], ["--host_budget_gib", "'much'"]),
-        (["--label_smoothing_factor", "0.1"], ["label_smoothing_factor needs whole logits; set it to 0"]),
+        (["--label_smoothing_factor", "0.1"], ["label_smoothing_factor needs whole logits", "set it to 0"]),
         (["--use_liger_kernel"], ["Liger's fused loss would replace FPDT's"]),
         (["--no_average_tokens_across_devices"], ["average_tokens_across_devices"]),
         (["--push_to_hub"], ["--push_to_hub", "hf upload"]),
@@ -231,7 +231,7 @@ def test_a_wheel_holds_what_the_commands_need(tmp_path: Path) -> None:
     assert (tmp_path / "site" / "hf_fpdt" / "commands" / "finetune" / "template.md").is_file()
     program = """
 import sys
-from hf_fpdt.cli import main
+from hf_fpdt.commands.main import main
 import hf_fpdt
 from hf_fpdt.commands.finetune import card
 for command in ("finetune", "eval"):
