@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 KERNEL_NAMES = ("auto", "fa4", "flash-attn-3", "flash-attn-2", "cudnn", "flash", "cpu", "math")
-
-
 CHECKPOINT_POLICIES = ("auto", "attention", "input", "segment")
 
 
@@ -211,11 +209,7 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 AUTO_CHUNK_TOKENS_GPU = 32_768
-
-
 AUTO_RANK_TOKENS_GPU = 8_192
-
-
 AUTO_CHUNK_TOKENS_CPU = 4_096
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 GIB = 2**30
-
-
 PAGE = 4096
 
 

@@ -63,12 +63,8 @@ def tokens_text(tokens: int) -> str:
 
 
 DEFAULT_SHAPE = "llama-8b"
-
-
 # What a model's own constructor raises of a configuration that it does not understand.
 _OF_CONSTRUCTORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
-
-
 PICTURE_ENDINGS = (".png", ".svg", ".pdf")
 
 

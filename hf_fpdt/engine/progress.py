@@ -15,8 +15,6 @@ from tqdm import tqdm
 from ..memory import Mark
 
 SECONDS = 0.5  # between two looks of the line
-
-
 FORMAT = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
 
 

@@ -32,27 +32,15 @@ from .replay_state import Autocast, RandomState, untouched_random_state
 
 # Two chunks, of 32 and of 16: multiples of 16, which products in 8 bits insist on.
 TRIAL_TOKENS, TRIAL_CHUNK_TOKENS = 48, 32
-
-
 # Draws until no token was routed to other experts by rounding alone, for the sake of weights' gradients.
 DRAWS = 5
-
-
 # Rounding, in units of the last place: errors are Euclidean norms over a token or a tensor, which average it.
 UNITS = 4.0
-
-
 # A weight's gradient is asked for no more than this share of the largest, by root mean square.
 SMALL = 1e-2
-
-
 # Models of wider weights have parts in fp32, and long sums.
 FP32_UNIT = 2.5e-5
-
-
 INPUT_SIZE, ADAPTER_SIZE = 0.3, 0.02
-
-
 DROPOUTS = frozenset(
     (functional.dropout, functional.alpha_dropout, functional.feature_alpha_dropout, torch.dropout, torch.dropout_)
 )

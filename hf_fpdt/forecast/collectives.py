@@ -15,11 +15,7 @@ from ..layout import Chunk, ChunkPlan
 
 # Four whole numbers (rows, tokens, sample, place) and their negatives; 8 bytes each.
 AGREEMENT_BYTES = 64
-
-
 LABEL_COUNT_BYTES = 8
-
-
 # Three budgets (device, host, files) and their negatives.
 BUDGETS_BYTES = 48
 

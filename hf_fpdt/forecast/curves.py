@@ -29,11 +29,7 @@ from ..units import GIB
 from .fit import Machines, PlannedStep, Training, longest
 
 WORKING, KV, CHECKPOINTS = "activations and gradients of a step", "K, V, dK, dV", "checkpoints"
-
-
 HOST_STEPS = 6  # lengths are looked for at so many amounts of host memory up to the given one, and as many beyond
-
-
 LEAST_HOST_GIB = 16
 
 

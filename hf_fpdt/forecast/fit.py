@@ -32,19 +32,11 @@ from .seconds import sharded_seconds, step_seconds, ulysses_seconds
 
 # Lengths are looked for in steps of this many tokens.
 STEP_TOKENS = 16_384
-
-
 MOST_TOKENS = 2**27
-
-
 # Of the memory that a machine is sold with, what its system shows.
 HOST_USABLE = 0.98
-
-
 # Of an element of a weight that trains under FSDP2: accelerate upcasts it, with its gradient and optimizer states.
 FP32_BYTES = 4
-
-
 # Buffers of NCCL's communicators, Ulysses' and DDP's, as seen on four GPUs of one host.
 NCCL_BYTES = int(1.3 * GIB)
 

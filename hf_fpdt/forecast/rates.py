@@ -13,8 +13,6 @@ from types import MappingProxyType
 # Of the data sheet of NVLink, what all-to-alls of 34 to 101 MB to one other GPU got between two H200 (240 to 300 GB/s
 # where neither waited for the other).
 NVLINK_SHARE = 0.6
-
-
 # Of the memory a GPU is sold with, what its driver, CUDA's context and the code of kernels leave no process.
 UNUSABLE_GIB = 1.8
 
@@ -60,8 +58,6 @@ _H100 = GPU(
     network=50e9,
     source="rates measured on one H100 with flash-attn-4; between GPUs by data sheets",
 )
-
-
 _A100 = GPU(
     name="A100 80GB",
     memory_gib=80 - UNUSABLE_GIB,
@@ -74,8 +70,6 @@ _A100 = GPU(
     network=25e9,
     source="derived from data sheets, not measured",
 )
-
-
 GPUS: Mapping[str, GPU] = MappingProxyType(
     {
         "h100": _H100,

@@ -11,11 +11,7 @@ from typing import Any
 from .rates import GPU
 
 FORMAT = 1
-
-
 HEAD_DIMS = (64, 128)
-
-
 _TEXTS, _ATTENTION = ("name", "source"), "attention"
 
 

@@ -20,13 +20,9 @@ from .rates import GPU
 
 # GPUs that NVLink joins; more of them are on several hosts, each GPU with a network card of its own.
 GPUS_A_HOST = 8
-
-
 # Passes over device memory for the copies around exchanges, each of which reads and writes: dq, dk, dv, which go back
 # to pieces together, are copied twice (N + 2 G of 6 N + 6 G heads: a fifth), all else once.
 COPY_PASSES = 2
-
-
 ORDER_PASSES = 1.2 * COPY_PASSES
 
 
@@ -92,17 +88,11 @@ def sharded_seconds(weights: ShardedWeights, kept: KeptLayers, gpu: GPU) -> tupl
 # Matrix products of a layer in a step, in forward passes of it: forward, replay, gradient of the inputs, K and V once
 # more; training every weight adds the gradients of the weights. A replay leaves out the products that nobody reads.
 ADAPTER_PASSES, FULL_PASSES = 3.14, 4.14
-
-
 # Passes of one layer's forward over device memory outside of matrix products, in hidden and intermediate sizes a
 # token, over Liger's kernels: with LoRA on every linear, and without adapters. The step makes so many times more.
 GATED_TRAFFIC, PLAIN_TRAFFIC, FULL_TRAFFIC, STEP_TRAFFIC = (24, 11), (34, 7), (14, 8), 3.48
-
-
 # A rebuilt input also makes its way to the store and back.
 REBUILD_TRAFFIC = 2
-
-
 # Of device memory, a logit: its value twice and its gradient; and where the head trains, for every weight of it and
 # every chunk of the loss, a gradient added to a sum in fp32.
 LOGIT_BYTES, HEAD_SUM_BYTES = 7, 12

@@ -19,8 +19,6 @@ from tqdm import tqdm
 from ..units import page_rounded
 
 REGION_BYTES = 4 * 2**30  # memory is pinned in parts of this size, so that progress shows
-
-
 NEVER_WRITTEN = 255  # NaN in every floating type: what nobody wrote shows
 
 

@@ -25,8 +25,6 @@ from .patch import is_patched, patch
 from .settings import Settings
 
 ROTARY = "apply_rotary_pos_emb"
-
-
 # Attention whose q and k come straight from a projection or a norm, so that nobody needs their values before rotation,
 # and the module of its rotary embedding.
 ATTENTIONS: tuple[tuple[Callable[..., Any], Any], ...] = (
@@ -36,11 +34,7 @@ ATTENTIONS: tuple[tuple[Callable[..., Any], Any], ...] = (
     (qwen3.Qwen3Attention.forward, qwen3),
     (neox.GPTNeoXAttention.forward, neox),
 )
-
-
 PROJECTIONS = ("q_proj", "k_proj", "query_key_value")
-
-
 REST = frozenset({"rest"})
 
 

@@ -38,12 +38,8 @@ from .settings import Settings
 # Who may put a forward of theirs in place of a model's: they call the model's own, and leave its loss alone. (Liger's,
 # which does not, has a reason of its own.)
 _WRAP_FORWARD = ("transformers.", "accelerate.", "torch.", "peft.", "trl.", "liger_kernel.", "hf_fpdt.")
-
-
 # TRL's has a head and a loss in chunks of its own, for calls with this argument.
 _TRLS_LOSS = "fused_lm_head"
-
-
 WHY_NOT_WHOLE = "the forward of {} does not run its base model as a whole; train it without apply_fpdt"
 
 

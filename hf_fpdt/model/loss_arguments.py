@@ -14,8 +14,6 @@ from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
 
 # Of the loss's parameters those that are heard here, and those that the model's forward fills.
 _HEARD = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
-
-
 _FILLED = ("logits", "vocab_size", "source", "input", "target", "kwargs")
 
 

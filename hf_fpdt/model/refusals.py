@@ -23,12 +23,8 @@ _REFUSED_WRAPPERS = (
 
 # Kinds of PEFT's layers, by the name of their package, that need the whole sequence or a whole forward pass.
 _SEQUENCE_TUNERS = ("lily", "poly")
-
-
 # What configurations, and a few modules, call the dropout of attention's weights.
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-
-
 # Transformers takes the frequencies of these from the largest position that it is given.
 _ROPE_BY_LENGTH = frozenset({"dynamic", "longrope"})
 

@@ -24,8 +24,6 @@ from transformers import (
 from ..plan import take_layers
 
 MAX_POSITIONS = 2 * 1024**2
-
-
 LORA_RANK = 16
 
 

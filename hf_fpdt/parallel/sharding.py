@@ -21,7 +21,6 @@ from .group import SequenceParallelGroup
 # What a sharded batch calls the number that tells whole samples apart.
 SAMPLE_KEY = "fpdt_sample"
 
-
 _ranks_of_batch: ContextVar[int] = ContextVar("fpdt_ranks_of_batch", default=1)
 
 

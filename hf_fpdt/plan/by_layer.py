@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 NEEDED_SIZES = ("hidden_size", "num_attention_heads", "vocab_size")
-
-
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 
 

@@ -16,12 +16,8 @@ from .sizes import KVBytes, LayerBytes, StepSizes
 from .tiers import STAGING_BUFFERS, Budgets, ExistingBuffers
 
 NO_LIMIT = 2**62
-
-
 # Left beside the arithmetic of the device's working set: fragments, libraries' workspaces.
 DEVICE_MARGIN = 1.10
-
-
 DEVICE_RESERVE = 1 * GIB
 
 

@@ -48,34 +48,21 @@ class LayerBytes:
 
 
 Phase = Literal["forward", "loss", "backward"]
-
-
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
-
 
 # Activations that one replayed chunk keeps at its peak, in elements a token: multiples of the hidden and of the
 # intermediate size, for MLPs with a gate and for plain ones; then the same over Liger's kernels. Measured in bfloat16
 # with LoRA on every linear.
 GATED_COPIES, PLAIN_COPIES = (14.5, 5.0), (11.0, 4.0)
-
-
 FUSED_GATED_COPIES, FUSED_PLAIN_COPIES = (5.0, 4.0), (6.5, 4.0)
-
-
 # The same in attention's backward, which is the peak where the MLP is narrow: multiples of the hidden size, of all
 # query heads and of all key and value heads. One model, 32 plain heads and every weight trained, held 17.4 hidden
 # sizes; the three shares are by counting tensors.
 ATTENTION_COPIES = (3.0, 7.0, 3.7)
-
-
 # On the device of what a chunk reads from elsewhere: its own input and attention output, and three reads ahead.
 CHECKPOINTS_UNDER_WAY = 5
-
-
 # Of streamed K, V, dK, dV: the diagonal, the chunk at hand, the one that comes; no more than there are.
 STREAMED_SETS = 3
-
-
 # Bytes a logit: as they are, in fp32, and the gradients of both; in the kernel as they are and their gradient alone.
 LOGIT_BYTES, FUSED_LOGIT_BYTES = 12, 4
 

@@ -20,24 +20,12 @@ from ..units import page_rounded
 
 # Reads under way at a time: one chunk's input, attention output and lse.
 LOOKAHEAD = 3
-
-
 # Pinned buffers between device and file: writes under way, and the reads above.
 STAGING_BUFFERS = 4 + LOOKAHEAD
-
-
 LONGER = 1.5
-
-
 T = TypeVar("T")
-
-
 Tier = Literal["device", "host", "disk"]
-
-
 Observer = Callable[[Literal["forward", "rebuild", "backward"], int, int], None]
-
-
 SOON: tuple[Tier, ...] = ("device", "host", "disk")
 
 

@@ -19,8 +19,6 @@ from .loaders import join_group, sharding_collator
 from .speed import TrainingSpeed
 
 _LOGITS = "whole logits (tokens x vocabulary), which FPDT does not make"
-
-
 _WHERE_THEY_FIT = "where they fit, train with transformers' Trainer on a model with apply_fpdt, sp_size=1"
 
 

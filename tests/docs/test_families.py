@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hf_fpdt.attention import AttentionSpec
 from hf_fpdt.attention.kernels import table as kernels
 from tests.helpers import app_support  # noqa: F401  puts scripts/docs on the path
 

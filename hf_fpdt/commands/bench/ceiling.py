@@ -16,8 +16,6 @@ from .job import Job
 from .models import config_of
 
 ROW_TOKENS = 32_768
-
-
 # A GPU's clock falls as it warms, and steps take minutes.
 SECONDS = MappingProxyType({"cuda": 2.0, "cpu": 0.05})
 

@@ -33,7 +33,6 @@ from .steps import measure
 
 PACKAGES = ("torch", "transformers", "peft", "flash-attn-4", "liger-kernel", "deepspeed")
 
-
 # The launcher takes a tenth of one to see that a process is gone, and then ends the others.
 LAUNCHER_S = 3.0
 

@@ -19,34 +19,18 @@ import psutil
 from .job import Job, Outcome
 
 CHILD = (sys.executable, "-m", "hf_fpdt.commands.bench.child")
-
-
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
-
-
 # A child may use these or not. Kernels of flash-attn-4 that one child compiled are the next one's too.
 ENVIRONMENT = MappingProxyType(
     {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}
 )
-
-
 OVER_THE_LIMIT = "over the limit"
-
-
 # What a traceback's last line says at most.
 REASON_LENGTH = 300
-
-
 # What torch's launcher says of the process that ended first; what it says before processes do, and after.
 FIRST_ENDED = re.compile(r"Root Cause \(first observed failure\).*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", re.DOTALL)
-
-
 LAUNCHER_WARNS = re.compile(r"\A.*^\*+$", re.DOTALL | re.MULTILINE)
-
-
 LAUNCHER_TELLS = re.compile(r"^.*torch/distributed/elastic.*\Z", re.DOTALL | re.MULTILINE)
-
-
 ENDING_S = 60
 
 

@@ -32,7 +32,6 @@ from .stacks.catalogue import STACKS
 
 LIMIT_S = 1800
 
-
 HELP = """\
 Measures training steps (forward, loss, backward, optimizer) of one model under several ways to train it ("stacks"),
 each stack and length in a process of its own, so that running out of memory is a line of the table and not its end.
@@ -45,8 +44,6 @@ read. Without a GPU it runs too, for small models; the columns that need one sta
 
 stacks:
 """
-
-
 EXAMPLES = """\
 examples:
   hf-fpdt bench --seq-len 32K 64K --stacks fpdt hf liger      Llama-3.1-8B's shape, LoRA, three stacks

@@ -13,8 +13,6 @@ from .job import Job, Outcome
 from .report import OK, Row
 
 Run = Callable[[Job], Outcome]
-
-
 # They cut nothing by --chunk-tokens.
 PEERS = frozenset({"hf", "liger", "hf-offload", "alst", "ring", "alst-sp"})
 
@@ -148,8 +146,6 @@ def _columns(rates: Rates | None) -> dict[str, Any]:
 
 
 UNIT = 1024
-
-
 MOST_TOKENS = 2**27
 
 

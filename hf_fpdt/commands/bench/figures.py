@@ -14,15 +14,10 @@ from ...plan import BACKWARD_OPERATIONS, ModelSizes, strict_flops
 
 # Keys beyond these change the kernel's rate by less than it varies.
 MOST_KEYS = 131_072
-
-
 # Passes of a layer's linears in a step that keeps only what it must: forward, forward again for the backward pass,
 # gradients of inputs; training every weight adds gradients of weights. The loss makes its gradients at once.
 LINEAR_PASSES = MappingProxyType({False: 3, True: 4})
-
-
 HEAD_PASSES = MappingProxyType({False: 2, True: 3})
-
 
 FORMULAS = """\
 strict MFU: S · (4·N + 6·L·S·H) operations with LoRA, S · (6·N + 6·L·S·H) in full (nothing twice, causal attention at

@@ -22,29 +22,16 @@ from .ranks import whole
 from .stacks.base import Pieces, Stack
 
 N_TOKENS = 1037
-
-
 IGNORED_TOKENS = 50
-
-
 LAYERS = 2
-
-
 PIECES = 4
-
-
 FACTOR = 2.0
-
-
 # Standard deviation of a matrix's outputs for inputs of one, and so of scores. With more, peaks grow, and rounding
 # grows faster: at 2, a scale that is wrong by 5 percent hides in what bfloat16 does to plain Hugging Face.
 GAIN = 1.0
-
-
 # No gradient is measured against less than this part of the largest one: where softmax does not see a bias, rounding
 # is all there is.
 LEAST_SIZE = 1e-3
-
 
 Results = Mapping[str, Tensor]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-
 # Columns of the table: what is in a row, the heading, how it is written.
 TABLE = (
     ("tokens_per_s", "tokens/s", ",.0f"),
@@ -24,12 +23,8 @@ TABLE = (
     ("peak_rss_gib", "process GiB", ".1f"),
     ("parity", "error / plain HF's", ".2f"),
 )
-
-
 # The table has it where there are several.
 GPUS = ("gpus", "GPUs", "d")
-
-
 # Of a CSV file, in this order; results first, conditions last.
 COLUMNS = (
     ("stack", "tokens", "result", "next")
@@ -39,8 +34,6 @@ COLUMNS = (
     + ("peak", "model", "layers", "trained", "dtype", "chunk_tokens", "held_gib", "gpu", "gpus")
     + ("host_memory_gib", "versions", "commit", "date")
 )
-
-
 CONDITIONS = (
     "model",
     "layers",
@@ -53,8 +46,6 @@ CONDITIONS = (
     "commit",
     "date",
 )
-
-
 OK = "ok"
 
 

@@ -48,8 +48,6 @@ at most twice those of plain attention. That takes seconds; of a model only the 
 
 Exit status: 0 served and right, 1 not (the reasons are printed), 2 the command was not given what it needs.
 """
-
-
 CHECK_EXAMPLES = """\
 examples:
   hf-fpdt check                                         this machine, with Llama-3.1-8B's shape
@@ -57,11 +55,7 @@ examples:
   hf-fpdt check --measure --rates gpu.json              also how fast the GPU is; keep that
   hf-fpdt plan --host-mem 128 --rates gpu.json          … and plan with it
 """
-
-
 NAME_WIDTH = 15
-
-
 Device = torch.device
 
 

@@ -24,33 +24,16 @@ from ...model import apply_fpdt, build_random
 from .tiny_config import VOCABULARY, shrunk
 
 FACTOR = 2.0
-
-
 SMALL = 1e-3  # no tensor is asked to be more exact than this share of the largest
-
-
 FEW = 16  # numbers: of fewer, only the error together with all others says something; the loss is the exception
-
-
 TINY = 1e-300
-
-
 LOSS = "loss"
-
-
 ATTENTION_TOKENS = 500
-
-
 TRAINING_TOKENS, CHUNK_TOKENS, LOSS_TOKENS = 150, 64, 40  # ragged chunks
-
-
 # Scores then have a standard deviation of a few units: a softmax with peaks.
 WEIGHT_GAIN, VECTOR_NOISE = 2.0, 0.1
 
-
 Tensors = Mapping[str, Tensor]
-
-
 Attend = Callable[..., Tensor]
 
 

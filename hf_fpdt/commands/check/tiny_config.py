@@ -13,23 +13,12 @@ from typing import Any
 from ...plan import layer_lists, layer_overrides, layer_sets, one_value, take_layers
 
 LAYERS, MOST_LAYERS = 2, 4
-
-
 # PLAIN_HEADS where each query head has its own key head; at most SHARED_KV_QUERIES query heads share one.
 KV_HEADS, PLAIN_HEADS, SHARED_KV_QUERIES = 2, 4, 8
-
-
 INTERMEDIATE, EXPERT_WIDTH = 192, 64
-
-
 EXPERTS, EXPERTS_A_TOKEN, EXPERT_GROUPS = 8, 2, 2
-
-
 VOCABULARY = 128
-
-
 WINDOW = 40
-
 
 # What smaller sizes are at most, by every name that transformers' configurations have for them.
 _AT_MOST: tuple[tuple[tuple[str, ...], int], ...] = (
@@ -42,12 +31,8 @@ _AT_MOST: tuple[tuple[tuple[str, ...], int], ...] = (
     (("sliding_window",), WINDOW),
     (("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
 )
-
-
 # In the names of settings that draw random numbers in training; with 0 they draw none.
 _RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")
-
-
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 

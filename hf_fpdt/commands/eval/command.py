@@ -14,8 +14,6 @@ DESCRIPTION = """\
 Loss at each position of held-out windows: is the far context readable, and is it used? Prints a table and writes
 loss_by_position.csv and .png to --output_dir.
 """
-
-
 EXAMPLES = """\
 Options may be written with underscores or dashes; --config FILE.yaml may give them too.
 
@@ -23,11 +21,7 @@ examples:
   hf-fpdt eval --model meta-llama/Llama-3.1-8B --data held_out.jsonl --max_length 64K --output_dir out/stock
   hf-fpdt eval --model out/books --data held_out.jsonl --max_length 64K --output_dir out/eval   an adapter's folder
 """
-
-
 USAGE = "%(prog)s --model NAME --data PATH [PATH ...] --output_dir FOLDER [options]"
-
-
 ALIASES = MappingProxyType({"--output_dir": ("--output",), "--data": ("--eval_data", "--eval-data")})
 
 

@@ -11,8 +11,6 @@ from ..pictures import check_matplotlib
 from .curves import Curve, position_bins
 
 COLOURS = ("#b23a2e", "#7a7f87", "#1f5fa8")
-
-
 FIRST_POSITION_SHOWN = 16
 
 

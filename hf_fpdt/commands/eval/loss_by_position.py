@@ -21,11 +21,7 @@ from ...parallel import SequenceParallelGroup, own_tokens
 from .curves import Curve
 
 LOGIT_SLICE_TOKENS = 1024
-
-
 IGNORED_LABEL = -100
-
-
 SECONDS_BETWEEN_REPORTS = 10.0
 
 

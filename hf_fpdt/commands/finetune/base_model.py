@@ -35,19 +35,11 @@ from ..options import UserMistake, one_line
 
 # In transformers' own order: the first that is there is loaded.
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-
-
 CANNOT_BE_LOADED = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
-
-
 # What sizes that do not fit together raise, such as a padding token beyond the vocabulary.
 CANNOT_BE_BUILT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
-
-
 # What a broken config.json or tokenizer.json raises, of what it holds in place of what is expected.
 CANNOT_BE_READ = (*CANNOT_BE_BUILT, ImportError, OSError, StrictDataclassError, ValueError)
-
-
 FETCH_AGAIN = "copy or download the weights again (a clone without git-lfs has none)"
 
 

@@ -9,10 +9,7 @@ from string import Template
 from typing import Any
 
 TEMPLATE = Path(__file__).resolve().with_name("template.md")
-
-
 PICTURE = "![Loss at each position of held-out windows, before and after]($name)\n\n"
-
 
 LOADING_ADAPTER = """\
 import hf_fpdt  # registers attn_implementation="fpdt"; without it, take "sdpa"
@@ -24,7 +21,6 @@ config = AutoConfig.from_pretrained(adapter)  # the base's config with the rotar
 model = AutoModelForCausalLM.from_pretrained("$base", config=config, attn_implementation="fpdt", dtype="$dtype")
 model = PeftModel.from_pretrained(model, adapter)
 tokenizer = AutoTokenizer.from_pretrained(adapter)"""
-
 
 LOADING_FULL = """\
 import hf_fpdt  # registers attn_implementation="fpdt"; without it, take "sdpa"

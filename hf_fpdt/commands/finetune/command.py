@@ -17,8 +17,6 @@ Documents longer than --max_length are cut into windows of that length. Shorter 
 are put one after another, each closed by an end-of-sequence token, until a window is full; attention is plain causal
 attention across them (masks between packed documents are not in this version).
 """
-
-
 EXAMPLES = """\
 Options may be written with underscores or dashes. The command line wins over --config, that over defaults.
 
@@ -27,8 +25,6 @@ examples:
   accelerate launch --num_processes 4 -m hf_fpdt.commands.finetune --config run.yaml --sp_size 4
   hf-fpdt finetune --config run.yaml --resume
 """
-
-
 USAGE = "%(prog)s --model NAME --data PATH [PATH ...] --output_dir FOLDER [options]"
 
 

@@ -21,8 +21,6 @@ from .rope import KINDS
 from .trainer_options import DEFAULTS, build_arguments, trainer_values
 
 DTYPES = MappingProxyType({"float32": torch.float32, "bfloat16": torch.bfloat16})
-
-
 WHAT_IS_READ = (
     "text and source files, tables (.jsonl, .ndjson, .json, .csv, .tsv, .parquet), each also as .gz, folders of "
     "these, or hub data sets"
@@ -147,8 +145,6 @@ GROUPS: MappingProxyType[str, Any] = MappingProxyType(
         "output": OutputOptions,
     }
 )
-
-
 PLUGIN_HELP: MappingProxyType[str, str] = MappingProxyType(
     {
         "sp_size": "processes that share each sequence; accelerate launch starts them",
@@ -163,8 +159,6 @@ PLUGIN_HELP: MappingProxyType[str, str] = MappingProxyType(
         "progress": "show a line inside long steps: yes or no",
     }
 )
-
-
 EVERY_TRAINER_FIELD = """\
 Every field of transformers.TrainingArguments is an option by its own name; --help-all shows them with the defaults
 of this command, which are not always those of transformers. The most used ones:
@@ -197,9 +191,9 @@ def _plugin_options() -> type:
     for plugin_field in fields(FPDTPlugin):
         name = plugin_field.name
         arguments: dict[str, Any] = {"metavar": name.rpartition("_")[2].upper()}
-        if name in ("fused", "progress"):
+        if plugin_field.type == "bool":
             arguments = {"metavar": "YES|NO", "nargs": "?", "const": "yes"}
-        made.append((name, str | None, option(None, PLUGIN_HELP.get(name, "see FPDTPlugin"), **arguments)))
+        made.append((name, str | None, option(None, PLUGIN_HELP.get(name, "see hf_fpdt.FPDTPlugin"), **arguments)))
     return dataclasses.make_dataclass("PluginOptions", made)
 
 

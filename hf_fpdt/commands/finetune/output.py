@@ -15,8 +15,6 @@ from ..options import UserMistake, one_line
 from .options import Options
 
 SETTINGS = "settings.json"
-
-
 # What a result follows from, but for how long is trained; where and how fast it is computed may change.
 OWN_SETTINGS = (
     "model",
@@ -27,31 +25,17 @@ OWN_SETTINGS = (
     "eval_data",
     "eval_fraction",
     "max_length",
-    "rope_scaling",
-) + ("rope_factor", "full", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-
-
+    "full",
+) + ("rope_scaling", "rope_factor", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 TRAINER_SETTINGS = (
-    (
-        "learning_rate",
-        "lr_scheduler_type",
-        "lr_scheduler_kwargs",
-        "warmup_steps",
-        "optim",
-        "optim_args",
-        "weight_decay",
-    )
-    + ("optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor")
+    ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args")
+    + ("optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "weight_decay")
     + ("neftune_noise_alpha", "seed", "data_seed", "bf16", "fp16", "train_sampling_strategy", "dataloader_drop_last")
 )
-
-
 LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-
-
 DATA_SETTINGS = ("documents", "tokens", "windows")
-
-
+# May change, and the learning rate then follows another schedule.
+LENGTHS = ("max_steps", "num_train_epochs")
 WINDOWS_A_STEP = "per_device_train_batch_size * gradient_accumulation_steps * processes / sp_size"
 
 
@@ -73,7 +57,7 @@ def check_output(options: Options) -> None:
         return  # the first process writes, and the others might find what it has written
     output = Path(options.trainer.output_dir)
     make_folder(output)
-    if options.resume:
+    if options.resume or _goes_on_in(output, options):
         return
     if any(output.iterdir()) and not options.overwrite:
         raise UserMistake(
@@ -84,6 +68,11 @@ def check_output(options: Options) -> None:
             f"--overwrite: {old} is of another run, and --resume could not tell it from this one's; remove the "
             "checkpoints, or give a new folder, or --resume to go on"
         )
+
+
+def _goes_on_in(output: Path, options: Options) -> bool:
+    named = options.trainer.resume_from_checkpoint
+    return bool(named) and Path(named).resolve().parent == output.resolve()
 
 
 def make_folder(folder: Path) -> None:
@@ -137,9 +126,22 @@ def check_data(checkpoint: Path, facts: Mapping[str, Any]) -> None:
         )
 
 
+def new_length(checkpoint: Path, options: Options) -> str | None:
+    """What to say of a run that is to be longer or shorter than it was started."""
+    kept = _read(checkpoint.parent / SETTINGS).get("length", {})
+    now = _lengths(options)
+    changed = [f"--{name} was {kept.get(name)}, is {now[name]}" for name in LENGTHS if kept.get(name) != now[name]]
+    return f"{', '.join(changed)}: the learning rate follows the new schedule from here on" if changed else None
+
+
+def _lengths(options: Options) -> dict[str, float]:
+    return {name: getattr(options.trainer, name) for name in LENGTHS}
+
+
 def write_settings(options: Options, facts: Mapping[str, Any]) -> None:
     """At the start, so that a run that ends early can be gone on with."""
-    content = {"settings": settings_of(options), "data": {name: facts[name] for name in DATA_SETTINGS}}
+    data = {name: facts[name] for name in DATA_SETTINGS}
+    content = {"settings": settings_of(options), "length": _lengths(options), "data": data}
     path = Path(options.trainer.output_dir) / SETTINGS
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

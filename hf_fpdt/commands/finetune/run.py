@@ -31,7 +31,7 @@ from .base_model import (
 from .data import Data, prepare_data
 from .facts import Outcome, report
 from .options import Options
-from .output import check_data, check_output, checkpoint_of, finished, write_settings
+from .output import check_data, check_output, checkpoint_of, finished, new_length, write_settings
 from .rope import RopePlan, apply_rope, beyond_reach, plan_rope
 from .steps import Progress, StepPrinter, quiet
 from .trainer_options import autocast_dtype, check_trainer
@@ -62,6 +62,8 @@ def run(options: Options) -> None:
     if checkpoint is not None and (reason := finished(checkpoint, options)):
         progress.say(reason)
         return
+    if checkpoint is not None and (changed := new_length(checkpoint, options)):
+        progress.say(changed)
     config, tokenizer = load_config_and_tokenizer(options.model)
     rope = plan_rope(config, options.rope_scaling, options.factor, options.max_length)
     if warning := beyond_reach(config, rope, options.max_length):

@@ -26,19 +26,11 @@ TEXT_SUFFIXES = frozenset(
     + (".py", ".pyi", ".js", ".ts", ".tsx", ".java", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".go", ".rs")
     + (".rb", ".php", ".sh", ".lua", ".jl", ".r", ".scala", ".kt", ".swift", ".pl", ".sql", ".lean", ".v", ".hs")
 )
-
-
 # In a folder these hold all sorts of things beside the data; .jsonl and .parquet are data.
 OFTEN_NO_DATA = frozenset((".json", ".csv", ".tsv"))
-
-
 # Not found, offline, gated, made by a script, of a split that it lacks.
 NO_HUB_DATA = (DatasetsError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError)
-
-
 REPLACED = "\N{REPLACEMENT CHARACTER}"
-
-
 Document = tuple[str, str]  # name, text
 
 

@@ -24,8 +24,6 @@ from ..options import UserMistake
 from .skipped import Skipped
 
 Row = tuple[int, dict[str, Any]]  # the number of its line or record, from 1, and its fields
-
-
 MOST_CHARACTERS = 2**31 - 1  # of a field in a .csv; Python's own limit is 131,072
 
 

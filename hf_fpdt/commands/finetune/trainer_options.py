@@ -44,23 +44,11 @@ DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
         "disable_tqdm": True,
     }
 )
-
-
 MAX_STEPS = 100
-
-
 MIN_LR_RATE = 0.1
-
-
 ALIASES = MappingProxyType({"--output_dir": ("--output",), "--max_steps": ("--steps",), "--learning_rate": ("--lr",)})
-
-
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-
-
 FROM_ZERO = ("warmup_steps", "weight_decay", "max_grad_norm")
-
-
 LARGEST_SEED = 2**32 - 1
 
 
@@ -99,12 +87,9 @@ def _check_numbers(values: dict[str, Any]) -> None:
         _check(name, values[name], lambda value: value >= 1, "a whole number from 1 up")
     for name in FROM_ZERO:
         _check(name, values[name], lambda value: 0 <= value < math.inf, "a number from 0 up")
-    _check(
-        "learning_rate", values["learning_rate"], lambda value: 0 < value < math.inf, "a number above 0, as in 2e-4"
-    )
-    _check(
-        "seed", values["seed"], lambda value: 0 <= value <= LARGEST_SEED, f"a whole number from 0 to {LARGEST_SEED}"
-    )
+    lr, seed = values["learning_rate"], values["seed"]
+    _check("learning_rate", lr, lambda value: 0 < value < math.inf, "a number above 0, as in 2e-4")
+    _check("seed", seed, lambda value: 0 <= value <= LARGEST_SEED, f"a whole number from 0 to {LARGEST_SEED}")
     steps, epochs = values["max_steps"], values["num_train_epochs"]
     _check("max_steps", steps, lambda value: value >= 1 or value == -1, "a whole number from 1 up")
     if steps == -1:

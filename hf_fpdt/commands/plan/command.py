@@ -60,8 +60,6 @@ steps of Llama, GPT-NeoX and Qwen3 shapes were within 5 % of them); for other GP
 With --rates they are those of your own GPU, as `hf-fpdt check --measure --rates FILE` found them. What several GPUs
 send each other is reckoned with NVLink inside hosts of eight and one network card for each GPU between hosts.
 """
-
-
 PLAN_EXAMPLES = """\
 examples:
   hf-fpdt plan --shape llama-8b --host-mem 128                       the longest sequence on one H100

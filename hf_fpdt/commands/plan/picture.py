@@ -23,17 +23,9 @@ COLOURS = MappingProxyType(
         CHECKPOINTS: "#0072B2",
     }
 )
-
-
 LIMIT, POINT = "#D55E00", "#009E73"
-
-
 SHOWN = 0.003  # of the memory there is: what is less would be a line too thin to see
-
-
 UNITS = ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
-
-
 SIZE_IN = (12.0, 6.6)
 
 

@@ -44,15 +44,9 @@ def as_json(found: PlannedStep, helps: Mapping[str, int], least: PlannedStep | N
 
 # Columns that the tables need: with fewer, rich would break numbers in two.
 WIDTH = 80
-
-
 # Less is not worth a line.
 SHOWN = 0.05 * GIB
-
-
 HOUR_S, HOURS_FROM_S = 3600, 7200
-
-
 STEP = ("a step", "tokens/s", "strict\nMFU", "copies\nunder it", "chunks x\ntokens", "K, V on\nthe GPU")
 
 

@@ -38,8 +38,6 @@ torchrun, all GPUs share the sequence, and what they send each other is drawn to
 
 Weights and tokens are random: the sizes are what matters, so of a model only the configuration is read.
 """
-
-
 TRACE_EXAMPLES = """\
 examples:
   hf-fpdt trace --seq-len 128K                        Llama-3.1-8B's shape, three layers, picture in trace.png

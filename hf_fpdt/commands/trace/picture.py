@@ -22,8 +22,6 @@ from .intervals import Interval, merged, outside
 from .timeline import COPY_NAMES, GAP_MS, KERNEL_CLASSES, Copies, Gap, Phase, Timeline, kernel_class
 
 INSIDE = "copies inside the device"
-
-
 # Of Okabe and Ito's colours, which colour-blind readers tell apart; their orange-red is kept for what is to be mended.
 COLOURS = MappingProxyType(
     {
@@ -36,40 +34,18 @@ COLOURS = MappingProxyType(
         "copy without computation": "#D55E00",
     }
 )
-
-
 INK, MUTED, RULE, EMPTY = "#1A1A1A", "#5A5F66", "#9AA0A8", "#F1F3F5"
-
-
 # Bottom and height.
 ROWS = MappingProxyType({"compute": (1.75, 1.0), "h2d": (0.9, 0.6), "d2h": (0.0, 0.6), "peers": (-0.9, 0.6)})
-
-
 # A column filled less stays empty.
 FLOORS = MappingProxyType({"compute": 0.5, "h2d": 0.02, "d2h": 0.02, "peers": 0.02})
-
-
 STRIP = (3.1, 0.3)  # the passes' names
-
-
 TOP = 3.5
-
-
 COLUMNS = 1459  # pixels of the axes at DPI
-
-
 DPI = 160
-
-
 WIDTH_IN, PANEL_IN, BETWEEN_IN, HEAD_IN, FOOT_IN = 12.0, 2.1, 1.2, 1.45, 1.0
-
-
 GAPS_MARKED, GAPS_NAMED = 60, 3
-
-
 CAPTION_LETTERS = 185
-
-
 NOTABLE = 0.01  # of the pass: copies that stand out of computation for longer are written in the warning colour
 
 

@@ -21,8 +21,6 @@ from ..conditions import commit, versions_of
 from .trace_file import metadata
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
-
-
 PACKAGES = ("hf_fpdt", "torch", "transformers", "peft", "flash-attn-4")
 
 

@@ -22,30 +22,15 @@ from types import MappingProxyType
 from .intervals import Interval, clipped, complement, merged, outside, total
 
 COPY_NAMES = MappingProxyType({"h2d": "host to device", "d2h": "device to host", "peers": "between GPUs"})
-
-
 KIND_NAMES = MappingProxyType({**COPY_NAMES, "d2d": "inside the device", "memset": "memset"})
-
-
 PHASE_PREFIXES = ("fpdt::forward ", "fpdt::backward ")  # the layer's name follows
-
-
 GAP_MS = 0.1
-
-
 GAPS_SHOWN = 5
-
 
 # In this order: a flash-attn-4 kernel has "cutlass" in its name too. cuDNN calls a backward kernel bprop.
 _ATTENTION = re.compile(r"flash|fmha|attention|attn|sdpa", re.IGNORECASE)
-
-
 _BACKWARD = re.compile(r"bwd|backward|bprop|cutlassB", re.IGNORECASE)
-
-
 _MATRIX_PRODUCT = re.compile(r"gemm|gemv|nvjet|xmma|cutlass|cublas|splitk|matmul", re.IGNORECASE)
-
-
 KERNEL_CLASSES = ("attention forward", "attention backward", "matrix products", "other kernels")
 
 

@@ -12,11 +12,7 @@ from .intervals import Interval
 from .timeline import Activity, Annotation, Launch, Message, Trace, TraceError
 
 DEVICE_CATEGORIES = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
-
-
 LAUNCH_CATEGORIES = frozenset({"cuda_runtime", "cuda_driver"})
-
-
 METADATA_KEY = "hf_fpdt"  # {"title": …, "conditions": …} beside the events, for the picture
 
 

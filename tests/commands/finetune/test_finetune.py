@@ -281,6 +281,7 @@ def test_checkpoints_of_another_run_are_not_mixed_with_this_ones(
 
 def test_resume_goes_on_from_the_last_checkpoint(full: Result, inputs: Inputs) -> None:
     resumed = finetuned(inputs, full.output, *YARN, *FULL, "--resume", "--steps", "3")
+    assert "--max_steps was 2, is 3: the learning rate follows the new schedule" in resumed.printed
     assert "training step 3 of 3" in resumed.printed and "training step 2 of 3" not in resumed.printed
 
 

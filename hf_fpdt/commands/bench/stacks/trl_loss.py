@@ -15,8 +15,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 256
-
-
 IGNORED = -100
 
 
