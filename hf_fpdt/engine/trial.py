@@ -6,6 +6,7 @@ itself is asked. Attention stands aside, each token attending to itself, and the
 
     gradients   of some tokens' outputs in all other tokens' inputs must be zero, to the bit
     values      of some tokens must stay what they are when all other tokens change
+    places      must not count: tokens that are shifted give the same outputs, shifted
     chunks      must give the outputs and gradients of the whole, within rounding
     buffers     must stay as they are: a chunk may not leave anything to the next one
 """
@@ -34,8 +35,11 @@ from .replay_state import Autocast, RandomState, untouched_random_state
 TRIAL_TOKENS, TRIAL_CHUNK_TOKENS = 48, 32
 # Draws until no token was routed to other experts by rounding alone, for the sake of weights' gradients.
 DRAWS = 5
-# Rounding, in units of the last place: errors are Euclidean norms over a token or a tensor, which average it.
-UNITS = 4.0
+# Rounding, in units of the last place: errors are Euclidean norms over a token or a tensor, which average it. A
+# product of as many rows gives a row nearly the same bits wherever it stands; one of other rows rounds throughout.
+UNITS, SAME_SHAPE_UNITS = 4.0, 0.25
+SHIFT = 7
+PLACES_COUNT = "in chunks it computes something else than as a whole: a token's place or their number counts"
 # A weight's gradient is asked for no more than this share of the largest, by root mean square.
 SMALL = 1e-2
 # Models of wider weights have parts in fp32, and long sums.
@@ -170,14 +174,16 @@ class _Trial:
         self.weights = [p for p in layer.parameters() if p.requires_grad]
         self.start = RandomState.now(self.device)
         self.generator = torch.Generator(self.device).manual_seed(0)
+        self.draws = False
         self.tolerance = UNITS * _unit(layer.parameters(), like_BSD)
 
     def why_not(self) -> str | None:
         """The first reason found."""
         before = Buffers(self.layer)
         try:
+            self.draws = self._draws()
             reason = self._why_not_alone()
-            for _ in range(DRAWS if reason is None and not self._draws() else 0):
+            for _ in range(DRAWS if reason is None and not self.draws else 0):
                 reason, clear = self._why_not_in_chunks()
                 if clear:
                     break
@@ -197,9 +203,9 @@ class _Trial:
         )
         return noise.mul_(INPUT_SIZE).to(self.dtype)
 
-    def run(self, x_BSD: Tensor, chunk: Chunk | None = None) -> Tensor:
+    def run(self, x_BSD: Tensor, chunk: Chunk | None = None, kwargs: Mapping[str, Any] | None = None) -> Tensor:
         """The layer's outputs; every run finds the same random state."""
-        kwargs = self.kwargs
+        kwargs = self.kwargs if kwargs is None else kwargs
         if chunk is not None:
             kwargs = {name: tokens_of(value, chunk, self.plan) for name, value in kwargs.items()}
         self.start.restore()
@@ -229,13 +235,30 @@ class _Trial:
         for kept in (half, ~half):
             changed = torch.where(kept[:, None], x, other)
             y_changed, crossing = self._gradient_across(changed, dy, kept)
-            off = _token_errors(y_changed, y)[kept] > self.tolerance
-            if crossing or bool(off.any()):
+            if crossing or self._differ(_token_errors(y_changed, y)[kept]):
                 return (
                     "what it computes for one token depends on other tokens beside those that attention reads"
                     f"{self._where(x, changed, kept)}"
                 )
-        return None
+        if self.draws:
+            return None  # by place
+        with torch.no_grad():
+            y_shifted = self.run(x.roll(SHIFT, 1), kwargs=self._shifted(self.kwargs)).roll(-SHIFT, 1)
+        return PLACES_COUNT if self._differ(_token_errors(y_shifted, y)) else None
+
+    def _differ(self, errors: Tensor) -> bool:
+        """Whether tokens of two runs on as many tokens each differ by more than rounding."""
+        unit = self.tolerance / UNITS
+        return bool((errors > self.tolerance).any() | ((errors > SAME_SHAPE_UNITS * unit).float().mean() > 0.25))
+
+    def _shifted(self, value: Any) -> Any:
+        """Arguments whose tokens stand elsewhere, as those of `tokens_of` are cut."""
+        if isinstance(value, Mapping):
+            return {name: self._shifted(item) for name, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._shifted(item) for item in value)
+        axis = min(1, value.dim() - 1) if isinstance(value, Tensor) and value.dim() else None
+        return value if axis is None or value.shape[axis] != self.plan.n_tokens else value.roll(SHIFT, axis)
 
     def _gradient_across(self, x: Tensor, dy: Tensor, rows: Tensor) -> tuple[Tensor, bool]:
         """Outputs, and whether those of `rows` have a gradient in the input of other tokens."""
@@ -281,7 +304,7 @@ class _Trial:
         if not bool(off.any()):
             return self._why_not_sums(sums, parts.totals()), True
         if any(bool(off[chunk.rank_slice].float().mean() > 0.5) for chunk in self.plan.chunks):
-            return "in chunks it computes something else than as a whole: a token's place or their number counts", True
+            return PLACES_COUNT, True
         return None, False
 
     def _step(self, x: Tensor, dy: Tensor, sums: GradientSums, chunk: Chunk | None = None) -> tuple[Tensor, Tensor]:
