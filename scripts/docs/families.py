@@ -20,7 +20,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -91,7 +93,8 @@ def _families(only: Sequence[str] | None) -> dict[str, str]:
 
 def _all_tried(families: dict[str, str], jobs: int) -> Iterator[Verdict]:
     """As they end, each in a process of its own: what a model does there ends nothing but that."""
-    waiting, running, began = list(families.items()), {}, time.perf_counter()
+    waiting, began = list(families.items()), time.perf_counter()
+    running: dict[Connection, tuple[tuple[str, str], ForkProcess]] = {}
     for count in range(1, len(families) + 1):
         while waiting and len(running) < jobs:
             family = waiting.pop(0)
@@ -100,7 +103,7 @@ def _all_tried(families: dict[str, str], jobs: int) -> Iterator[Verdict]:
             process.start()
             sender.close()
             running[receiver] = family, process
-        (receiver, *_) = wait(list(running))
+        receiver = cast(Connection, wait(list(running))[0])
         family, process = running.pop(receiver)
         try:
             verdict = receiver.recv()
