@@ -197,8 +197,8 @@ def test_kernels_are_asked_to_be_deterministic(as_before: None, monkeypatch: pyt
     """Of those that have to be asked; one that cannot is passed over."""
     asked: list[Any] = []
 
-    def backward(*args: Any, deterministic: bool, **options: Any) -> Any:
-        asked.append(deterministic)
+    def backward(*args: Any, **options: Any) -> Any:
+        asked.append(options["deterministic"])
         return args
 
     package = SimpleNamespace(_flash_attn_bwd=backward)
