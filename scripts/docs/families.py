@@ -34,8 +34,9 @@ FORK = get_context("fork")
 COMMAND = "python scripts/docs/families.py --write docs/families.md"
 # What stands in reasons and says nothing of a family.
 OF_ONE_CLASS = (
-    (r"^(FPDT cannot run \w+|\w+Error): (?=.)", ""),
-    (r"^fpdt: ", ""),
+    (r"^\w+Error: (?=.)", ""),
+    (r"^hf_fpdt: ", ""),
+    (r"^FPDT cannot run \w+: (?=.)", ""),
     (r"^layer \d+ \(\w+\) cannot be run in chunks: ", ""),
     (r"^layer \d+ \(\w+\)", "a layer"),
     (r'^attn_implementation="fpdt"( in \w+)?: ', ""),
