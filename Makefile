@@ -15,7 +15,7 @@ quick:
 	bash scripts/test.sh -m "not slow"
 
 style:
-	bash -c 'source scripts/env.sh dev && ruff check . && ruff format --check . && mypy hf_fpdt && python -m pytest -q tests/test_architecture.py tests/docs'
+	bash -c 'source scripts/env.sh dev && ruff check . && ruff format --check . && mypy && python -m pytest -q tests/test_architecture.py tests/docs'
 
 quickstart:
 	bash scripts/quickstart.sh

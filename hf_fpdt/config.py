@@ -74,7 +74,7 @@ def _from_env(name: str, parse: Any, default: Any) -> Any:
         try:
             return parse(text)
         except ValueError as error:
-            raise ValueError(f"The environment variable FPDT_{name} cannot be read: {error}") from None
+            raise ValueError(f"hf_fpdt: the environment variable FPDT_{name} cannot be read: {error}") from None
 
     return field(default_factory=read, metadata={"parse": parse})
 
@@ -154,8 +154,8 @@ def _check_environment(known: list[str]) -> None:
         if name.startswith("FPDT_") and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"The environment variable {name}={os.environ[name]!r} is no setting of FPDT; {nearest} is the "
-                f"nearest one. Rename or unset it; known are {', '.join(known)}."
+                f"hf_fpdt: the environment variable {name}={os.environ[name]!r} is no setting of FPDT; {nearest} is "
+                f"the nearest one. Rename or unset it; known are {', '.join(known)}."
             )
 
 

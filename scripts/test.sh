@@ -8,8 +8,8 @@ echo "[test] ruff check"
 ruff check .
 echo "[test] ruff format --check"
 ruff format --check .
-echo "[test] mypy hf_fpdt"
-mypy hf_fpdt
+echo "[test] mypy"
+mypy
 echo "[test] pytest"
 # Two workers: most tests keep one core busy. The last command, so that pytest's summary is the last line and its status
 # is the script's.

@@ -24,6 +24,7 @@ from tests.helpers.architecture import (
     docstrings,
     forbidden_words,
     function_lines,
+    messages,
     module_state,
     read_package,
     rooms,
@@ -218,6 +219,28 @@ def test_broad_except_flags(catch: str) -> None:
     plain = "def {}():\n    try:\n        pass\n    except Exception as error:\n        raise"
     assert not problems(broad_except, "commands.finetune.base_model", plain.format("_load_tokenizer"))
     assert problems(broad_except, "commands.finetune.base_model", plain.format("load_weights"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "raise ValueError('fpdt: two are too many')",
+        "raise ValueError(f'{name} is one too many')",
+        "raise ValueError('{} is one too many'.format(name))",
+        "raise OSError(errno.EIO, f'the file {name} ends early')",
+        "logger.warning('two are too many')",
+    ],
+)
+def test_messages_flag_what_does_not_say_who_speaks(source: str) -> None:
+    assert problems(messages, "memory.kv", source)
+    assert problems(messages, "engine.trial", f"def walk():\n    {source}")
+    assert not problems(messages, "engine.trial", f"def run():\n    {source}"), "a reason that another goes round"
+    assert not problems(messages, "commands.plan.command", source)
+
+
+def test_messages_may_name_the_package_or_the_call() -> None:
+    good = "raise ValueError(f'hf_fpdt: {a}')\nraise ValueError(f'FPDTPlugin({a}): no')\nraise\nraise found(3)"
+    assert not problems(messages, "config", good + "\nlogger.info('hf_fpdt: %s', 'x')\nprint('x')\nraise Stop")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,8 @@ def test_a_variable_of_no_field_is_refused_with_the_nearest(
     monkeypatch.setenv("HF_FPDT_COMMIT", "1234567")  # the project's own, and no setting
     assert FPDTPlugin().sp_size == 1
     monkeypatch.setenv(variable, "4")
-    for given in ({}, {"sp_size": 1}):
+    cases: tuple[dict[str, Any], ...] = ({}, {"sp_size": 1})
+    for given in cases:
         with pytest.raises(ValueError, match=f"{variable}='4' is no setting of FPDT; {nearest} is the nearest"):
             FPDTPlugin(**given)
 
@@ -156,13 +157,14 @@ def test_a_value_from_the_environment_is_checked_like_an_argument(monkeypatch: p
 
 
 def test_a_plugin_is_frozen_and_takes_keywords_only() -> None:
-    plugin: Any = FPDTPlugin()
+    make: Any = FPDTPlugin
+    plugin = make()
     with pytest.raises(dataclasses.FrozenInstanceError):
         plugin.sp_size = 2
     with pytest.raises((AttributeError, TypeError)):
         plugin.chunk_size = 2
     with pytest.raises(TypeError):
-        FPDTPlugin(2)  # type: ignore[misc]
+        make(2)
 
 
 def test_a_plugin_has_at_most_ten_fields() -> None:

@@ -78,7 +78,12 @@ def mistakes(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise UserMistake(" ".join(str(error).split())) from error
+        raise UserMistake(plain(error)) from error
+
+
+def plain(error: BaseException) -> str:
+    """What it says, in one line, without the package's name before it: a command has its own."""
+    return " ".join(str(error).split()).removeprefix("hf_fpdt: ")
 
 
 def check_settings() -> None:

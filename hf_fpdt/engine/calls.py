@@ -100,7 +100,7 @@ class AttentionCall(Call):
     def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, spec: AttentionSpec) -> Tensor:
         """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
         if self.qkv is not None:
-            raise RuntimeError(f"fpdt: {self.run.name} calls its attention function twice; it is not supported.")
+            raise RuntimeError(f"hf_fpdt: {self.run.name} calls its attention function twice; it is not supported.")
         self.qkv, self.spec = (q_BSNH, k_BSGH, v_BSGH), spec
         self.repeats = self.run.group.kv_repeats(q_BSNH.shape[2], k_BSGH.shape[2])
         with torch.no_grad():

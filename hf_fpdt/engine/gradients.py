@@ -65,7 +65,7 @@ class GradientSums:
             leaf = getattr(node, "variable", None)
             if leaf is not None and id(leaf) not in known:
                 raise RuntimeError(
-                    f"fpdt: a layer or the head computes with a tensor of shape {tuple(leaf.shape)} that wants a "
+                    f"hf_fpdt: a layer or the head computes with a tensor of shape {tuple(leaf.shape)} that wants a "
                     "gradient and is no parameter of it (a forward hook's?), so its gradient would be lost: make it a "
                     "parameter of one of the modules there."
                 )

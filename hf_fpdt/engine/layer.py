@@ -110,8 +110,8 @@ def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall) -
         y_BSD = hidden_states_of(run.forward(x_BSD, **kwargs))
     if call.qkv is None:
         raise RuntimeError(
-            f"fpdt: {run.name} never called its attention function this time, so cutting it in chunks is not exact; "
-            "models whose layers attend in another way are not supported."
+            f"hf_fpdt: {run.name} never called its attention function this time, so cutting it in chunks is not "
+            "exact; models whose layers attend in another way are not supported."
         )
     return y_BSD
 

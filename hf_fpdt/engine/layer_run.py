@@ -99,13 +99,14 @@ class LayerRun:
         """Raise RuntimeError unless the layer would compute in backward what it computed in forward with these."""
         if not all(map(operator.is_, self.parameters(), parameters)):
             raise RuntimeError(
-                f"fpdt: {self.name} has other weights now than in forward (torch.func.functional_call?), and backward "
-                "runs it again: call backward while they are in place, or copy their values into its parameters."
+                f"hf_fpdt: {self.name} has other weights now than in forward (torch.func.functional_call?), and "
+                "backward runs it again: call backward while they are in place, or copy their values into its "
+                "parameters."
             )
         if self.modes() != self._modes:
             raise RuntimeError(
-                f"fpdt: adapters or training mode of {self.name} changed between forward and backward, which runs the "
-                "layer again: call backward first (inside of disable_adapter(), before set_adapter() or eval())."
+                f"hf_fpdt: adapters or training mode of {self.name} changed between forward and backward, which runs "
+                "the layer again: call backward first (inside of disable_adapter(), before set_adapter() or eval())."
             )
 
     def advance(self, phase: WorkPhase, chunk: Chunk, *, attends: bool = True) -> None:

@@ -98,7 +98,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(
-                "The chunked loss frees its gradients as backward uses them: run the forward pass again."
+                "hf_fpdt: the chunked loss frees its gradients as backward uses them: run the forward pass again."
             )
         (d_hidden, sums), ctx.grads = ctx.grads, None
         totals = sums.totals(d_loss)

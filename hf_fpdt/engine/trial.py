@@ -190,7 +190,7 @@ class _Trial:
             # What was seen of outputs may come from a buffer, and says less.
             return before.changed() or reason
         except NotImplementedError as error:  # of the attention function, or of what stands in for it
-            return str(error).rstrip(".")
+            return str(error).removeprefix("hf_fpdt: ").rstrip(".")
         finally:
             before.restore()
 

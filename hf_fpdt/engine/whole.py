@@ -41,8 +41,9 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     fits = k.shape == v.shape and q.shape[::3] == k.shape[::3] and q.shape[2] % k.shape[2] == 0
     if not fits or q.shape[1] > k.shape[1]:
         raise ValueError(
-            f"fpdt attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} as [batch, tokens, heads, "
-            "head_dim]: k and v of one shape, query heads a multiple of key/value heads, no more queries than keys."
+            f"hf_fpdt: attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} as [batch, tokens, "
+            "heads, head_dim]: k and v of one shape, query heads a multiple of key/value heads, no more queries than "
+            "keys."
         )
 
 

@@ -185,7 +185,7 @@ def _entry(tiers: DeviceMemory, value: Tensor, name: str, place: Slot[Tensor], *
 def _no_room(nbytes: int, allocator: TierAllocator[Tensor]) -> str:
     pool = allocator.pool
     return (
-        f"fpdt: no room for {nbytes / GIB:.2f} GiB more of checkpoints: {allocator.used['device'] / GIB:.2f} of "
+        f"hf_fpdt: no room for {nbytes / GIB:.2f} GiB more of checkpoints: {allocator.used['device'] / GIB:.2f} of "
         f"{allocator.budgets.device / GIB:.2f} GiB are in use on the device, {pool.used_bytes / GIB:.2f} of "
         f"{pool.limit / GIB:.2f} GiB on the host. Passes whose backward pass has not run yet hold theirs: run it, or "
         "raise device_budget_gib, host_budget_gib or disk_dir."
@@ -247,8 +247,9 @@ class LayerCheckpoint:
         """
         if not self.holds(name, chunk):
             raise RuntimeError(
-                f"The checkpoint {name!r} of chunk {chunk.index} was used before: FPDT frees what a layer kept as its "
-                "backward pass goes, so one forward pass serves one backward pass. Run the forward pass again."
+                f"hf_fpdt: the checkpoint {name!r} of chunk {chunk.index} was used before: FPDT frees what a layer "
+                "kept as its backward pass goes, so one forward pass serves one backward pass. Run the forward pass "
+                "again."
             )
         return self._store.read(self._entries[name, chunk.index])
 

@@ -69,7 +69,7 @@ class DiskFile:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self._plain_file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115 (unlinked at once)
         except OSError as error:
-            why = f"disk_dir={folder} takes no file ({error.strerror}); name a folder you may write to."
+            why = f"hf_fpdt: disk_dir={folder} takes no file ({error.strerror}); name a folder you may write to."
             raise OSError(error.errno, why) from error
         self._direct_file = _open_direct(self._plain_file)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="fpdt-disk")
@@ -183,7 +183,7 @@ class DiskFile:
                     views[i], moved = view[moved:], max(0, moved - len(view))
         except OSError as error:
             what, left = f"{'write' if out else 'read'} {len(data)} bytes of checkpoints", free_bytes(self._folder)
-            why = f"cannot {what} in disk_dir={self._folder} ({error.strerror}), where {left} bytes are free"
+            why = f"hf_fpdt: cannot {what} in disk_dir={self._folder} ({error.strerror}), where {left} bytes are free"
             way = 'take another disk_dir, a larger device_budget_gib or host_budget_gib, or checkpoints="segment"'
             raise OSError(error.errno, f"{why}; {way}.") from error
         if not out:

@@ -49,8 +49,8 @@ class DeviceEntry:
         """The tensor; raises RuntimeError if it was changed."""
         if self._value._version != self._version:
             raise RuntimeError(
-                f"The checkpoint {self._name} was changed in place after the forward pass; its gradient would be "
-                "wrong. Change a copy instead."
+                f"hf_fpdt: the checkpoint {self._name} was changed in place after the forward pass; its gradient "
+                "would be wrong. Change a copy instead."
             )
         return self._value
 

@@ -26,7 +26,7 @@ class OneThread:
         thread = threading.current_thread().name
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
-                f"fpdt: this model is already running a step in another thread: {thread!r} came to {name} while "
+                f"hf_fpdt: this model is already running a step in another thread: {thread!r} came to {name} while "
                 f"{self._inside}. All layers share the memory of a step: run one step at a time, or give each thread "
                 "a model of its own. On several GPUs start one process each (accelerate launch), not nn.DataParallel."
             )

@@ -66,7 +66,7 @@ def _place(shelves: TierAllocator[Tensor], nbytes: int) -> Slot[Tensor]:
     place = shelves.place_kv(nbytes)
     if place is None:
         raise RuntimeError(
-            f"fpdt: no host memory is left for K and V: {nbytes / 2**20:.0f} MiB more are needed, and "
+            f"hf_fpdt: no host memory is left for K and V: {nbytes / 2**20:.0f} MiB more are needed, and "
             f"{shelves.kv_pool.used_bytes / 2**30:.1f} of {shelves.kv_pool.limit / 2**30:.1f} GiB are in use. Raise "
             "FPDTPlugin(host_budget_gib=...) or device_budget_gib, or train fewer sequences at once."
         )

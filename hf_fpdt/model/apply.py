@@ -62,22 +62,23 @@ def apply_fpdt(
     layers = decoder_layers(target)
     if applied_settings(target) is not None:
         raise RuntimeError(
-            f"FPDT is applied to this {type(target).__name__} already; call remove() on its handle first."
+            f"hf_fpdt: FPDT is applied to this {type(target).__name__} already; call remove() on its handle first."
         )
     if reasons := why_refused(target):
-        raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
+        raise NotImplementedError(f"hf_fpdt: FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
     group = build_group(plugin.sp_size) if group is None else group
     check_heads(attention_sizes(target.config.get_text_config())[0], group.size)
     if group.size > 1 and (reasons := why_not_shared(target) + unshared_loss_reasons(target)):
         raise NotImplementedError(
-            f"FPDT cannot run {type(target).__name__} with sp_size above 1: {'; '.join(reasons)}."
+            f"hf_fpdt: FPDT cannot run {type(target).__name__} with sp_size above 1: {'; '.join(reasons)}."
         )
     handle = FPDTHandle(target, layers, _settings(target, layers, plugin, group))
     try:
         try_layers(target)
     except NotImplementedError as error:
         handle.remove()
-        raise NotImplementedError(f"FPDT cannot run {type(target).__name__}: {error}") from error
+        why = str(error).removeprefix("hf_fpdt: ")
+        raise NotImplementedError(f"hf_fpdt: FPDT cannot run {type(target).__name__}: {why}") from error
     return handle
 
 
@@ -167,8 +168,8 @@ def has_fpdt(model: nn.Module, plugin: FPDTPlugin, group: SequenceParallelGroup)
     settings = applied_settings(model)
     if settings is not None and (settings.plugin != plugin or settings.group.size != group.size):
         raise ValueError(
-            f"FPDT is applied to this model with {settings.plugin}, but the batches would be cut for {plugin}: pass "
-            "the same fpdt_plugin, or leave apply_fpdt to what prepares the model."
+            f"hf_fpdt: FPDT is applied to this model with {settings.plugin}, but the batches would be cut for "
+            f"{plugin}: pass the same fpdt_plugin, or leave apply_fpdt to what prepares the model."
         )
     return settings is not None
 
@@ -178,8 +179,8 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     inner = unwrapped.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
-            f"apply_fpdt takes a transformers model (or a PEFT model around one), got {type(model).__name__}; apply "
-            "it before the model is wrapped by DDP or FSDP."
+            "hf_fpdt: apply_fpdt takes a transformers model (or a PEFT model around one), got "
+            f"{type(model).__name__}; apply it before the model is wrapped by DDP or FSDP."
         )
     return inner
 

@@ -63,8 +63,8 @@ def fpdt_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if key.shape[-1] != value.shape[-1]:
         raise NotImplementedError(
-            f'attn_implementation="{NAME}" in {type(module).__name__}: heads of {key.shape[-1]} for keys and of '
-            f'{value.shape[-1]} for values are not served by a kernel yet. Otherwise choose "sdpa" or "eager".'
+            f'hf_fpdt: attn_implementation="{NAME}" in {type(module).__name__}: heads of {key.shape[-1]} for keys and '
+            f'of {value.shape[-1]} for values are not served by a kernel yet. Otherwise choose "sdpa" or "eager".'
         )
     q_BSNH, k_BTGH, v_BTGH = (_at_autocast(x).transpose(1, 2) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -104,15 +104,16 @@ def _refuse(module: nn.Module, keys: int, mask: Tensor | None, dropout: float, k
         reason = "attention weights are never built; leave output_attentions off"
     if reason is not None:
         raise NotImplementedError(
-            f'attn_implementation="{NAME}" in {type(module).__name__}: {reason}. Otherwise choose "sdpa" or "eager".'
+            f'hf_fpdt: attn_implementation="{NAME}" in {type(module).__name__}: {reason}. Otherwise choose "sdpa" '
+            'or "eager".'
         )
 
 
 def _refuse_mask_in_training(mask: Tensor, *qkv: Tensor) -> None:
     if mask.is_meta or (torch.is_grad_enabled() and any(x.requires_grad for x in qkv)):
         raise NotImplementedError(
-            f'attn_implementation="{NAME}": an attention mask (left padding, a 4-D mask, packed documents) is not '
-            "supported in training; pad on the right with label -100 and pass no other mask."
+            f'hf_fpdt: attn_implementation="{NAME}": an attention mask (left padding, a 4-D mask, packed documents) '
+            "is not supported in training; pad on the right with label -100 and pass no other mask."
         )
 
 
@@ -152,7 +153,7 @@ def fpdt_mask(
         return _unusable(batch_size, q_length, kv_length)
     reason = _why_no_mask(attention_mask, allow_is_causal_skip and not window, needed)
     if reason is not None:
-        raise NotImplementedError(f'attn_implementation="{NAME}": {reason}')
+        raise NotImplementedError(f'hf_fpdt: attn_implementation="{NAME}": {reason}')
     kwargs |= {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask}
     # Never None from here: over a static cache SDPA means by it that the FIRST query is aligned with the first key.
     return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, **kwargs)

@@ -156,7 +156,7 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _check_router(config: Any, arguments: dict[str, Any]) -> None:
     if arguments.get("output_router_logits") or any(by_layer(config.get_text_config(), "output_router_logits")):
         raise NotImplementedError(
-            "fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False (TRL's "
+            "hf_fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False (TRL's "
             "trainers set it themselves: router_aux_loss_coef=0.0 in their config)."
         )
 
@@ -180,7 +180,7 @@ def _other_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = self._fpdt.forward(**arguments)
     if call.outputs is not None and _reads_padding(self, arguments, outputs, call):
         raise NotImplementedError(
-            f"fpdt: the head of {type(self).__name__} reads padding, whose hidden states are not those of a masked "
+            f"hf_fpdt: the head of {type(self).__name__} reads padding, whose hidden states are not those of a masked "
             "model: give rows of one length (a batch of one row needs no padding)."
         )
     settings.padding_tried = True
@@ -247,12 +247,14 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._fpdt.forward(**arguments)
     if self.loss_function is not ForCausalLMLoss:
         raise NotImplementedError(
-            "fpdt: the loss is computed in chunks, so a loss_function set on the model would not be called; call the "
-            "model without labels and compute the loss from its logits."
+            "hf_fpdt: the loss is computed in chunks, so a loss_function set on the model would not be called; call "
+            "the model without labels and compute the loss from its logits."
         )
     check_loss_arguments(arguments)
     if arguments.get("shift_labels") is None and self._fpdt.settings.group.size > 1:
-        raise ValueError("fpdt: with sp_size above 1 labels are shifted before they are cut: pass shift_labels too.")
+        raise ValueError(
+            "hf_fpdt: with sp_size above 1 labels are shifted before they are cut: pass shift_labels too."
+        )
     loss_arguments = {name: arguments.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
     ignore_index, kept = arguments.pop("ignore_index", -100), arguments.pop("logits_to_keep", None)
     as_tuple = arguments.pop("return_dict", self.config.return_dict) is False
@@ -263,7 +265,7 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     with _as_head_call(_HeadCall()) as call:
         outputs = self._fpdt.forward(**arguments)
     if call.outputs is None:
-        raise NotImplementedError(f"fpdt: {WHY_NOT_WHOLE.format(type(self).__name__)}.")
+        raise NotImplementedError(f"hf_fpdt: {WHY_NOT_WHOLE.format(type(self).__name__)}.")
 
     def logits_of(hidden: Tensor, **kept: int | Tensor) -> Tensor:
         """Logits of hidden states [B, S, D] by the model's own forward."""
@@ -321,8 +323,8 @@ def _loss(
     if any(hasattr(p, "placements") for child in heads for p in child.parameters()):
         # FSDP2 put them back as shards after the pass above; what computes the logits would be other tensors.
         raise NotImplementedError(
-            "fpdt: FSDP2 reshards the head as soon as it has run; wrap it with reshard_after_forward=False, or leave "
-            "it in the root's unit."
+            "hf_fpdt: FSDP2 reshards the head as soon as it has run; wrap it with reshard_after_forward=False, or "
+            "leave it in the root's unit."
         )
     head = Head(
         logits_of=logits_of,
@@ -345,6 +347,6 @@ def _check_padding(mask_BS: Tensor, targets_BS: Tensor, ignore_index: int) -> No
     on_the_right = (mask_BS == 0) & (mask_BS.cumsum(1) > 0)
     if bool((on_the_right & (targets_BS != ignore_index)).any()):
         raise ValueError(
-            f"fpdt: attention_mask marks tokens as padding whose labels count; set the labels of padding to "
+            f"hf_fpdt: attention_mask marks tokens as padding whose labels count; set the labels of padding to "
             f"{ignore_index} (a collator that pads labels does)."
         )

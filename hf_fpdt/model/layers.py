@@ -44,8 +44,8 @@ def check_stack(model: PreTrainedModel, settings: Settings) -> None:
         known = isinstance(layer, ChunkedLayer) and layer._fpdt_settings is settings
         if not known or (layer._fpdt_index != index and id(layer) not in seen):
             raise RuntimeError(
-                f"fpdt: layer {index} ({type(layer).__name__}) was put there after apply_fpdt, which knows nothing of "
-                "it: call remove() on the handle, then change the model, then apply_fpdt again."
+                f"hf_fpdt: layer {index} ({type(layer).__name__}) was put there after apply_fpdt, which knows nothing "
+                "of it: call remove() on the handle, then change the model, then apply_fpdt again."
             )
         seen.add(id(layer))
 
@@ -123,7 +123,7 @@ class ChunkedLayer(nn.Module):
         check_adapters(self, self._fpdt_name)
         reason = self._fpdt_settings.trials.check(self, functools.partial(raw, self), hidden, arguments)
         if reason is not None:
-            raise NotImplementedError(f"fpdt: {self._fpdt_name} cannot be run in chunks: {reason}.")
+            raise NotImplementedError(f"hf_fpdt: {self._fpdt_name} cannot be run in chunks: {reason}.")
         self._fpdt_looks.add(look)
 
 
@@ -151,7 +151,9 @@ def enter_layer(layer: Any, settings: Settings, index: int) -> None:
 
 def check_entered(layer: Any) -> None:
     if type(layer) is not _chunked_class(layer._fpdt_class):
-        raise RuntimeError(f"{layer._fpdt_name} was wrapped after apply_fpdt (FSDP2?); it cannot be restored now.")
+        raise RuntimeError(
+            f"hf_fpdt: {layer._fpdt_name} was wrapped after apply_fpdt (FSDP2?); it cannot be restored now."
+        )
 
 
 def leave_layer(layer: Any) -> None:
@@ -191,7 +193,8 @@ def _needs_whole_sequence(layer: nn.Module, arguments: dict[str, Any]) -> bool:
             return True
         if arguments[name].get_seq_length() > 0:
             raise NotImplementedError(
-                "fpdt: training behind a filled cache (prefix tuning?) is not supported; use LoRA or full fine-tuning."
+                "hf_fpdt: training behind a filled cache (prefix tuning?) is not supported; use LoRA or full "
+                "fine-tuning."
             )
     arguments |= _no_caches(arguments)
     return arguments.get("attention_mask") is not None and not torch.is_grad_enabled()
@@ -210,7 +213,7 @@ def _check_arguments(arguments: dict[str, Any], hidden: Tensor, name: str) -> No
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
             why = _why_not_sliced(key, tensor, n_tokens) if isinstance(tensor, Tensor) else None
             if why is not None:
-                raise NotImplementedError(f"fpdt: {name} got {key!r} of shape {tuple(tensor.shape)}: {why}")
+                raise NotImplementedError(f"hf_fpdt: {name} got {key!r} of shape {tuple(tensor.shape)}: {why}")
 
 
 def _why_not_sliced(key: str, value: Tensor, n_tokens: int) -> str | None:

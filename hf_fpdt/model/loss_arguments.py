@@ -37,7 +37,7 @@ def check_loss_arguments(arguments: dict[str, Any]) -> None:
     ]
     if unheard:
         raise NotImplementedError(
-            f"fpdt: the loss in chunks does not take {', '.join(unheard)}, only {', '.join(_HEARD)}: leave it out "
+            f"hf_fpdt: the loss in chunks does not take {', '.join(unheard)}, only {', '.join(_HEARD)}: leave it out "
             "(transformers' own loss may ignore it in silence), or call the model without labels and compute the loss "
             "from its logits, which are whole then (tokens x vocabulary)."
         )

@@ -52,8 +52,8 @@ def check_patched(module: Any) -> None:
     present = module.__dict__.get("forward")
     if not hasattr(getattr(present, "__func__", None), "_fpdt_patch"):
         raise RuntimeError(
-            f"{type(module).__name__}.forward was replaced after apply_fpdt (by accelerate, Liger, …); undo that "
-            "first, for accelerate by accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
+            f"hf_fpdt: {type(module).__name__}.forward was replaced after apply_fpdt (by accelerate, Liger, …); undo "
+            "that first, for accelerate by accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
         )
 
 

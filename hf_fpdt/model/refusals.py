@@ -75,7 +75,7 @@ def homes_of(forward: Any) -> set[str]:
 def check_adapters(layer: nn.Module, name: str) -> None:
     """Raise NotImplementedError where PEFT's adapters in a layer look at more tokens than one."""
     if reasons := _adapter_reasons([layer]):
-        raise NotImplementedError(f"fpdt: {name} cannot be run in chunks: {'; '.join(reasons)}.")
+        raise NotImplementedError(f"hf_fpdt: {name} cannot be run in chunks: {'; '.join(reasons)}.")
 
 
 def _registry_reasons(model: Any, layers: Sequence[nn.Module]) -> list[str]:

@@ -113,8 +113,8 @@ def check_heads(q_heads: int, sp_size: int) -> None:
     if q_heads % sp_size:
         divisors = [n for n in range(1, q_heads + 1) if q_heads % n == 0]
         raise ValueError(
-            f"sp_size={sp_size} does not divide the model's {q_heads} query heads, so ranks cannot share them; "
-            f"take one of {', '.join(map(str, divisors))}."
+            f"hf_fpdt: sp_size={sp_size} does not divide the model's {q_heads} query heads, so ranks cannot share "
+            f"them; take one of {', '.join(map(str, divisors))}."
         )
 
 
@@ -142,13 +142,13 @@ def build_group(sp_size: int) -> SequenceParallelGroup:
         return SequenceParallelGroup()
     if not dist.is_initialized():
         raise RuntimeError(
-            f"sp_size={sp_size} needs {sp_size} processes, but torch.distributed is not initialised: start the script "
-            "with accelerate launch or torchrun, or set sp_size=1."
+            f"hf_fpdt: sp_size={sp_size} needs {sp_size} processes, but torch.distributed is not initialised: start "
+            "the script with accelerate launch or torchrun, or set sp_size=1."
         )
     world = dist.get_world_size()
     if world % sp_size:
         raise ValueError(
-            f"sp_size={sp_size} does not divide the {world} processes of this job; start a multiple of it."
+            f"hf_fpdt: sp_size={sp_size} does not divide the {world} processes of this job; start a multiple of it."
         )
     own: Sequence[Any] = dist.new_subgroups_by_enumeration(
         [list(range(start, start + sp_size)) for start in range(0, world, sp_size)], timeout=GROUP_TIMEOUT

@@ -177,7 +177,7 @@ def check_shard(
     """
     if arguments.get("position_ids") is None or arguments.get("attention_mask") is not None:
         raise ValueError(
-            "fpdt: with sp_size above 1 the model takes a rank's part of a sequence, with position_ids and without "
+            "hf_fpdt: with sp_size above 1 the model takes a rank's part of a sequence, with position_ids and without "
             "attention_mask, as hf_fpdt.ShardingCollator makes it (FPDTTrainer and FPDTAccelerator use one). PEFT's "
             "prompt tuning drops position_ids: take LoRA."
         )
@@ -193,13 +193,13 @@ def check_shard(
     batches, lengths, samples, places = group.extremes(torch.cat([sizes, torch.stack([sample, in_place.long()])]))
     if any(low != high for low, high in (batches, lengths, samples)):
         raise ValueError(
-            "fpdt: the ranks of a sequence-parallel group got different samples (rows {}..{}, tokens a rank "
+            "hf_fpdt: the ranks of a sequence-parallel group got different samples (rows {}..{}, tokens a rank "
             "{}..{}); they must read the same: shuffle and augment with the same seed on all of them.".format(
                 *batches, *lengths
             )
         )
     if not places[0]:
         raise ValueError(
-            f"fpdt: position_ids are not those of a rank's part of a sequence cut in chunks of {plan.chunk_tokens} "
+            f"hf_fpdt: position_ids are not those of a rank's part of a sequence cut in chunks of {plan.chunk_tokens} "
             f"tokens over {group.size} ranks; let ShardingCollator cut it, with the plugin that the model has."
         )

@@ -109,7 +109,7 @@ def _too_much(policy: str, step: StepSizes, layers: int, budgets: Budgets, kv: K
     on_host = f"; of it {_gib(kv.host_bytes + staging)} on the host, whatever files hold" if staging else ""
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(budgets).items() if size or name != "disk")
     return (
-        f"FPDT cannot keep what the backward pass of {step.plan.n_tokens:,} tokens needs. Needed: "
+        f"hf_fpdt: FPDT cannot keep what the backward pass of {step.plan.n_tokens:,} tokens needs. Needed: "
         f"{_gib(needed)} for checkpoints={policy!r} ({layers} layers; one layer's input {_gib(sizes.input_total)}, "
         f"its attention output {_gib(sizes.attention_total)}) and {_gib(kv.device_bytes + kv.host_bytes)} for K, V "
         f"and their gradients{on_host}. There: {parts}, together {_gib(budgets.total)}. Nothing was allocated. Ways "

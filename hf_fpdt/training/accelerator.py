@@ -80,7 +80,7 @@ class FPDTAccelerator(Accelerator):
         """
         if self.fpdt_group.size > 1:
             raise NotImplementedError(
-                "fpdt: gather_for_metrics would drop ranks' parts of the last samples; take "
+                "hf_fpdt: gather_for_metrics would drop ranks' parts of the last samples; take "
                 "accelerator.reduce(loss, 'mean') of each batch."
             )
         return super().gather_for_metrics(input_data, *args, **kwargs)

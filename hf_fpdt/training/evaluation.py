@@ -41,8 +41,9 @@ class Evaluation:
         labels = [name for name in names if inputs.get(name) is not None]
         if not labels:
             raise NotImplementedError(
-                f"fpdt: {self.rows} rows do not divide into whole batches on {self.ranks} ranks, and what fills them "
-                "up cannot be left out of a loss without labels: evaluate on a multiple of ranks times batch size."
+                f"hf_fpdt: {self.rows} rows do not divide into whole batches on {self.ranks} ranks, and what fills "
+                "them up cannot be left out of a loss without labels: evaluate on a multiple of ranks times batch "
+                "size."
             )
         for name in labels:
             inputs[name] = inputs[name].clone()

@@ -30,7 +30,7 @@ def join_group(
     """
     reasons = _refused_options(accelerator)
     if reasons:
-        raise NotImplementedError(f"FPDT cannot run under this Accelerator: {'; '.join(reasons)}.")
+        raise NotImplementedError(f"hf_fpdt: FPDT cannot run under this Accelerator: {'; '.join(reasons)}.")
     if group is None:
         group = build_group(plugin.sp_size)
     accelerator.dataloader_config.dispatch_batches = False  # the main process would send other samples to every rank
@@ -93,8 +93,8 @@ def sharding_collator(inner: Any, plugin: FPDTPlugin, group: SequenceParallelGro
     if isinstance(inner, ShardingCollator):
         if (theirs := (inner.sp_size, inner.rank, inner.chunk_tokens)) != cut:
             raise ValueError(
-                f"The loader's ShardingCollator cuts for (sp_size, rank, chunk_tokens) = {theirs}, but the model of "
-                f"this process takes {cut}: pass the inner collator, it is wrapped for you."
+                f"hf_fpdt: the loader's ShardingCollator cuts for (sp_size, rank, chunk_tokens) = {theirs}, but the "
+                f"model of this process takes {cut}: pass the inner collator, it is wrapped for you."
             )
         return inner
     return inner if group.size == 1 else ShardingCollator(inner, *cut, **more)

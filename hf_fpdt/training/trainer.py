@@ -50,7 +50,7 @@ class FPDTTrainerMixin:
         trainer: Any = self
         reasons = refused_options(trainer, self.fpdt_group.size)
         if reasons:
-            raise NotImplementedError(f"FPDT cannot run this Trainer: {'; '.join(reasons)}.")
+            raise NotImplementedError(f"hf_fpdt: FPDT cannot run this Trainer: {'; '.join(reasons)}.")
         if not has_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group):
             self.fpdt_handle = apply_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group)
         trainer.data_collator = sharding_collator(
@@ -183,7 +183,7 @@ class FPDTTrainerMixin:
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if loss is None and self.fpdt_group.size > 1:
             raise NotImplementedError(
-                "fpdt: predict() without labels gives logits, which are cut over ranks: set sp_size=1."
+                "hf_fpdt: predict() without labels gives logits, which are cut over ranks: set sp_size=1."
             )
         if loss is not None:
             loss = self.fpdt_group.sum(loss) / self.fpdt_group.size

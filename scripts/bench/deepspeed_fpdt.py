@@ -45,7 +45,8 @@ class DeepSpeedFpdt(Stack):
         group = one_process_group(base.device.type)
         chunk = pieces.tokens(pieces.chunk_tokens or CHUNK_TOKENS)
         for layer in decoder_layers(base):
-            layer.self_attn.forward = partial(attend, fpdt, group, chunk, layer.self_attn)
+            attention: Any = layer.self_attn
+            attention.forward = partial(attend, fpdt, group, chunk, attention)
 
     def warm_up_tokens(self, pieces: Pieces) -> int:
         return 2 * (pieces.chunk_tokens or CHUNK_TOKENS)

@@ -105,7 +105,8 @@ def measure(name: str, make: Callable[[], Any], draws: int) -> None:
         draw_again(decoder_layers(handle.model)[0])
         handle._settings.trials.passed.clear()
         for layer in decoder_layers(handle.model):
-            layer._fpdt_looks.clear()
+            looks: Any = layer._fpdt_looks
+            looks.clear()
         began = clock()
         try_layers(handle.model)
         spent.append(clock() - began)

@@ -20,7 +20,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -32,8 +34,9 @@ FORK = get_context("fork")
 COMMAND = "python scripts/docs/families.py --write docs/families.md"
 # What stands in reasons and says nothing of a family.
 OF_ONE_CLASS = (
-    (r"^(FPDT cannot run \w+|\w+Error): (?=.)", ""),
-    (r"^fpdt: ", ""),
+    (r"^\w+Error: (?=.)", ""),
+    (r"^hf_fpdt: ", ""),
+    (r"^FPDT cannot run \w+: (?=.)", ""),
     (r"^layer \d+ \(\w+\) cannot be run in chunks: ", ""),
     (r"^layer \d+ \(\w+\)", "a layer"),
     (r'^attn_implementation="fpdt"( in \w+)?: ', ""),
@@ -91,7 +94,8 @@ def _families(only: Sequence[str] | None) -> dict[str, str]:
 
 def _all_tried(families: dict[str, str], jobs: int) -> Iterator[Verdict]:
     """As they end, each in a process of its own: what a model does there ends nothing but that."""
-    waiting, running, began = list(families.items()), {}, time.perf_counter()
+    waiting, began = list(families.items()), time.perf_counter()
+    running: dict[Connection, tuple[tuple[str, str], ForkProcess]] = {}
     for count in range(1, len(families) + 1):
         while waiting and len(running) < jobs:
             family = waiting.pop(0)
@@ -100,7 +104,7 @@ def _all_tried(families: dict[str, str], jobs: int) -> Iterator[Verdict]:
             process.start()
             sender.close()
             running[receiver] = family, process
-        (receiver, *_) = wait(list(running))
+        receiver = cast(Connection, wait(list(running))[0])
         family, process = running.pop(receiver)
         try:
             verdict = receiver.recv()

@@ -180,10 +180,10 @@ def _compared_in(verdict: Verdict, config: Any, dtype: torch.dtype) -> Verdict:
     except Exception as error:
         late = LATE if isinstance(error, (NotImplementedError, RuntimeError)) else ERROR
         return replace(verdict, verdict=late, reasons=(_said(error),))
-    name, error = worst_error(ours, truth)
-    if error <= TOLERANCES[dtype]:
-        return replace(verdict, verdict=EXACT, error=error)
-    return replace(verdict, verdict=WRONG, error=error, reasons=(f"relative error {error:.1e} in {name}",))
+    name, worst = worst_error(ours, truth)
+    if worst <= TOLERANCES[dtype]:
+        return replace(verdict, verdict=EXACT, error=worst)
+    return replace(verdict, verdict=WRONG, error=worst, reasons=(f"relative error {worst:.1e} in {name}",))
 
 
 # -- the model --------------------------------------------------------------------------------------------------------

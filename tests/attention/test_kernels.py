@@ -37,9 +37,9 @@ def truth(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, scale: float, dtype: to
 def naive_results(qkv: Qkv, dout: Tensor, scale: float, exact: list[Tensor]) -> list[Tensor]:
     """Per tensor, the less accurate of the two ways a user has in this dtype: softmax by hand, and SDPA."""
     by_hand = truth(*qkv, dout, scale, qkv[0].dtype)
-    leaves = [x.detach().transpose(1, 2).requires_grad_() for x in qkv]
-    out = scaled_dot_product_attention(*leaves, is_causal=True, scale=scale, enable_gqa=True)
-    grads = torch.autograd.grad(out, leaves, dout.transpose(1, 2))
+    q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in qkv)
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    grads = torch.autograd.grad(out, (q, k, v), dout.transpose(1, 2))
     sdpa = [x.transpose(1, 2) for x in (out, *grads)]
     return [max(pair, key=lambda x: max_error(x, t)) for *pair, t in zip(by_hand, sdpa, exact, strict=True)]
 
@@ -196,7 +196,12 @@ def as_before() -> Iterator[None]:
 def test_kernels_are_asked_to_be_deterministic(as_before: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of those that have to be asked; one that cannot is passed over."""
     asked: list[Any] = []
-    package = SimpleNamespace(_flash_attn_bwd=lambda *args, **options: asked.append(options["deterministic"]) or args)
+
+    def backward(*args: Any, **options: Any) -> Any:
+        asked.append(options["deterministic"])
+        return args
+
+    package = SimpleNamespace(_flash_attn_bwd=backward)
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", package)
     torch.use_deterministic_algorithms(True)
     KERNELS["fa4"].backward(*[torch.zeros(1)] * 6, causal=True, spec=AttentionSpec.plain(64))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -286,7 +286,7 @@ def loss_and_gradients_of(layer: torch.nn.Module, model: LlamaForCausalLM, ids: 
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in layer.named_parameters()}
+    return {"loss": loss.detach()} | {name: cast(Tensor, p.grad).clone() for name, p in layer.named_parameters()}
 
 
 @pytest.mark.gpu

@@ -45,7 +45,12 @@ def test_too_little_memory_is_said_before_any_layer_runs(
     assert handle.store.used_bytes()["pinned"] <= least
     ran: list[int] = []
     on_chunk = layer._on_chunk
-    monkeypatch.setattr(layer, "_on_chunk", lambda run, *args: ran.append(run.index) or on_chunk(run, *args))
+
+    def noted(run: Any, *args: Any) -> Any:
+        ran.append(run.index)
+        return on_chunk(run, *args)
+
+    monkeypatch.setattr(layer, "_on_chunk", noted)
     short, handle = applied(model, **settings, host_budget_gib=(least - 1) / 2**30)
     with pytest.raises(MemoryError, match="Nothing was allocated") as refused:
         short(**data)
@@ -118,7 +123,8 @@ def test_a_chunk_without_room_for_its_values_gives_its_keys_room_back() -> None:
 @pytest.mark.parametrize("checkpoints", ["segment", "attention"])
 def test_trainer_logs_the_losses_of_training_without_offload(checkpoints: str, tmp_path: Path) -> None:
     logs: dict[str, Any] = {}
-    for name, more in {"stays": {}, "goes": {"device_budget_gib": 0, "host_budget_gib": 1}}.items():
+    budgets: dict[str, dict[str, Any]] = {"stays": {}, "goes": {"device_budget_gib": 0, "host_budget_gib": 1}}
+    for name, more in budgets.items():
         plugin = FPDTPlugin(chunk_tokens=16, kernel="math", loss_chunk_tokens=24, checkpoints=checkpoints, **more)
         torch.manual_seed(0)
         run = trainer(tmp_path / name, FPDTTrainer, changes={"max_steps": 3}, fpdt_plugin=plugin)

@@ -67,6 +67,7 @@ def test_a_step_takes_what_was_foretold_to_the_byte(case: str, place: str, tmp_p
             assert assert_empty(handle) == told.host_bytes
             # The host's regions themselves, with the staging buffers of files.
             tiers = handle.store._tiers.memory
+            assert tiers is not None
             pinned = [tiers.pinned, *([] if tiers.files is None else [tiers.files.pinned])]
             regions = sum(memory.nbytes for memory in pinned)
             staged = STAGING_BUFFERS * page_rounded(sizes.layer_bytes().longest) if told.disk_bytes else 0

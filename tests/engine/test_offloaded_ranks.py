@@ -168,7 +168,7 @@ def _different_lengths(rank: int, world: int, steps: list[list[int]]) -> None:
     longest = max(map(max, steps))
     model, handle = applied("llama", 1, "tight", "attention", longest)
     host, shortest = handle.plugin.host_budget_gib, min(map(min, steps))
-    assert host * 2**30 > offloaded.everything_bytes(sizes(model, 1, shortest))
+    assert float(host) * 2**30 > offloaded.everything_bytes(sizes(model, 1, shortest))
     shard(model, True)
     for lengths in steps:
         model.zero_grad()
@@ -191,8 +191,9 @@ def test_lengths_that_change_on_all_ranks() -> None:
 def _broken(rank: int, world: int, bug: str) -> None:
     model, _ = applied("llama", 2, "host", "segment")
     if bug == "another attention output":
-        exchange = hf_fpdt.engine.calls.AttentionCall.row_forward
-        hf_fpdt.engine.calls.RebuildCall.row_forward = lambda self: tuple(x.flip(0) * 1.5 for x in exchange(self))
+        calls: Any = hf_fpdt.engine.calls
+        exchange = calls.AttentionCall.row_forward
+        calls.RebuildCall.row_forward = lambda self: tuple(x.flip(0) * 1.5 for x in exchange(self))
     model(**own_batch(2, rank, TOKENS)).loss.backward()
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad)

@@ -159,7 +159,8 @@ def test_the_parts_are_the_whole(settings: dict[str, Any], trained: str) -> None
     told = handle._settings.progress = Told()
     ids = torch.randint(0, 97, (2, 100))
     for _ in range(2):
-        told.totals.clear(), told.parts.clear()
+        told.totals.clear()
+        told.parts.clear()
         model(input_ids=ids, labels=ids).loss.backward()
         (total,) = told.totals
         assert sum(part for part, _ in told.parts) == pytest.approx(total)

@@ -54,6 +54,14 @@ FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
 HOT_PATH = ("attention", "memory", "engine", "model.fused", "model.fused_linear", "model.liger")
 # The tokenizers library raises the class Exception itself: caught there, and let go on where it is any other.
 PLAIN_EXCEPTIONS = frozenset({("commands.finetune.base_model", "_load_tokenizer")})
+# A message begins with the package, or with the call that it is about: `FPDTPlugin(sp_size=0): …`, `DiskFile.read: …`.
+MESSAGE = re.compile(rf"{PACKAGE}: |[A-Z]\w+[(.:]")
+# Not the user's: reasons that another message goes round, and what commands print after a prefix of theirs.
+REASONS = (
+    *("commands", "forecast", "plan.by_layer", "config.parse_tokens", "config._count", "config._number_or_auto"),
+    *("config._flag", "engine.calls.hidden_states_of", "engine.trial.run", "memory.disk._move"),
+    *("model.head._norm_forward", "model.head._visited_forward"),
+)
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
 
@@ -315,6 +323,30 @@ def broad_except(module: Module) -> Problems:
             yield f"{module.name}:{getattr(node, 'lineno', 0)}: catches every Exception"
 
 
+def messages(module: Module) -> Problems:
+    """What is raised or logged for a user says who speaks; a text that is put together elsewhere is not seen."""
+    functions = (f for f in module.functions() if _is_in(f"{module.name}.{f.name}", REASONS))
+    trees = [module.tree] if _is_in(module.name, REASONS) else functions
+    exempt = {node for tree in trees for node in ast.walk(tree)}
+    for node in ast.walk(module.tree):
+        raised = node.exc if isinstance(node, ast.Raise) else node
+        logged = isinstance(raised, ast.Call) and _dotted(raised.func).startswith("logger.")
+        if node in exempt or not isinstance(raised, ast.Call) or not (logged or raised is not node):
+            continue
+        texts = [text for arg in raised.args if (text := _first_words(arg)) is not None][:1]
+        if any(MESSAGE.match(text) is None for text in texts):
+            yield f"{module.name}:{raised.lineno}: a message begins with '{PACKAGE}: ', not '{texts[0][:20]}'"
+
+
+def _first_words(value: ast.expr) -> str | None:
+    """Of a text that stands there, up to what is put in; None where it is no text."""
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "format":
+        return _first_words(value.func.value)
+    if isinstance(value, ast.JoinedStr):
+        return (_first_words(value.values[0]) or "") if value.values else ""
+    return value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
+
+
 def asserts(module: Module) -> Problems:
     """An assert only looks: `python -O` leaves it out, and what it calls with it."""
     for node in ast.walk(module.tree):
@@ -402,4 +434,4 @@ def _public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctio
                 yield from _public(node.body)
 
 
-RULES: tuple[Rule, ...] = (rooms, forbidden_words, module_state, broad_except, asserts, budgets, docstrings)
+RULES: tuple[Rule, ...] = (rooms, forbidden_words, module_state, broad_except, messages, asserts, budgets, docstrings)

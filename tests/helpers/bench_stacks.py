@@ -20,7 +20,8 @@ class WrongScale(Stack):
     """Attention's scale is 5 percent off."""
 
     def prepare(self, model: nn.Module, pieces: Pieces) -> None:
-        for module in model.modules():
+        modules: list[Any] = list(model.modules())
+        for module in modules:
             if isinstance(getattr(module, "scaling", None), float):
                 module.scaling *= 1.05
 

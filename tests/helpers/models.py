@@ -125,7 +125,7 @@ def broken_steps(model: nn.Module, ids: Tensor, labels: Tensor | None = None, **
 
 @contextmanager
 def _scaled(model: nn.Module, factor: float) -> Iterator[None]:
-    attentions = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), float)]
+    attentions: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), float)]
     assert attentions, "no module has the scale of attention"
     for module in attentions:
         module.scaling *= factor

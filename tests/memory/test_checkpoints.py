@@ -73,7 +73,7 @@ def test_what_was_put_is_taken_once_and_its_bytes_go_back(tmp_path: Path, case: 
         (plan,) = (plan for plan in store.plans.values() if plan.foretold is not None)
         used = store.used_bytes()
         assert sum(used[tier] for tier in ("device", "host", "disk")) == forward_bytes(plan.kept, SIZES)
-        assert used["pinned"] == plan.foretold.host_bytes
+        assert plan.foretold is not None and used["pinned"] == plan.foretold.host_bytes
         for checkpoint, name, chunk, value in reversed(values):
             assert checkpoint.holds(name, CHUNKS[chunk])
             assert torch.equal(checkpoint.peek(name, CHUNKS[chunk]), value)

@@ -280,7 +280,12 @@ def test_other_buffers_are_refused(file: DiskFile, buffer: Tensor) -> None:
 
 def test_close_ends_the_writes_and_all_else(tmp_path: Path) -> None:
     file, wrote = DiskFile(tmp_path), threading.Event()
-    entry = file.write(random_bytes(PAGE), ready=lambda: (time.sleep(0.1), wrote.set())[0])
+
+    def ready() -> None:
+        time.sleep(0.1)
+        wrote.set()
+
+    entry = file.write(random_bytes(PAGE), ready=ready)
     file.close()
     assert wrote.is_set() and file.used_bytes == file.file_bytes == 0 and file.peak_bytes == PAGE
     file.close()

@@ -192,7 +192,11 @@ class Late(Transfers):
         class Event:
             query = staticmethod(lambda: bool(done))
 
-        self.pending.append(lambda: (filled.copy_(source), done.append(True)))
+        def arrive() -> None:
+            filled.copy_(source)
+            done.append(True)
+
+        self.pending.append(arrive)
         fetch = Fetch(filled, source, None)
         fetch.copy.event = Event
         fetch.copy.settle = lambda: None  # type: ignore[method-assign]  # there is no stream that could wait

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def gradients(model: torch.nn.Module, **settings: Any) -> Results:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
     handle.remove()
-    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {"loss": loss.detach()} | {name: cast(Tensor, p.grad).clone() for name, p in model.named_parameters()}
 
 
 def assert_same_bits(ours: Results, expected: Results) -> None:

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
@@ -55,7 +56,7 @@ IDS = tokens(2, 37)
 
 def state_of(model: nn.Module) -> dict[str, Any]:
     """What apply_fpdt may change in any module: its class, its attributes, its forward; and the config."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = getattr(model, "get_base_model", lambda: model)()
     modules: dict[str, Any] = {
         name: (type(module), sorted(vars(module)), getattr(module, "gradient_checkpointing", None), module.forward)
         for name, module in model.named_modules()
@@ -212,7 +213,7 @@ def test_the_handle_says_in_one_line_what_was_applied() -> None:
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
-FULL = {"layer_types": ["full_attention"] * 2}
+FULL: dict[str, Any] = {"layer_types": ["full_attention"] * 2}
 MUSICGEN = MusicgenConfig(
     text_encoder={"model_type": "t5", "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2},
     audio_encoder={"model_type": "encodec", "num_filters": 2, "hidden_size": 16, "codebook_size": 64},
@@ -389,7 +390,7 @@ def test_fsdp2_after_apply_trains_every_parameter(layout: str, process_group: No
     model = sharded(applied(dtype=torch.float32), tail, **options)
     for _ in range(2):
         step = train_step(model, IDS)
-        gradients = {name: grad.full_tensor() for name, grad in step.grads.items()}
+        gradients = {name: cast(DTensor, grad).full_tensor() for name, grad in step.grads.items()}
         assert_same_step(Step(step.loss, gradients), train_step(tiny(dtype=torch.float32), IDS), TOLERANCE_FP32)
 
 
@@ -491,7 +492,7 @@ MODES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("case", MODES)
 def test_modes_that_change_before_backward_are_refused(case: str) -> None:
-    model = lora(applied())
+    model: Any = lora(applied())
     model.add_adapter("other", model.peft_config["default"])
     loss = model(input_ids=IDS, labels=IDS).loss
     MODES[case](model)
@@ -500,7 +501,7 @@ def test_modes_that_change_before_backward_are_refused(case: str) -> None:
 
 
 def test_modes_that_are_as_before_are_not() -> None:
-    model = lora(applied())
+    model: Any = lora(applied())
     loss = model(input_ids=IDS, labels=IDS).loss
     with model.disable_adapter():
         model.eval()

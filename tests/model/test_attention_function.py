@@ -222,7 +222,8 @@ def test_a_window_longer_than_the_sequence_is_no_window() -> None:
 
 def test_a_window_as_long_as_the_model_is_made_for_is_refused_where_a_sequence_is_longer() -> None:
     """Each chunk of the sequence is shorter than the window."""
-    ids, windowed = tokens(1, 37), {"max_position_embeddings": 24, "sliding_window": 24, "resid_pdrop": 0.0}
+    ids = tokens(1, 37)
+    windowed: dict[str, Any] = {"max_position_embeddings": 24, "sliding_window": 24, "resid_pdrop": 0.0}
     truth = train_step(tiny("phi3", **windowed), ids[:, :23])
     model = tiny("phi3", **windowed)
     apply_fpdt(model, PLUGIN)

@@ -48,7 +48,8 @@ def found_in(layer: Any) -> set[str]:
     """Names of the pieces that `fused` would replace or leave out."""
     names = {module: name for name, module in layer.named_modules()}
     pieces = {name for module, name in names.items() if fused._twin_of(module) is not None}
-    return pieces | {names[value.readers[0]] for value in fused._known_values(layer, _raw_forward(type(layer)))}
+    kind: Any = type(layer)
+    return pieces | {names[value.readers[0]] for value in fused._known_values(layer, _raw_forward(kind))}
 
 
 @pytest.mark.parametrize("name", FOUND)

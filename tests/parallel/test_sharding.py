@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def check_parts(features: list[Batch], sp: int, cut_of: Callable[[int], Batch]) 
 def test_the_parts_of_all_ranks_are_the_batch(sp: int, batch: int) -> None:
     for length in range(1, 71):
         features = rows(length, batch)
-        check_parts(features, sp, lambda rank, features=features: cut(features, sp, rank))
+        check_parts(features, sp, partial(cut, features, sp))
 
 
 def test_labels_count_once_over_the_ranks() -> None:
@@ -127,7 +128,7 @@ def test_padding_on_the_right_is_taken_and_its_mask_left_out() -> None:
     features[0] = {**features[0], "labels": features[0]["labels"].masked_fill(mask == 0, IGNORE_INDEX)}
     for dtype in (torch.long, torch.bool, torch.float):
         masked = [{**row, "attention_mask": m.to(dtype)} for row, m in zip(features, (mask, mask**0), strict=True)]
-        check_parts(features, 2, lambda rank, masked=masked: cut(masked, 2, rank))
+        check_parts(features, 2, partial(cut, masked, 2))
 
 
 def _positions(*starts_and_stops: tuple[int, int]) -> Tensor:

@@ -105,7 +105,7 @@ def test_a_segmented_plan_stays_within_its_budget_and_keeps_as_many_inputs_as_as
         assert_segments,
         {
             "segments of one size": equal_segments,
-            "half the budget again": lambda *a: segmented(*a[:3], a[3] * 3 // 2),
+            "half the budget again": lambda n, outs, sizes, budget: segmented(n, outs, sizes, budget * 3 // 2),
             "one input too many": lambda n, outs, *a: segmented(min(n + 1, len(outs)), outs, *a),
         },
     )

@@ -46,6 +46,7 @@ def peak_and_growth(shape: str, n_tokens: int, place: dict[str, Any]) -> tuple[i
     sizes, plan = next((sizes, plan) for (sizes, layers), plan in handle.store.plans.items() if layers)
     # At these lengths what one chunk needs in the backward pass decides where the peak is.
     growth = sum(row.nbytes for row in sizes.device_rows(plan.kv) if row.grows and "backward" in row.phases)
+    assert plan.foretold is not None
     on_device = plan.foretold.device_bytes
     handle.remove()
     return counter.peak - on_device, growth
@@ -79,7 +80,8 @@ def test_what_is_there_when_the_first_layer_begins(shape: str) -> None:
     model(input_ids=ids, labels=ids).loss.backward()
     sizes = next(sizes for (sizes, layers) in handle.store.plans if layers)
     begun: list[int] = []
-    first = model.get_submodule("base_model.model." + {"llama": "model", "neox": "gpt_neox"}[shape]).layers[0]
+    decoder: Any = model.get_submodule("base_model.model." + {"llama": "model", "neox": "gpt_neox"}[shape])
+    first = decoder.layers[0]
     with live_bytes() as counter, first.register_forward_pre_hook(lambda *_: begun.append(counter.now)):
         model(input_ids=ids, labels=ids)
     handle.remove()
@@ -111,6 +113,7 @@ def test_gpu_the_peak_is_what_the_table_says(shape: str, place: str) -> None:
     measured = torch.cuda.max_memory_allocated() - before
     sizes, plan = next((sizes, plan) for (sizes, layers), plan in handle.store.plans.items() if layers)
     working = sizes.working_bytes(plan.kv, checkpoints_elsewhere=place != "resident", resident=True)
+    assert plan.foretold is not None
     predicted = working + plan.foretold.device_bytes
     handle.remove()
     print(f"{shape}, {place}: {measured / GIB:.3f} GiB over the weights, predicted {predicted / GIB:.3f}")

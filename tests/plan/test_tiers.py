@@ -159,7 +159,7 @@ def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.Monke
             "gradients forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, grads=(0,) * len(kv.grads)), *a),
             "K, V forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, parts=(0,) * len(kv.parts)), *a),
             "lse forgotten": lambda k, s, *a: forecast(k, replace(s, lses=(0,) * len(s.lses)), *a),
-            "buffers that exist forgotten": lambda *a: forecast(*a[:4], NONE),
+            "buffers that exist forgotten": lambda k, s, kv, budgets, _: forecast(k, s, kv, budgets, NONE),
         },
     )
     monkeypatch.setattr(Rehearsal, "_close", lambda step, held: None)

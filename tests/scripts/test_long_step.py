@@ -58,7 +58,12 @@ def test_a_forward_pass_alone_keeps_what_a_step_keeps_and_trains_nothing(
     options = ["--model", str(tmp_path), "--random", "--seq-len", "1024", "--text", str(tmp_path / "text.txt")]
     rows, trainers = {}, []
     kept = long_step.measured
-    monkeypatch.setattr(long_step, "measured", lambda trainer, *rest: trainers.append(trainer) or kept(trainer, *rest))
+
+    def noted(trainer: Any, *rest: Any) -> Any:
+        trainers.append(trainer)
+        return kept(trainer, *rest)
+
+    monkeypatch.setattr(long_step, "measured", noted)
     for extra in ((), ("--forward-only",)):
         out = tmp_path / f"{len(extra)}.json"
         monkeypatch.setattr(sys, "argv", ["long_step.py", *options, *extra, "--out", str(out)])

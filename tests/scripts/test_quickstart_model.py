@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from quickstart_model import Muon, orthogonal
@@ -12,7 +14,7 @@ from tests.helpers.support import assert_rejects, relative_error
 SHAPES = ((96, 256), (256, 96), (96, 96))
 
 
-def moved(kind: type[torch.optim.Optimizer], shape: tuple[int, int], **options: float) -> torch.Tensor:
+def moved(kind: Callable[..., torch.optim.Optimizer], shape: tuple[int, int], **options: float) -> torch.Tensor:
     """How far three steps move a matrix."""
     generator = torch.Generator().manual_seed(0)
     matrix = nn.Parameter(torch.randn(shape, generator=generator))

@@ -265,7 +265,7 @@ def _fsdp2(rank: int, world: int, runs: list[tuple[str, int, bool]]) -> None:
 
 def units(model: nn.Module, ranks: int) -> ShardedWeights:
     """What the planner counts, of a model whose head is not its embedding; FSDP2 fills rows up for ranks to divide."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = getattr(model, "get_base_model", lambda: model)()
 
     def filled(parameters: Iterator[nn.Parameter]) -> int:
         return sum(-(-len(p) // ranks) * ranks * p[0].numel() * p.element_size() for p in parameters)

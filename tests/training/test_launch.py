@@ -228,4 +228,4 @@ def test_a_rank_that_raises_ends_the_job_within_seconds(sp_size: int, tmp_path: 
 def test_a_refusal_is_seen_and_ends_the_job(tmp_path: Path) -> None:
     done = launch(TRAIN, 2, str(tmp_path), json.dumps({"refused": {"sp_size": 4}}), timeout=120)
     assert done.returncode != 0
-    assert "ValueError: sp_size=4 does not divide the 2 processes of this job" in done.stdout
+    assert "ValueError: hf_fpdt: sp_size=4 does not divide the 2 processes of this job" in done.stdout

@@ -78,8 +78,10 @@ CASES: dict[str, tuple[Any, Any, Any, Callable[[], Dataset], dict[str, Any], dic
     "GRPO": (GRPOTrainer, FpdtGrpo, GRPOConfig, prompts, REWARD, SAMPLING),
     "RLOO": (RLOOTrainer, FpdtRloo, RLOOConfig, prompts, REWARD, SAMPLING),
 }
-WANTED = ("loss", "grad_norm", "entropy", "eval_loss", "eval_entropy", "logps/chosen", "num_tokens")
-WANTED += ("reward", "kl", "clip_ratio/region_mean", "eval_reward", "eval_num_tokens")
+WANTED = (
+    *("loss", "grad_norm", "entropy", "eval_loss", "eval_entropy", "logps/chosen", "num_tokens"),
+    *("reward", "kl", "clip_ratio/region_mean", "eval_reward", "eval_num_tokens"),
+)
 
 
 def logged(

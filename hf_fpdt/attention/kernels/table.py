@@ -36,7 +36,7 @@ def _select(name: str, device_type: str, dtype: torch.dtype, spec: AttentionSpec
     device = torch.device(device_type)
     case = f"{device_type}, {dtype}, head_dim {spec.head_dim}{', deterministic' if deterministic else ''}"
     if name != "auto" and name not in KERNELS:
-        raise ValueError(f'kernel={name!r} is not known; "auto" or one of {", ".join(KERNELS)} is expected.')
+        raise ValueError(f'hf_fpdt: kernel={name!r} is not known; "auto" or one of {", ".join(KERNELS)} is expected.')
     reasons: list[str] = []
     for kernel in KERNELS.values() if name == "auto" else (KERNELS[name],):
         reason = kernel.why_not(device, dtype, spec)
@@ -45,8 +45,8 @@ def _select(name: str, device_type: str, dtype: torch.dtype, spec: AttentionSpec
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
     raise NotImplementedError(
-        f"kernel={name!r} cannot serve {case}: {'; '.join(reasons)}. Convert the model's dtype, install a kernel, or "
-        'take kernel="auto".'
+        f"hf_fpdt: kernel={name!r} cannot serve {case}: {'; '.join(reasons)}. Convert the model's dtype, install a "
+        'kernel, or take kernel="auto".'
     )
 
 

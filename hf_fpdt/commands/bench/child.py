@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..conditions import conditions_of
+from ..options import plain
 from .ceiling import measure_ceiling
 from .job import Job
 from .lifeline import is_wanted
@@ -52,11 +53,11 @@ def main(job_path: str, result_path: str) -> None:
     except torch.OutOfMemoryError as error:
         reason = f"out of GPU memory: {_first_sentence(error)}"
     except MemoryError as error:
-        reason = f"does not fit: {_one_line(error)}"
+        reason = f"does not fit: {plain(error)}"
     except (Unavailable, NotImplementedError) as error:
-        reason = f"cannot run: {_one_line(error)}"
+        reason = f"cannot run: {plain(error)}"
     except ArithmeticError as error:
-        reason = f"wrong, so no speed: {_one_line(error)}"
+        reason = f"wrong, so no speed: {plain(error)}"
     if reason and world.size > 1:
         _write(Path(result_path), found, reason + world.part())
         # Not by way of what waits for others.
@@ -113,12 +114,8 @@ def _go_first() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
 def _first_sentence(error: BaseException) -> str:
-    return ". ".join(_one_line(error).split(". ")[:2])
+    return ". ".join(plain(error).split(". ")[:2])
 
 
 if __name__ == "__main__" and is_wanted():

@@ -26,6 +26,7 @@ from ..options import (
     check_writable,
     config_of,
     mistakes,
+    plain,
 )
 from .compare import (
     FACTOR,
@@ -141,7 +142,7 @@ def _check_model(name: str, text: Any, device: Device) -> bool:
         print(f"result    nothing was compared: a tiny copy of the model does not run by itself ({error}).")
         return False
     except (NotImplementedError, RuntimeError) as error:
-        _print_refused(name, [" ".join(str(error).split())])
+        _print_refused(name, [plain(error)])
         return False
     print(f"model     {name} is supported: FPDT can train it exactly.")
     print(

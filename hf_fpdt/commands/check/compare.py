@@ -21,6 +21,7 @@ from ...attention import KERNELS, AttentionSpec, attention, peaked_qkv
 from ...config import FPDTPlugin
 from ...engine import attend_whole
 from ...model import apply_fpdt, build_random
+from ..options import plain
 from .tiny_config import VOCABULARY, shrunk
 
 FACTOR = 2.0
@@ -228,7 +229,7 @@ def why_refused_tiny(config: Any) -> str | None:
     try:
         apply_fpdt(build_random(shrunk(config), "cpu", torch.float32, False), FPDTPlugin(sp_size=1, progress=False))
     except NotImplementedError as error:
-        return " ".join(str(error).split())
+        return plain(error)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
     return None

@@ -175,7 +175,7 @@ def test_the_loss_in_chunks_is_the_loss() -> None:
             torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB. GPU 0 has"),
             "out of GPU memory: CUDA out",
         ),
-        (MemoryError("fpdt: too much"), "does not fit: fpdt: too much"),
+        (MemoryError("hf_fpdt: too much"), "does not fit: too much"),
         (Unavailable("no package"), "cannot run: no package"),
         (ArithmeticError("the loss is nan."), "wrong, so no speed: the loss is nan."),
     ],

@@ -252,7 +252,7 @@ def test_a_setting_in_the_environment_that_is_none_ends_with_2(
     monkeypatch.setenv("FPDT_KERNELS", "math")
     assert main([command]) == 2
     said = capsys.readouterr()
-    assert said.err.startswith("error: The environment variable FPDT_KERNELS='math'") and not said.out
+    assert said.err.startswith("error: the environment variable FPDT_KERNELS='math'") and not said.out
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,8 @@ def test_a_file_of_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path: Pat
 
 
 def test_broken_lines_are_counted_or_refused(tmp_path: Path) -> None:
-    path, said = tmp_path / "data.jsonl", []
+    path = tmp_path / "data.jsonl"
+    said: list[str] = []
     surrogate, latin = b'{"text": "\\ud800"}\n', b'{"text": "\xe9"}\n'
     rows = [*({"text": f"good {i}"} for i in range(5)), BROKEN, surrogate, latin, [1], {"text": None}, {}, b"\n"]
     path.write_bytes(lines(*rows, {"text": "emoji \U0001f600", "name": "last"}))
@@ -147,7 +148,8 @@ def test_a_csv_keeps_long_fields_and_their_line_breaks(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_everything(tmp_path: Path) -> None:
-    folder, said = tmp_path / "folder", []
+    folder = tmp_path / "folder"
+    said: list[str] = []
     (folder / "inner").mkdir(parents=True)
     contents = {
         "a.txt": b"\xef\xbb\xbfa\r\nb",

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from hf_fpdt.commands.main import main
 from hf_fpdt.commands.pictures import PictureError
@@ -36,6 +38,12 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return saved
 
 
+def first_point(line: Line2D) -> tuple[float, float]:
+    """As it was given, in the axes' units."""
+    x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    return float(x[0]), float(y[0])
+
+
 @pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
 def test_the_drawn_numbers_are_those_given(ending: str, tmp_path: Path, figures: list[Figure]) -> None:
     curve = memory_curve(fit(*CASES["on the host, K and V too"]), full=False)
@@ -47,11 +55,11 @@ def test_the_drawn_numbers_are_those_given(ending: str, tmp_path: Path, figures:
     assert device.get_xlim()[1] == pytest.approx(curve.seconds[-1] / unit)
     for axes, items in ((device, curve.device), (host, curve.host)):
         top = max(map(sum, zip(*items.values(), strict=True)))
-        drawn = max(float(path.vertices[:, 1].max()) for c in axes.collections for path in c.get_paths())
+        drawn = max(float(np.asarray(path.vertices)[:, 1].max()) for c in axes.collections for path in c.get_paths())
         assert drawn == pytest.approx(top, rel=0.01)
-    line = reach.lines[0].get_xydata()
+    line = np.asarray(reach.lines[0].get_xydata())
     assert [(x, round(y * 1024)) for x, y in line] == [tuple(point) for point in REACH]
-    assert [float(reach.lines[1].get_xdata()[0]), float(reach.lines[1].get_ydata()[0])] == [48.0, 512.0]
+    assert first_point(reach.lines[1]) == (48.0, 512.0)
     texts = " ".join(text.get_text() for axes in figures[0].axes for text in axes.texts)
     for part in ("there is: 44.0 GiB", "there is: 96.0 GiB", "pinned:", "set aside:", "524,288 tokens", "backward"):
         assert part in texts
@@ -77,8 +85,7 @@ def test_the_command_draws_its_plan(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*arguments, "--plot", str(picture)]) == 0
     said = capsys.readouterr()
     assert picture.exists() and f"picture: {picture}" in said.err and "262,144 tokens" in said.out
-    mark = figures[0].axes[2].lines[1]
-    assert (float(mark.get_xdata()[0]), float(mark.get_ydata()[0])) == (4.0, 256.0)
+    assert first_point(figures[0].axes[2].lines[1]) == (4.0, 256.0)
     # Asserts play no part in it.
     without = run_python("-O", "-m", "hf_fpdt.commands.main", *arguments, "--plot", tmp_path / "without.png")
     assert without.returncode == 0 and without.stdout == said.out, without.stderr
