@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from hf_fpdt.forecast.curves import CHECKPOINTS, KV, WORKING, memory_curve, moments, reach_by_host
-from hf_fpdt.forecast.fit import Machines, PlannedStep, Training, Weights, fit, longest
+from hf_fpdt.forecast.curves import memory_curve, moments, reach_by_host
+from hf_fpdt.forecast.fit import Machines, PlannedStep, Training, Use, Weights, fit, longest
 from hf_fpdt.forecast.rates import GPUS
 from hf_fpdt.plan.sizes import ModelSizes
 from hf_fpdt.units import GIB
@@ -104,11 +104,11 @@ def test_checkpoints_grow_forward_and_shrink_backward() -> None:
     found = fit(*CASES["all on the device"])
     curve = curve_of(found)
     turn = curve.seconds.index(curve.backward_from)
-    held = curve.device[CHECKPOINTS]
+    held = curve.device[Use.CHECKPOINTS]
     assert all(a <= b for a, b in pairwise(held[: turn + 1])) and all(a >= b for a, b in pairwise(held[turn:]))
     assert held[turn] == max(held) > 0 == held[-1]
-    assert curve.device[WORKING][0] != curve.device[WORKING][-1], "each phase has its own"
-    assert curve.device[KV][0] < curve.device[KV][-1], "dK and dV come with the backward pass"
+    assert curve.device[Use.WORKING][0] != curve.device[Use.WORKING][-1], "each phase has its own"
+    assert curve.device[Use.KV][0] < curve.device[Use.KV][-1], "dK and dV come with the backward pass"
 
 
 def test_reach_is_the_planners_with_other_hosts() -> None:

@@ -10,7 +10,9 @@ from bench_results import read_json
 from hf_fpdt.forecast.fit import (
     STEP_TOKENS,
     Machines,
+    More,
     Training,
+    Use,
     Weights,
     fit,
     host_needed,
@@ -78,11 +80,13 @@ def test_what_trains_under_fsdp2_is_in_fp32() -> None:
     found = fit(replace(TRAINING, weights=full), machines, step["tokens"])
     assert found.peak / GIB == pytest.approx(step["measured"]["steps"][-1]["device_peak_gib"], rel=0.02)
     sizes = dict(found.device)
-    assert sizes["gradients"] == LORA.total and sizes["optimizer"] == 2 * LORA.total, "a quarter of four bytes each"
+    assert sizes[Use.GRADIENTS] == LORA.total and sizes[Use.OPTIMIZER] == 2 * LORA.total, (
+        "a quarter of four bytes each"
+    )
     adapters = dict(fit(TRAINING, machines, step["tokens"]).device)
-    assert adapters["gradients"] == LORA.trained
+    assert adapters[Use.GRADIENTS] == LORA.trained
     gathered = 2 * (2 * LLAMA_8B.layer_parameters + LORA.outside)
-    assert adapters["weights"] - gathered == pytest.approx((LORA.total + LORA.trained) / 2, abs=8)
+    assert adapters[Use.WEIGHTS] - gathered == pytest.approx((LORA.total + LORA.trained) / 2, abs=8)
 
 
 FOUR = replace(ONE, gpus=4, host_bytes=512 * GIB)
@@ -114,7 +118,7 @@ def test_nothing_promised_is_more_than_there_is() -> None:
 
 def test_several_gpus_have_buffers_to_speak_through() -> None:
     one, four = (dict(fit(WIDE, replace(ONE, gpus=gpus), 2**18).device) for gpus in (1, 4))
-    assert "NCCL" not in one and 0.5 * GIB < four["NCCL"] < 2 * GIB
+    assert Use.NCCL not in one and 0.5 * GIB < four[Use.NCCL] < 2 * GIB
 
 
 def test_more_of_anything_is_never_less_long() -> None:
@@ -122,7 +126,7 @@ def test_more_of_anything_is_never_less_long() -> None:
     assert found is not None
     helps = what_would_help(WIDE, ONE)
     assert len(helps) == 3 and all(tokens >= found.step.plan.n_tokens for tokens in helps.values())
-    assert helps["twice the GPUs and hosts"] > 1.9 * found.step.plan.n_tokens
+    assert helps[More.GPUS] > 1.9 * found.step.plan.n_tokens
 
 
 def test_sharding_leaves_more_room() -> None:

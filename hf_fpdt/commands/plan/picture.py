@@ -7,20 +7,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...forecast import CHECKPOINTS, KV, WORKING, MemoryCurve, Reach
+from ...forecast import MemoryCurve, Reach, Use
 from ..pictures import check_matplotlib
 from ..trace.picture import DPI, INK, MUTED, RULE
+from .tables import USE_NAMES
 
 # Of Okabe and Ito's colours; one thing has one colour in both panels of memory.
 COLOURS = MappingProxyType(
     {
-        "weights": "#A9AFB7",
-        "gradients": "#7C848D",
-        "optimizer": "#5A5F66",
-        "sums of gradients over chunks": "#C9CDD2",
-        WORKING: "#E8C547",
-        KV: "#56B4E9",
-        CHECKPOINTS: "#0072B2",
+        Use.WEIGHTS: "#A9AFB7",
+        Use.GRADIENTS: "#7C848D",
+        Use.OPTIMIZER: "#5A5F66",
+        Use.SUMS: "#C9CDD2",
+        Use.NCCL: "#3B4046",
+        Use.WORKING: "#E8C547",
+        Use.KV: "#56B4E9",
+        Use.CHECKPOINTS: "#0072B2",
     }
 )
 LIMIT, POINT = "#D55E00", "#009E73"
@@ -83,15 +85,14 @@ class Lines(NamedTuple):
     taken_gib: float
 
 
-def _memory(axes: Axes, curve: MemoryCurve, items: Mapping[str, Sequence[float]], lines: Lines) -> None:
+def _memory(axes: Axes, curve: MemoryCurve, items: Mapping[Use, Sequence[float]], lines: Lines) -> None:
     """Items stacked over the step, and the memory there is."""
     most, unit = lines.limit, _unit(curve.seconds[-1])[0]
-    shown = {item: values for item, values in items.items() if max(values) >= SHOWN * most}
+    shown = {use: values for use, values in items.items() if max(values) >= SHOWN * most}
     times = [seconds / unit for seconds in curve.seconds]
     if shown:
-        axes.stackplot(
-            times, *shown.values(), labels=list(shown), colors=[COLOURS[item] for item in shown], linewidth=0
-        )
+        names, colours = [USE_NAMES[use] for use in shown], [COLOURS[use] for use in shown]
+        axes.stackplot(times, *shown.values(), labels=names, colors=colours, linewidth=0)
     axes.axhline(most, color=LIMIT, linewidth=1.2)
     axes.axvline(curve.backward_from / unit, color=INK, linewidth=0.8)
     axes.set_xlim(0, times[-1])
