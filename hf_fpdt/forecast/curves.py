@@ -69,8 +69,8 @@ class MemoryCurve:
 
 def moments(found: PlannedStep) -> list[Moment]:
     """The step chunk by chunk, as the plan was made."""
-    plan, told = found.plan, found.plan.foretold
-    assert told is not None
+    plan, forecast = found.plan, found.plan.forecast
+    assert forecast is not None
     pool, kv_pool = pool_of_numbers({}, plan.budgets.host), pool_of_numbers({}, NO_LIMIT)
     shelves, seen = TierAllocator(plan.budgets, pool, kv_pool), list[Moment]()
 
@@ -79,7 +79,7 @@ def moments(found: PlannedStep) -> list[Moment]:
         seen.append(Moment(phase, layer, chunk, used["device"], pool.used_bytes, kv_pool.used_bytes, used["disk"]))
 
     recorder: Observer = look
-    fits = list(Rehearsal(told.kept, found.step.layer_bytes(), plan.kv, shelves, recorder).play())
+    fits = list(Rehearsal(forecast.kept, found.step.layer_bytes(), plan.kv, shelves, recorder).play())
     assert all(fits)
     return seen
 

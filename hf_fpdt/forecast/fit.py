@@ -86,7 +86,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """What there is, all machines together.
+    """What is available, all machines together.
 
     Attributes:
         gpu: their kind.
@@ -142,7 +142,7 @@ class PlannedStep:
         step: its sizes.
         plan: where checkpoints, K and V go.
         device: bytes set aside on each GPU, by what they are, margins included.
-        peak: bytes of each GPU that PyTorch's allocator is foretold to reach, without margins.
+        peak: bytes of each GPU that PyTorch's allocator is predicted to reach, without margins.
         host: pinned bytes on the hosts, all together.
         seconds: of the step.
         strict_mfu: of all GPUs; no recomputation counted, attention at half.
@@ -183,7 +183,7 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
     kept = room if machines.kept_bytes is None else min(room, machines.kept_bytes)
     budgets = Budgets(kept, host, machines.disk_bytes // machines.gpus)
     plan = plan_pass(training.checkpoints, step, training.model.layers, budgets, {})
-    assert plan.foretold is not None
+    assert plan.forecast is not None
     full = weights.trained == weights.total
     gathering, in_the_way = 0.0, 0.0
     if machines.sharded:
@@ -192,13 +192,13 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
     seconds = max(step_seconds(step, plan.kept, gpu, full=full), gathering) + exchange
     resident = plan.kv.device_bytes
     items = (*fixed, (Use.WORKING, working), (Use.KV, resident))
-    elsewhere = plan.foretold.host_bytes - plan.kv.host_bytes + plan.foretold.disk_bytes
+    elsewhere = plan.forecast.host_bytes - plan.kv.host_bytes + plan.forecast.disk_bytes
     return PlannedStep(
         step=step,
         plan=plan,
-        device=(*items, (Use.CHECKPOINTS, plan.foretold.device_bytes)),
+        device=(*items, (Use.CHECKPOINTS, plan.forecast.device_bytes)),
         peak=_peak(step, plan, training, dict(fixed)),
-        host=plan.foretold.host_bytes * machines.gpus,
+        host=plan.forecast.host_bytes * machines.gpus,
         seconds=seconds,
         strict_mfu=strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=full)
         / seconds
@@ -220,11 +220,13 @@ def peak_bytes(step: StepSizes, plan: PassPlacement, outside: int, inside: int, 
         inside: of gradients of all layers.
         sums: of the gradients of one layer while they add up over chunks.
     """
-    told = plan.foretold
-    assert told is not None
-    working = step.working_bytes(plan.kv, checkpoints_elsewhere=told.host_bytes > plan.kv.host_bytes, resident=True)
+    forecast = plan.forecast
+    assert forecast is not None
+    working = step.working_bytes(
+        plan.kv, checkpoints_elsewhere=forecast.host_bytes > plan.kv.host_bytes, resident=True
+    )
     # A layer's checkpoints go when its gradients come.
-    return working + outside + max(sums + told.device_bytes, inside + told.device_bytes // plan.kept.layers)
+    return working + outside + max(sums + forecast.device_bytes, inside + forecast.device_bytes // plan.kept.layers)
 
 
 def _peak(step: StepSizes, plan: PassPlacement, training: Training, fixed: Mapping[Use, int]) -> int:

@@ -26,7 +26,7 @@ COLOURS = MappingProxyType(
     }
 )
 LIMIT, POINT = "#D55E00", "#009E73"
-SHOWN = 0.003  # of the memory there is: what is less would be a line too thin to see
+SHOWN = 0.003  # of the memory that is available: what is less would be a line too thin to see
 UNITS = ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
 SIZE_IN = (12.0, 6.6)
 
@@ -42,7 +42,7 @@ def draw_plan(
         curve: memory over a step.
         limits: GiB of a "device" and of all "host"s.
         reach: longest lengths by host memory.
-        mark: the planned length, at the host memory there is.
+        mark: the planned length, at the host memory that is available.
 
     Raises:
         PictureError: matplotlib is not installed.
@@ -77,7 +77,7 @@ def _unit(seconds: float) -> tuple[float, str]:
 
 
 class Lines(NamedTuple):
-    """Of one panel: what it is of, the GiB there are, and what the plan takes of them under which name."""
+    """Of one panel: what it is of, the GiB that are available, and what the plan takes of them under which name."""
 
     name: str
     limit: float
@@ -86,7 +86,7 @@ class Lines(NamedTuple):
 
 
 def _memory(axes: Axes, curve: MemoryCurve, items: Mapping[Use, Sequence[float]], lines: Lines) -> None:
-    """Items stacked over the step, and the memory there is."""
+    """Items stacked over the step, and the memory that is available."""
     most, unit = lines.limit, _unit(curve.seconds[-1])[0]
     shown = {use: values for use, values in items.items() if max(values) >= SHOWN * most}
     times = [seconds / unit for seconds in curve.seconds]
@@ -98,7 +98,7 @@ def _memory(axes: Axes, curve: MemoryCurve, items: Mapping[Use, Sequence[float]]
     axes.set_xlim(0, times[-1])
     axes.set_ylim(0, 1.18 * max(most, 1e-3))
     axes.axhline(lines.taken_gib, color=INK, linewidth=1, linestyle=":")
-    _note(axes, f"there is: {most:,.1f} GiB", most, LIMIT, above=True)
+    _note(axes, f"available: {most:,.1f} GiB", most, LIMIT, above=True)
     # Under its line where that is close to the other one.
     _note(axes, f"{lines.taken}: {lines.taken_gib:,.1f} GiB", lines.taken_gib, INK, above=lines.taken_gib < most / 2)
     _over(axes, "forward", 0.0)

@@ -18,8 +18,8 @@ from ...units import GIB
 
 def as_json(found: PlannedStep, helps: Mapping[More, int], least: PlannedStep | None = None) -> dict[str, Any]:
     """Numbers, in bytes and seconds; `least` is the step with the least host memory."""
-    kept, kv, told = found.plan.kept, found.plan.kv, found.plan.foretold
-    assert told is not None
+    kept, kv, forecast = found.plan.kept, found.plan.kv, found.plan.forecast
+    assert forecast is not None
     return {
         "tokens": found.step.plan.n_tokens,
         "sp_size": found.step.plan.sp_size,
@@ -33,7 +33,7 @@ def as_json(found: PlannedStep, helps: Mapping[More, int], least: PlannedStep | 
         "device_bytes": {use.value: size for use, size in found.device},
         "peak_device_bytes": found.peak,
         "host_bytes": found.host,
-        "disk_bytes": told.disk_bytes * found.step.plan.sp_size,
+        "disk_bytes": forecast.disk_bytes * found.step.plan.sp_size,
         "inputs_kept": kept.inputs.count(True),
         "attention_outputs_kept": kept.attentions.count(True),
         "layers": kept.layers,
@@ -133,10 +133,10 @@ def _time(seconds: float) -> str:
 
 
 def _memory(found: PlannedStep, machines: Machines) -> Table:
-    gpus, told = found.step.plan.sp_size, found.plan.foretold
-    assert told is not None
+    gpus, forecast = found.step.plan.sp_size, found.plan.forecast
+    assert forecast is not None
     kv = gpus * found.plan.kv.host_buffer_bytes
-    host, disk = {Use.KV: kv, Use.CHECKPOINTS: found.host - kv}, {Use.CHECKPOINTS: gpus * told.disk_bytes}
+    host, disk = {Use.KV: kv, Use.CHECKPOINTS: found.host - kv}, {Use.CHECKPOINTS: gpus * forecast.disk_bytes}
     device = dict(found.device)
     places = [(device, int(machines.gpu.memory_gib * GIB)), (host, machines.host_bytes), (disk, machines.disk_bytes)]
     places = places[: 3 if machines.disk_bytes else 2]
@@ -146,8 +146,8 @@ def _memory(found: PlannedStep, machines: Machines) -> Table:
         if max(sizes) >= SHOWN:
             table.add_row(USE_NAMES[use], *map(_gib, sizes))
     table.add_row("together", *(_gib(sum(items.values())) for items, _ in places), style="bold")
-    table.add_row("there is", *(_gib(size) for _, size in places))
-    table.add_row("reached, without margins", _gib(found.peak))
+    table.add_row("available", *(_gib(size) for _, size in places))
+    table.add_row("expected peak", _gib(found.peak))
     return table
 
 

@@ -54,7 +54,7 @@ def test_the_drawn_numbers_are_those_given(ending: str, tmp_path: Path, figures:
     assert [(x, round(y * 1024)) for x, y in line] == [tuple(point) for point in REACH]
     assert [float(reach.lines[1].get_xdata()[0]), float(reach.lines[1].get_ydata()[0])] == [48.0, 512.0]
     texts = " ".join(text.get_text() for axes in figures[0].axes for text in axes.texts)
-    for part in ("there is: 44.0 GiB", "there is: 96.0 GiB", "pinned:", "set aside:", "524,288 tokens", "backward"):
+    for part in ("available: 44.0 GiB", "available: 96.0 GiB", "pinned:", "set aside:", "524,288 tokens", "backward"):
         assert part in texts
     labels = {text.get_text() for text in figures[0].legends[0].get_texts()}
     assert "weights" in labels and all(
