@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ...labels import IGNORE_INDEX
 from ..accuracy import FACTOR, LOSS, Tensors, Worst, errors, least_of_dtype, worst
 from .job import Job
 from .models import config_of, model_of, tokens_of
@@ -47,7 +48,7 @@ def check(stack: Stack, job: Job) -> Worst:
     sharpen(model)
     ids = tokens_of(job, config, N_TOKENS)
     labels = ids.clone()
-    labels[:, :IGNORED_TOKENS] = -100
+    labels[:, :IGNORED_TOKENS] = IGNORE_INDEX
     # Before the stack, which may change classes of the whole process.
     truth = results(Stack(), copy.deepcopy(model).double(), ids, labels)
     naive = errors(results(Stack(), copy.deepcopy(model), ids, labels), truth)
