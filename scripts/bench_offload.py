@@ -7,8 +7,8 @@ Each --case is one row: comma-separated device=GIB, host=GIB (device_budget_gib,
 checkpoints=POLICY, disk=FOLDER. Random weights in bfloat16, LoRA rank 16 on every linear (or --full with AdamW in
 bfloat16). A short step first compiles kernels; pinning host memory is timed apart. With --steps above 1 the first is
 left out of the median. Strict MFU counts no recomputation and attention at half: tokens · (4·N + 6·L·S·heads·head_dim)
-for LoRA (6·N in full) over 989 TFLOP/s. Predicted are what `hf_fpdt.memory`, `hf_fpdt.shelves` and
-`hf_fpdt.rates` foretell.
+for LoRA (6·N in full) over 989 TFLOP/s. What is predicted is of `hf_fpdt.plan` and
+`hf_fpdt.forecast`.
 """
 
 import argparse
@@ -133,11 +133,11 @@ class Case:
             "loss": round(self.losses[-1], 4),
             "allocated_before_gib": round(self.weight_bytes / GIB, 3),
             "peak_device_gib": round(self.peak_bytes / GIB, 3),
-            "checkpoints_device_gib": round(plan.foretold.device_bytes / GIB, 3),
+            "checkpoints_device_gib": round(plan.forecast.device_bytes / GIB, 3),
             "host_gib": round(self.handle.store.used_bytes()["pinned"] / GIB, 3),
             **{key: round(value, 3) for key, value in self._predicted(n_tokens).items()},
             "store_gib": round(peak_bytes(plan.kept, sizes.layer_bytes()) / GIB, 3),
-            "disk_gib": round(plan.foretold.disk_bytes / GIB, 3),
+            "disk_gib": round(plan.forecast.disk_bytes / GIB, 3),
             "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
             "pinning_seconds": round(self.handle.store.pinning_seconds, 1),
             "kept": str(plan.kept),

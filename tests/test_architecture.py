@@ -85,6 +85,16 @@ def test_the_package_has_no_circles_and_its_doors_hand_out_what_is_taken() -> No
     assert not list(closed_doors(PACKAGE))
 
 
+def test_the_label_that_counts_for_nothing_is_written_once() -> None:
+    written = [
+        m.name
+        for m in PACKAGE
+        for node in ast.walk(m.tree)
+        if isinstance(node, ast.UnaryOp) and ast.unparse(node) == "-100"
+    ]
+    assert written == ["labels"]
+
+
 def test_every_room_is_there_with_a_door_that_lists_its_files() -> None:
     for room in ROOMS:
         door = next(module for module in PACKAGE if module.name == f"{room}.__init__")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..labels import IGNORE_INDEX
+
 
 def attention(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Causal softmax(q·kᵀ·scale)·v, the last query aligned with the last key, differentiable by autograd.
@@ -24,7 +26,7 @@ def attention(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float) -
 
 
 def causal_lm_loss(
-    logits_BSV: Tensor, labels_BS: Tensor, *, num_items: Tensor | int | None = None, ignore_index: int = -100
+    logits_BSV: Tensor, labels_BS: Tensor, *, num_items: Tensor | int | None = None, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
     """Next-token cross-entropy of whole logits as transformers' `ForCausalLMLoss` has it, without its fp32 cast."""
     log_p = logits_BSV[:, :-1].log_softmax(-1)

@@ -20,7 +20,7 @@ from .calls import current_call
 from .layer import run_layer
 from .layer_run import LayerRun
 from .layer_state import look_of
-from .loss import Head, chunked_loss, norm_by_chunks, shifted
+from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
 from .replay_state import RandomState, modes_of, untouched_random_state
 from .trial import TRIAL_TOKENS, LayerTrials, mixes_tokens, visit, visiting
@@ -41,7 +41,6 @@ __all__ = [
     "modes_of",
     "norm_by_chunks",
     "run_layer",
-    "shifted",
     "untouched_random_state",
     "visit",
     "visiting",

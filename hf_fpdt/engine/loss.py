@@ -16,16 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
+from ..labels import IGNORE_INDEX
 from .cross_entropy import cross_entropy
 from .gradients import GradientSums
 from .replay_state import Autocast
-
-
-def shifted(labels_BS: Tensor, ignore_index: int = -100) -> Tensor:
-    """Label of the NEXT token at every position; the last position is ignored."""
-    return pad(labels_BS, (0, 1), value=ignore_index)[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ class Head:
     logits_of: Callable[[Tensor], Tensor]
     parameters: Sequence[Tensor]
     chunk_tokens: int
-    ignore_index: int = -100
+    ignore_index: int = IGNORE_INDEX
 
 
 def chunked_loss(

@@ -10,12 +10,14 @@ In reading order:
     curves       memory over a step; reach by host memory
 """
 
-from .curves import CHECKPOINTS, KV, WORKING, MemoryCurve, Reach, memory_curve, reach_by_host
+from .curves import MemoryCurve, Reach, memory_curve, reach_by_host
 from .fit import (
     STEP_TOKENS,
     Machines,
+    More,
     PlannedStep,
     Training,
+    Use,
     Weights,
     fit,
     host_needed,
@@ -29,18 +31,17 @@ from .rates_file import HEAD_DIMS, read_rates, save_rates
 from .seconds import step_seconds, ulysses_seconds
 
 __all__ = [
-    "CHECKPOINTS",
     "GPU",
     "GPUS",
     "HEAD_DIMS",
-    "KV",
     "Machines",
     "MemoryCurve",
+    "More",
     "PlannedStep",
     "Reach",
     "STEP_TOKENS",
     "Training",
-    "WORKING",
+    "Use",
     "Weights",
     "fit",
     "gpu_named",

@@ -26,9 +26,10 @@ from ..plan import (
     pool_of_numbers,
 )
 from ..units import GIB
-from .fit import Machines, PlannedStep, Training, longest
+from .fit import Machines, PlannedStep, Training, Use, longest
 
-WORKING, KV, CHECKPOINTS = "activations and gradients of a step", "K, V, dK, dV", "checkpoints"
+# These change while a step goes on; everything else is there throughout.
+CHANGING = frozenset({Use.WORKING, Use.KV, Use.CHECKPOINTS})
 HOST_STEPS = 6  # lengths are looked for at so many amounts of host memory up to the given one, and as many beyond
 LEAST_HOST_GIB = 16
 
@@ -60,16 +61,16 @@ class MemoryCurve:
 
     seconds: tuple[float, ...]
     backward_from: float
-    device: Mapping[str, tuple[float, ...]]
-    host: Mapping[str, tuple[float, ...]]
+    device: Mapping[Use, tuple[float, ...]]
+    host: Mapping[Use, tuple[float, ...]]
     planned_gib: float
     pinned_gib: float
 
 
 def moments(found: PlannedStep) -> list[Moment]:
     """The step chunk by chunk, as the plan was made."""
-    plan, told = found.plan, found.plan.foretold
-    assert told is not None
+    plan, forecast = found.plan, found.plan.forecast
+    assert forecast is not None
     pool, kv_pool = pool_of_numbers({}, plan.budgets.host), pool_of_numbers({}, NO_LIMIT)
     shelves, seen = TierAllocator(plan.budgets, pool, kv_pool), list[Moment]()
 
@@ -78,7 +79,7 @@ def moments(found: PlannedStep) -> list[Moment]:
         seen.append(Moment(phase, layer, chunk, used["device"], pool.used_bytes, kv_pool.used_bytes, used["disk"]))
 
     recorder: Observer = look
-    fits = list(Rehearsal(told.kept, found.step.layer_bytes(), plan.kv, shelves, recorder).play())
+    fits = list(Rehearsal(forecast.kept, found.step.layer_bytes(), plan.kv, shelves, recorder).play())
     assert all(fits)
     return seen
 
@@ -99,18 +100,20 @@ def memory_curve(found: PlannedStep, *, full: bool) -> MemoryCurve:
     phases: list[Phase] = ["loss" if i == first_backward else _row_phase(m.phase) for i, m in enumerate(seen)]
     scale = found.seconds / sum(work)
     seconds = tuple(scale * done for done in accumulate(work))
-    fixed = dict(found.device[: [name for name, _ in found.device].index(WORKING)])
     working, kv = {phase: _working(step, phase) for phase in set(phases)}, found.plan.kv
-    device = {name: [float(size)] * len(seen) for name, size in fixed.items()}
-    device[WORKING] = [float(working[phase]) for phase in phases]
-    device[KV] = [float(_resident(kv, moment, phase)) for moment, phase in zip(seen, phases, strict=True)]
-    device[CHECKPOINTS] = [float(moment.device) for moment in seen]
-    host = {KV: [float(ranks * m.host_kv) for m in seen], CHECKPOINTS: [float(ranks * m.host) for m in seen]}
+    device = {use: [float(size)] * len(seen) for use, size in found.device if use not in CHANGING}
+    device[Use.WORKING] = [float(working[phase]) for phase in phases]
+    device[Use.KV] = [float(_resident(kv, moment, phase)) for moment, phase in zip(seen, phases, strict=True)]
+    device[Use.CHECKPOINTS] = [float(moment.device) for moment in seen]
+    host = {
+        Use.KV: [float(ranks * m.host_kv) for m in seen],
+        Use.CHECKPOINTS: [float(ranks * m.host) for m in seen],
+    }
     return MemoryCurve(
         seconds=seconds,
         backward_from=seconds[first_backward],
-        device={name: _gib(values) for name, values in device.items()},
-        host={name: _gib(values) for name, values in host.items()},
+        device={use: _gib(values) for use, values in device.items()},
+        host={use: _gib(values) for use, values in host.items()},
         planned_gib=sum(size for _, size in found.device) / GIB,
         pinned_gib=found.host / GIB,
     )
@@ -138,9 +141,7 @@ def _work(found: PlannedStep, moment: Moment, *, full: bool) -> float:
 
 def _working(step: StepSizes, phase: Phase) -> int:
     """What `fit` reckons with for the phase; the plan has the largest of all phases throughout."""
-    rows = step.device_rows(step.kv_bytes(NO_LIMIT))
-    most = sum(row.nbytes for row in rows if phase in row.phases and "resident" not in row.name)
-    return int(DEVICE_MARGIN * most) + DEVICE_RESERVE
+    return int(DEVICE_MARGIN * step.phase_bytes(step.kv_bytes(NO_LIMIT), phase)) + DEVICE_RESERVE
 
 
 def _resident(kv: KVBytes, moment: Moment, phase: Phase) -> int:

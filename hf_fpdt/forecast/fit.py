@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from ..layout import ChunkPlan
 from ..plan import (
@@ -41,6 +42,27 @@ FP32_BYTES = 4
 NCCL_BYTES = int(1.3 * GIB)
 
 
+class Use(Enum):
+    """What memory is used for: arithmetic goes by the member, JSON by its value, and what people read is elsewhere."""
+
+    WEIGHTS = "weights"
+    GRADIENTS = "gradients"
+    OPTIMIZER = "optimizer"
+    SUMS = "sums of gradients over chunks"
+    NCCL = "NCCL"
+    WORKING = "activations and gradients of a step"
+    KV = "K, V, dK, dV"
+    CHECKPOINTS = "checkpoints"
+
+
+class More(Enum):
+    """What would make the longest sequence longer; values as those of `Use`."""
+
+    HOST_MEMORY = "a quarter more host memory"
+    GPU_MEMORY = "a quarter more GPU memory"
+    GPUS = "twice the GPUs and hosts"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """Parameters of a model, and what training keeps of them.
@@ -64,7 +86,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """What there is, all machines together.
+    """What is available, all machines together.
 
     Attributes:
         gpu: their kind.
@@ -120,7 +142,7 @@ class PlannedStep:
         step: its sizes.
         plan: where checkpoints, K and V go.
         device: bytes set aside on each GPU, by what they are, margins included.
-        peak: bytes of each GPU that PyTorch's allocator is foretold to reach, without margins.
+        peak: bytes of each GPU that PyTorch's allocator is predicted to reach, without margins.
         host: pinned bytes on the hosts, all together.
         seconds: of the step.
         strict_mfu: of all GPUs; no recomputation counted, attention at half.
@@ -132,7 +154,7 @@ class PlannedStep:
 
     step: StepSizes
     plan: PassPlacement
-    device: tuple[tuple[str, int], ...]
+    device: tuple[tuple[Use, int], ...]
     peak: int
     host: int
     seconds: float
@@ -161,7 +183,7 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
     kept = room if machines.kept_bytes is None else min(room, machines.kept_bytes)
     budgets = Budgets(kept, host, machines.disk_bytes // machines.gpus)
     plan = plan_pass(training.checkpoints, step, training.model.layers, budgets, {})
-    assert plan.foretold is not None
+    assert plan.forecast is not None
     full = weights.trained == weights.total
     gathering, in_the_way = 0.0, 0.0
     if machines.sharded:
@@ -169,14 +191,14 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
     exchange = ulysses_seconds(step, plan.kept, gpu) + in_the_way
     seconds = max(step_seconds(step, plan.kept, gpu, full=full), gathering) + exchange
     resident = plan.kv.device_bytes
-    items = (*fixed, ("activations and gradients of a step", working), ("K, V, dK, dV", resident))
-    elsewhere = plan.foretold.host_bytes - plan.kv.host_bytes + plan.foretold.disk_bytes
+    items = (*fixed, (Use.WORKING, working), (Use.KV, resident))
+    elsewhere = plan.forecast.host_bytes - plan.kv.host_bytes + plan.forecast.disk_bytes
     return PlannedStep(
         step=step,
         plan=plan,
-        device=(*items, ("checkpoints", plan.foretold.device_bytes)),
+        device=(*items, (Use.CHECKPOINTS, plan.forecast.device_bytes)),
         peak=_peak(step, plan, training, dict(fixed)),
-        host=plan.foretold.host_bytes * machines.gpus,
+        host=plan.forecast.host_bytes * machines.gpus,
         seconds=seconds,
         strict_mfu=strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=full)
         / seconds
@@ -198,20 +220,22 @@ def peak_bytes(step: StepSizes, plan: PassPlacement, outside: int, inside: int, 
         inside: of gradients of all layers.
         sums: of the gradients of one layer while they add up over chunks.
     """
-    told = plan.foretold
-    assert told is not None
-    working = step.working_bytes(plan.kv, checkpoints_elsewhere=told.host_bytes > plan.kv.host_bytes, resident=True)
+    forecast = plan.forecast
+    assert forecast is not None
+    working = step.working_bytes(
+        plan.kv, checkpoints_elsewhere=forecast.host_bytes > plan.kv.host_bytes, resident=True
+    )
     # A layer's checkpoints go when its gradients come.
-    return working + outside + max(sums + told.device_bytes, inside + told.device_bytes // plan.kept.layers)
+    return working + outside + max(sums + forecast.device_bytes, inside + forecast.device_bytes // plan.kept.layers)
 
 
-def _peak(step: StepSizes, plan: PassPlacement, training: Training, fixed: Mapping[str, int]) -> int:
+def _peak(step: StepSizes, plan: PassPlacement, training: Training, fixed: Mapping[Use, int]) -> int:
     weights = training.weights
     outside = weights.outside if weights.trained == weights.total else 0
     inside = weights.trained - outside
-    apart, within = (fixed["gradients"] * part // weights.trained for part in (outside, inside))
+    apart, within = (fixed[Use.GRADIENTS] * part // weights.trained for part in (outside, inside))
     sums = sum_bytes(inside // training.model.layers)
-    return fixed["weights"] + fixed["optimizer"] + peak_bytes(step, plan, apart, within, sums)
+    return fixed[Use.WEIGHTS] + fixed[Use.OPTIMIZER] + peak_bytes(step, plan, apart, within, sums)
 
 
 def sharded_weights(training: Training, ranks: int) -> ShardedWeights:
@@ -230,7 +254,7 @@ def sharded_weights(training: Training, ranks: int) -> ShardedWeights:
     )
 
 
-def _fixed_bytes(training: Training, machines: Machines) -> tuple[tuple[str, int], ...]:
+def _fixed_bytes(training: Training, machines: Machines) -> tuple[tuple[Use, int], ...]:
     """What lies on each GPU whatever the length."""
     weights, layer = training.weights, training.model.layer_parameters
     ranks, size, trained = 1, weights.element_bytes, weights.element_bytes
@@ -240,12 +264,12 @@ def _fixed_bytes(training: Training, machines: Machines) -> tuple[tuple[str, int
         # The layer that runs and the next one; embeddings and head stay gathered.
         gathered = (2 * layer + weights.outside) * size
     lasting = (weights.total - weights.trained) * size + weights.trained * trained
-    nccl = (("NCCL", NCCL_BYTES),) if machines.gpus > 1 else ()
+    nccl = ((Use.NCCL, NCCL_BYTES),) if machines.gpus > 1 else ()
     return (
-        ("weights", lasting // ranks + gathered),
-        ("gradients", weights.trained * trained // ranks),
-        ("optimizer", state_bytes(weights.optimizer, weights.trained, trained) // ranks),
-        ("sums of gradients over chunks", sum_bytes(weights.largest_trained)),
+        (Use.WEIGHTS, lasting // ranks + gathered),
+        (Use.GRADIENTS, weights.trained * trained // ranks),
+        (Use.OPTIMIZER, state_bytes(weights.optimizer, weights.trained, trained) // ranks),
+        (Use.SUMS, sum_bytes(weights.largest_trained)),
         *nccl,
     )
 
@@ -298,16 +322,16 @@ def machine_bytes(pinned: int) -> int:
     return math.ceil((pinned + HOST_RESERVE) / HOST_USABLE) if pinned else 0
 
 
-def what_would_help(training: Training, machines: Machines) -> dict[str, int]:
+def what_would_help(training: Training, machines: Machines) -> dict[More, int]:
     """Longest sequences with a quarter more of one thing: host memory, memory of a GPU; and with twice the GPUs."""
     gpu = machines.gpu
     more = {
-        "a quarter more host memory": replace(machines, host_bytes=machines.host_bytes * 5 // 4),
-        "a quarter more GPU memory": replace(machines, gpu=replace(gpu, memory_gib=1.25 * gpu.memory_gib)),
+        More.HOST_MEMORY: replace(machines, host_bytes=machines.host_bytes * 5 // 4),
+        More.GPU_MEMORY: replace(machines, gpu=replace(gpu, memory_gib=1.25 * gpu.memory_gib)),
     }
     if training.model.q_heads % (2 * machines.gpus) == 0:
-        more["twice the GPUs and hosts"] = replace(
+        more[More.GPUS] = replace(
             machines, gpus=2 * machines.gpus, host_bytes=2 * machines.host_bytes, disk_bytes=2 * machines.disk_bytes
         )
-    found = {name: longest(training, other) for name, other in more.items()}
-    return {name: 0 if best is None else best.step.plan.n_tokens for name, best in found.items()}
+    found = {what: longest(training, other) for what, other in more.items()}
+    return {what: 0 if best is None else best.step.plan.n_tokens for what, best in found.items()}

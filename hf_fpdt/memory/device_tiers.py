@@ -174,14 +174,14 @@ class DeviceTiers:
 def _reserve(tiers: DeviceMemory, plan: PassPlacement, step: StepSizes) -> bool:
     """Have the pinned buffers that the plan needs beside those in the way; whether memory was pinned for them.
 
-    Where none are, what is pinned gets cut anew, so that a step has the buffers it was foretold to have.
+    Where none are, what is pinned gets cut anew, so that a step has the buffers it was predicted to have.
     """
-    foretold = plan.foretold
-    assert foretold is not None
-    if foretold.disk_bytes:
+    forecast = plan.forecast
+    assert forecast is not None
+    if forecast.disk_bytes:
         assert tiers.files is not None
         tiers.files.stage_for(step.layer_bytes().longest)
-    needed, needed_kv = Counter(foretold.new_buffers), Counter(foretold.new_kv_buffers)
+    needed, needed_kv = Counter(forecast.new_buffers), Counter(forecast.new_kv_buffers)
     if not tiers.in_the_way():
         if [pool.made for pool in tiers.pools] == [needed, needed_kv]:
             return False

@@ -51,7 +51,7 @@ class DiskStaging:
     def staging(self, nbytes: int) -> _Staging:
         """A buffer of at least `nbytes`; where all are in use, the host waits for the oldest write.
 
-        One more is made where all are being read into, or no plan foretold that files would be used.
+        One more is made where all are being read into, or no plan predicted that files would be used.
         """
         if nbytes > self._longest:
             self._begin_staging(nbytes)

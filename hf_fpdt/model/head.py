@@ -23,10 +23,10 @@ from ..engine import (
     chunked_loss,
     mixes_tokens,
     norm_by_chunks,
-    shifted,
     untouched_random_state,
     visiting,
 )
+from ..labels import IGNORE_INDEX, check_padding, shifted
 from ..parallel import SAMPLE_KEY, batch_shared_by, check_shard
 from ..plan import by_layer
 from .layers import check_stack
@@ -256,7 +256,7 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
             "hf_fpdt: with sp_size above 1 labels are shifted before they are cut: pass shift_labels too."
         )
     loss_arguments = {name: arguments.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
-    ignore_index, kept = arguments.pop("ignore_index", -100), arguments.pop("logits_to_keep", None)
+    ignore_index, kept = arguments.pop("ignore_index", IGNORE_INDEX), arguments.pop("logits_to_keep", None)
     as_tuple = arguments.pop("return_dict", self.config.return_dict) is False
     arguments["return_dict"] = True
     if not caches_in(arguments):
@@ -338,15 +338,7 @@ def _loss(
         # Then a plain mean of the ranks' losses (DDP, FSDP) is the mean over the sequence's tokens.
         num_items_in_batch = group.sum((targets != ignore_index).sum().to(hidden.device)) / group.size
     if attention_mask is not None and attention_mask.shape == targets.shape:
-        _check_padding(attention_mask.to(targets.device), targets, ignore_index)
+        mask = attention_mask.to(targets.device)
+        # On the left there may be some: it is masked.
+        check_padding("hf_fpdt", (mask == 0) & (mask.cumsum(1) > 0), targets, ignore_index)
     return chunked_loss(head, hidden, targets, num_items_in_batch)
-
-
-def _check_padding(mask_BS: Tensor, targets_BS: Tensor, ignore_index: int) -> None:
-    """Padding on the right is not masked, so what it predicts is nobody's and may not count."""
-    on_the_right = (mask_BS == 0) & (mask_BS.cumsum(1) > 0)
-    if bool((on_the_right & (targets_BS != ignore_index)).any()):
-        raise ValueError(
-            f"hf_fpdt: attention_mask marks tokens as padding whose labels count; set the labels of padding to "
-            f"{ignore_index} (a collator that pads labels does)."
-        )

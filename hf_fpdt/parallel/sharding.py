@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..labels import IGNORE_INDEX, check_padding, shifted
 from ..layout import ChunkPlan
 from .group import SequenceParallelGroup
 
@@ -42,9 +43,6 @@ def batch_shared_by(ranks: int) -> Iterator[None]:
 def own_tokens(plan: ChunkPlan, rank: int, device: torch.device | None = None) -> Tensor:
     """Global indices of the tokens that `rank` owns, [n_tokens / sp_size], in its local order."""
     return torch.cat([torch.arange(start, stop, device=device) for start, stop in plan.rank_pieces(rank)])
-
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class ShardingCollator:
         n_tokens = batch["input_ids"].shape[1]
         missing = -n_tokens % self.sp_size
         if batch.get("shift_labels") is None and batch.get("labels") is not None:
-            batch["shift_labels"] = pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+            batch["shift_labels"] = shifted(batch["labels"])
         if batch.get("shift_labels") is not None:
             batch["labels"] = batch["shift_labels"] = pad(batch["shift_labels"], (0, missing), value=IGNORE_INDEX)
         batch[SAMPLE_KEY] = _fingerprint(batch["input_ids"], batch.get("shift_labels"))
@@ -154,8 +152,8 @@ def _check_padding(mask: Tensor | None, labels: Tensor | None) -> None:
         raise ValueError(
             "ShardingCollator: only padding on the right is supported; set tokenizer.padding_side='right'."
         )
-    if labels is not None and bool(((mask == 0) & (labels != IGNORE_INDEX)).any()):
-        raise ValueError("ShardingCollator: labels of padding must be -100 (a collator that pads labels sees to it).")
+    if labels is not None:
+        check_padding("ShardingCollator", mask == 0, labels)
 
 
 def check_shard(

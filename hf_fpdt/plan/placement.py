@@ -29,19 +29,19 @@ class PassPlacement:
         kv: K and V by chunk, and which chunks are resident.
         budgets: what checkpoints may take, without K and V.
         pinned: the most that all host buffers may be, those of K and V among them.
-        foretold: what the step will take; None for a pass without a backward pass.
+        forecast: what the step will take; None for a pass without a backward pass.
     """
 
     kv: KVBytes
     budgets: Budgets
     pinned: int
-    foretold: Forecast | None
+    forecast: Forecast | None
 
     @property
     def kept(self) -> KeptLayers:
         """Which layers keep what."""
-        assert self.foretold is not None
-        return self.foretold.kept
+        assert self.forecast is not None
+        return self.forecast.kept
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,15 @@ def described(plan: PassPlacement, step: StepSizes, budgets: Budgets) -> str:
     """The one line that a person reads."""
     chunks, resident = len(step.plan.chunks), plan.kv.backward_resident
     text = f"{step.plan.n_tokens:,} tokens in {chunks} chunks: K, V of {resident} chunks on the device"
-    if plan.foretold is None:
+    if plan.forecast is None:
         return text
-    told = plan.foretold
-    places = f"device {_gib(told.device_bytes)}, host {_gib(told.host_bytes)}"
-    files = f", files {_gib(told.disk_bytes)}" if told.disk_bytes else ""
-    total = _gib(peak_bytes(told.kept, step.layer_bytes()))
+    predicted, kept = plan.forecast, plan.kept
+    places = f"device {_gib(predicted.device_bytes)}, host {_gib(predicted.host_bytes)}"
+    files = f", files {_gib(predicted.disk_bytes)}" if predicted.disk_bytes else ""
+    total = _gib(peak_bytes(kept, step.layer_bytes()))
     return (
-        f"{text}; keeps {told.kept} ({total}: {places}{files}); in backward {told.kept.attention_reruns} layers run "
-        f"attention again, {told.kept.rebuilt} run their linears once more; budgets device {_gib(budgets.device)}, "
+        f"{text}; keeps {kept} ({total}: {places}{files}); in backward {kept.attention_reruns} layers run "
+        f"attention again, {kept.rebuilt} run their linears once more; budgets device {_gib(budgets.device)}, "
         f"host {_gib(budgets.host)}"
     )
 

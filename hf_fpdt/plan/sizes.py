@@ -49,6 +49,8 @@ class LayerBytes:
 
 Phase = Literal["forward", "loss", "backward"]
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
+# What a row of the table of device memory is of: arithmetic goes by this, and never by the words of the row.
+RowKind = Literal["entry", "hidden", "resident_kv", "activations", "checkpoints", "streamed_kv", "logits"]
 
 # Activations that one replayed chunk keeps at its peak, in elements a token: multiples of the hidden and of the
 # intermediate size, for MLPs with a gate and for plain ones; then the same over Liger's kernels. Measured in bfloat16
@@ -138,12 +140,14 @@ class DeviceItem:
     """One line of the table of device memory.
 
     Attributes:
-        name: what it is.
+        kind: what arithmetic knows it by.
+        name: what people read of it.
         phases: when it is there.
         nbytes: its size on this rank.
         grows: whether it grows with the sequence, not with the chunk.
     """
 
+    kind: RowKind
     name: str
     phases: tuple[Phase, ...]
     nbytes: int
@@ -222,20 +226,26 @@ class StepSizes:
         unit = self.unit
         forward, backward = kv.forward_resident, kv.backward_resident
         yield from self._entry_rows()
-        yield DeviceItem("a layer's input and output", ("forward",), 2 * unit, True)
-        yield DeviceItem("K, V of one layer, resident chunks", ("forward",), 2 * sum(kv.parts[:forward]), True)
-        yield DeviceItem("last hidden states, normed, and their gradient", ("loss",), 3 * unit, True)
-        yield DeviceItem("gradients of a layer's output and input", ("backward",), 2 * unit, True)
-        yield DeviceItem("K, V of one layer, resident chunks", ("backward",), 2 * sum(kv.parts[:backward]), True)
-        yield DeviceItem("dK, dV of one layer, resident chunks", ("backward",), 2 * sum(kv.grads[:backward]), True)
+        yield DeviceItem("hidden", "a layer's input and output", ("forward",), 2 * unit, True)
+        yield DeviceItem(
+            "resident_kv", "K, V of one layer, resident chunks", ("forward",), 2 * sum(kv.parts[:forward]), True
+        )
+        yield DeviceItem("hidden", "last hidden states, normed, and their gradient", ("loss",), 3 * unit, True)
+        yield DeviceItem("hidden", "gradients of a layer's output and input", ("backward",), 2 * unit, True)
+        yield DeviceItem(
+            "resident_kv", "K, V of one layer, resident chunks", ("backward",), 2 * sum(kv.parts[:backward]), True
+        )
+        yield DeviceItem(
+            "resident_kv", "dK, dV of one layer, resident chunks", ("backward",), 2 * sum(kv.grads[:backward]), True
+        )
         yield from self._chunk_rows(kv)
 
     def _entry_rows(self) -> Iterator[DeviceItem]:
         tokens = self.batch * self.plan.n_tokens // self._ranks
         cos_sin = 2 * tokens // self.batch * self.model.rotary_dim * self.element_bytes
-        yield DeviceItem("input ids, labels, shifted labels, positions", PHASES, 4 * 8 * tokens, True)
-        yield DeviceItem("cos, sin", PHASES, cos_sin, True)
-        yield DeviceItem("embeddings, held by the model's own forward", ("forward",), self.unit, True)
+        yield DeviceItem("entry", "input ids, labels, shifted labels, positions", PHASES, 4 * 8 * tokens, True)
+        yield DeviceItem("entry", "cos, sin", PHASES, cos_sin, True)
+        yield DeviceItem("entry", "embeddings, held by the model's own forward", ("forward",), self.unit, True)
 
     @property
     def entry_bytes(self) -> int:
@@ -248,13 +258,15 @@ class StepSizes:
         unit = tokens * m.hidden * self.element_bytes
         replay = max(self._mlp_bytes(tokens), self._attention_bytes(tokens))
         streamed = 2 * (kv.parts[0] + kv.grads[0]) if kv.backward_resident < len(kv.parts) else 0
-        yield DeviceItem("a chunk's activations", ("forward",), replay // 2, False)
-        yield DeviceItem("a replayed chunk's activations", ("backward",), replay, False)
-        yield DeviceItem("checkpoints under way", ("backward",), CHECKPOINTS_UNDER_WAY * unit, False)
+        yield DeviceItem("activations", "a chunk's activations", ("forward",), replay // 2, False)
+        yield DeviceItem("activations", "a replayed chunk's activations", ("backward",), replay, False)
+        yield DeviceItem("checkpoints", "checkpoints under way", ("backward",), CHECKPOINTS_UNDER_WAY * unit, False)
         sets = min(STREAMED_SETS, len(kv.parts))
-        yield DeviceItem("streamed K, V, dK, dV under way", ("backward",), sets * streamed, False)
+        yield DeviceItem("streamed_kv", "streamed K, V, dK, dV under way", ("backward",), sets * streamed, False)
         logit = FUSED_LOGIT_BYTES if self.fused else LOGIT_BYTES
-        yield DeviceItem("a loss chunk's logits", ("loss",), logit * self.loss_tokens * self.vocabulary, False)
+        yield DeviceItem(
+            "logits", "a loss chunk's logits", ("loss",), logit * self.loss_tokens * self.vocabulary, False
+        )
 
     def _mlp_bytes(self, tokens: int) -> int:
         m = self.model
@@ -274,9 +286,18 @@ class StepSizes:
             checkpoints_elsewhere: whether checkpoints come from the host or a file, so that some are under way.
             resident: count resident K, V, dK, dV too.
         """
-        left_out = ("resident",) * (not resident) + ("checkpoints",) * (not checkpoints_elsewhere)
-        rows = [row for row in self.device_rows(kv) if not any(word in row.name for word in left_out)]
-        return max(sum(row.nbytes for row in rows if phase in row.phases) for phase in PHASES)
+        return max(
+            self.phase_bytes(kv, phase, checkpoints_elsewhere=checkpoints_elsewhere, resident=resident)
+            for phase in PHASES
+        )
+
+    def phase_bytes(
+        self, kv: KVBytes, phase: Phase, *, checkpoints_elsewhere: bool = True, resident: bool = False
+    ) -> int:
+        """What the table's rows take together in one phase; the arguments are those of `working_bytes`."""
+        left_out = {"resident_kv": not resident, "checkpoints": not checkpoints_elsewhere}
+        rows = (row for row in self.device_rows(kv) if not left_out.get(row.kind, False))
+        return sum(row.nbytes for row in rows if phase in row.phases)
 
 
 def _holds(parts: tuple[int, ...] | list[int], budget: int) -> int:

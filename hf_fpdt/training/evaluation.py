@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 from transformers.trainer_pt_utils import find_batch_size, nested_truncate
 
+from ..labels import IGNORE_INDEX
+
 
 @dataclass
 class Evaluation:
@@ -47,7 +49,7 @@ class Evaluation:
             )
         for name in labels:
             inputs[name] = inputs[name].clone()
-            inputs[name][real:] = -100
+            inputs[name][real:] = IGNORE_INDEX
         return real
 
     def add(self, loss: Tensor, rows: int) -> None:

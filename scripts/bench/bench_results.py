@@ -27,11 +27,11 @@ def read_json(name: str) -> dict[str, Any]:
 
 
 def read_step(name: str) -> Row:
-    """A step of long_step.py as a row of a CSV, with what was foretold of it."""
+    """A step of long_step.py as a row of a CSV, with what was predicted of it."""
     step = read_json(name)
-    last, told = step["measured"]["steps"][-1], step["foretold"]
+    last, forecast = step["measured"]["steps"][-1], step["foretold"]
     # By the step's own plan, else by the planner, which in older files has what it set aside alone.
-    planned = told.get("peak_device_bytes", sum(told["device_bytes"].values())) / GIB
+    planned = forecast.get("peak_device_bytes", sum(forecast["device_bytes"].values())) / GIB
     device = step["measured"].get("predicted_device_gib", planned)
     figures = {
         "tokens": step["tokens"],
@@ -40,9 +40,9 @@ def read_step(name: str) -> Row:
         "strict_mfu": last["strict_mfu"],
         "peak_device_gib": last["device_peak_gib"],
         "pinned_host_gib": last["host_gib"],
-        "predicted_s": told["seconds"],
+        "predicted_s": forecast["seconds"],
         "predicted_device_gib": device,
-        "predicted_pinned_gib": told["host_bytes"] / GIB,
+        "predicted_pinned_gib": forecast["host_bytes"] / GIB,
     }
     facts = {"stack": "fpdt", "result": "ok", "gpus": step["gpus"].split()[0]}
     return facts | {column: str(value) for column, value in figures.items()}

@@ -1,4 +1,4 @@
-"""One training step on one very long sequence of real text, through FPDTTrainer: foretold, run, and written down.
+"""One training step on one very long sequence of real text, through FPDTTrainer: predicted, run, and written down.
 
     accelerate launch scripts/bench/long_step.py --shape llama-8b --seq-len 768K --out out/768k.json
     accelerate launch scripts/bench/long_step.py --model meta-llama/Llama-3.1-8B --text book.txt --seq-len 768K
@@ -9,8 +9,8 @@ accelerate on several GPUs); bfloat16, AdamW. A shape has random weights and rea
 weights and tokenizer. Text is the given files, or the sources of Python's standard library. A short step before the
 long one compiles kernels. FPDT's settings are those of FPDT_* variables: FPDT_HOST_BUDGET_GIB=112 ...
 
-What is foretold comes from the configuration alone, before the weights are there. --plan-only ends there; a sequence
-that cannot fit is refused there. Without a GPU nothing is foretold: `hf-fpdt plan` needs none.
+What is predicted comes from the configuration alone, before the weights are there. --plan-only ends there; a sequence
+that cannot fit is refused there. Without a GPU nothing is predicted: `hf-fpdt plan` needs none.
 """
 
 import argparse
@@ -66,9 +66,9 @@ def parse() -> argparse.Namespace:
         "--forward-only", action="store_true", help="no backward pass: all that a step keeps for it is there then"
     )
     parser.add_argument(
-        "--plan-only", action="store_true", help="say what is foretold, and end (on the GPUs to be used)"
+        "--plan-only", action="store_true", help="say what is predicted, and end (on the GPUs to be used)"
     )
-    parser.add_argument("--out", type=Path, help="file of JSON for what was foretold and measured")
+    parser.add_argument("--out", type=Path, help="file of JSON for what was predicted and measured")
     return parser.parse_args()
 
 
@@ -121,7 +121,7 @@ def read_ids(options: argparse.Namespace, n_tokens: int) -> Tensor:
     sys.exit(f"error: {n_tokens:,} tokens are wanted and the text has {len(ids):,}; give more files to --text.")
 
 
-def foretell(config: Any, options: argparse.Namespace, plugin: FPDTPlugin, gpu_name: str) -> dict[str, Any]:
+def predict(config: Any, options: argparse.Namespace, plugin: FPDTPlugin, gpu_name: str) -> dict[str, Any]:
     """What `hf-fpdt plan` says of the long step; nothing where the kind of GPU is not known.
 
     Raises:
@@ -185,7 +185,7 @@ def train(
 def measured(trainer: InOrder, n_tokens: int, gpu_name: str) -> dict[str, Any]:
     """Of the long steps; what this process pinned, and how long that took, is in the first one's seconds."""
     store = trainer.fpdt_handle.store
-    # FSDP2's shards are foretold by `foretell` alone.
+    # FSDP2's shards are predicted by `predict` alone.
     by_plan = {} if trainer.is_fsdp_enabled else predicted(trainer.fpdt_handle, trainer.model, n_tokens, gpu_name)
     logs = [log for log in trainer.state.log_history if "loss" in log][1:]
     if trainer.forward_only:
@@ -223,7 +223,7 @@ def main() -> None:
     gpu_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     config = config_of(options, layers=options.layers)
     result: dict[str, Any] = conditions(options, plugin, gpu_name)
-    result["foretold"] = foretell(config, options, plugin, gpu_name)
+    result["foretold"] = predict(config, options, plugin, gpu_name)
     state.print(json.dumps(result, indent=1))
     if not options.plan_only:
         # Two chunks and a bit: what follows finds every kernel compiled.

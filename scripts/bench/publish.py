@@ -156,7 +156,7 @@ def cell(value: str, form: str) -> str:
 
 
 def steps_table(names: Sequence[str]) -> str:
-    """Steps of `long_step.py`, a line each, as measured and as foretold before."""
+    """Steps of `long_step.py`, a line each, as measured and as predicted before."""
     lines = [list(STEP_HEADINGS), ["---"] * len(STEP_HEADINGS)]
     return markdown(lines + [step_cells(read_json(name), read_step(name)) for name in names])
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_fpdt.engine.loss import Head, chunked_loss, norm_by_chunks, shifted
+from hf_fpdt.engine.loss import Head, chunked_loss, norm_by_chunks
+from hf_fpdt.labels import shifted
 from tests.helpers.support import assert_rejects, relative_error
 
 VOCAB, WIDTH = 61, 24

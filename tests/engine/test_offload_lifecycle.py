@@ -1,4 +1,4 @@
-"""The store over many steps: foretold to the byte, nothing left behind, whatever the order of passes."""
+"""The store over many steps: predicted to the byte, nothing left behind, whatever the order of passes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plans_of(handle: FPDTHandle) -> list[Any]:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", ["llama", "neox"])
-def test_a_step_takes_what_was_foretold_to_the_byte(case: str, place: str, tmp_path: Path) -> None:
+def test_a_step_takes_what_was_predicted_to_the_byte(case: str, place: str, tmp_path: Path) -> None:
     model, data = model_of(case), sequences()
     sizes = sizes_of(model)
     for policy in POLICIES:
@@ -62,17 +62,20 @@ def test_a_step_takes_what_was_foretold_to_the_byte(case: str, place: str, tmp_p
             with measured() as bytes_kept:
                 step(ours, data)
             (plan,) = plans_of(handle)
-            told = plan.foretold
-            assert (bytes_kept.peak["device"], bytes_kept.peak["disk"]) == (told.device_bytes, told.disk_bytes)
-            assert assert_empty(handle) == told.host_bytes
+            predicted = plan.forecast
+            assert (bytes_kept.peak["device"], bytes_kept.peak["disk"]) == (
+                predicted.device_bytes,
+                predicted.disk_bytes,
+            )
+            assert assert_empty(handle) == predicted.host_bytes
             # The host's regions themselves, with the staging buffers of files.
             tiers = handle.store._tiers.memory
             assert tiers is not None
             pinned = [tiers.pinned, *([] if tiers.files is None else [tiers.files.pinned])]
             regions = sum(memory.nbytes for memory in pinned)
-            staged = STAGING_BUFFERS * page_rounded(sizes.layer_bytes().longest) if told.disk_bytes else 0
-            assert regions == told.host_bytes + staged
-            assert bytes_kept.peak["host"] + plan.kv.host_buffer_bytes <= told.host_bytes
+            staged = STAGING_BUFFERS * page_rounded(sizes.layer_bytes().longest) if predicted.disk_bytes else 0
+            assert regions == predicted.host_bytes + staged
+            assert bytes_kept.peak["host"] + plan.kv.host_buffer_bytes <= predicted.host_bytes
         handle.remove()
 
 

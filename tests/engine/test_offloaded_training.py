@@ -59,9 +59,9 @@ def test_every_place_and_policy_gives_the_same_bits(case: str, tmp_path: Path) -
         for _ in range(2 if case == "neox" else 1):  # in fresh buffers, and in used ones
             assert_same_bits(step(ours, data), exact)
         (plan,) = (plan for (_, layers), plan in handle.store.plans.items() if layers)
-        assert plan.foretold is not None
+        assert plan.forecast is not None
         assert (plan.kv.backward_resident == 2) == ("part" in place)
-        assert (plan.foretold.disk_bytes > 0) == (place == "disk")
+        assert (plan.forecast.disk_bytes > 0) == (place == "disk")
         if "tight" in place or policy == "segment":
             assert (plan.kept.rebuilt > 0) == (policy in REBUILT)
         handle.remove()
@@ -154,7 +154,7 @@ def test_auto_walks_from_no_rerun_to_reruns_as_the_host_shrinks() -> None:
     exact = step(plain, data)
     handle.remove()
     most, least = (least_host_bytes(policy, sizes) for policy in ("input", "auto"))
-    everything = plan_pass("attention", sizes, LAYERS, Budgets(0, 2**30), {}).foretold
+    everything = plan_pass("attention", sizes, LAYERS, Budgets(0, 2**30), {}).forecast
     assert everything is not None
     seen = []
     for part in range(6):

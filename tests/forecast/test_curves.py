@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from hf_fpdt.forecast.curves import CHECKPOINTS, KV, WORKING, memory_curve, moments, reach_by_host
-from hf_fpdt.forecast.fit import Machines, PlannedStep, Training, Weights, fit, longest
+from hf_fpdt.forecast.curves import memory_curve, moments, reach_by_host
+from hf_fpdt.forecast.fit import Machines, PlannedStep, Training, Use, Weights, fit, longest
 from hf_fpdt.forecast.rates import GPUS
 from hf_fpdt.plan.sizes import ModelSizes
 from hf_fpdt.units import GIB
@@ -58,8 +58,8 @@ def curve_of(found: PlannedStep):  # type: ignore[no-untyped-def]
 
 def test_cases_are_what_they_are_called() -> None:
     plans = {name: fit(*case).plan for name, case in CASES.items()}
-    told = {name: plan.foretold for name, plan in plans.items()}
-    assert told["all on the device"].host_bytes == 0 and told["in files"].disk_bytes > 0  # type: ignore[union-attr]
+    forecast = {name: plan.forecast for name, plan in plans.items()}
+    assert forecast["all on the device"].host_bytes == 0 and forecast["in files"].disk_bytes > 0  # type: ignore[union-attr]
     assert plans["on the host, K and V too"].kv.host_bytes > 0
     assert plans["inputs rebuilt"].kept.rebuilt > 0
 
@@ -84,10 +84,10 @@ def test_hosts_use_what_is_pinned_and_no_more(found: PlannedStep) -> None:
 
 
 def test_nothing_is_left_at_the_end(found: PlannedStep) -> None:
-    last, told = moments(found)[-1], found.plan.foretold
+    last, forecast = moments(found)[-1], found.plan.forecast
     assert last.phase == "backward" and last.layer == last.chunk == 0
     assert last.device == last.host == last.disk == 0
-    assert told is not None and max(moment.disk for moment in moments(found)) == told.disk_bytes
+    assert forecast is not None and max(moment.disk for moment in moments(found)) == forecast.disk_bytes
 
 
 def test_time_goes_on_to_the_seconds_of_the_plan(found: PlannedStep) -> None:
@@ -104,11 +104,11 @@ def test_checkpoints_grow_forward_and_shrink_backward() -> None:
     found = fit(*CASES["all on the device"])
     curve = curve_of(found)
     turn = curve.seconds.index(curve.backward_from)
-    held = curve.device[CHECKPOINTS]
+    held = curve.device[Use.CHECKPOINTS]
     assert all(a <= b for a, b in pairwise(held[: turn + 1])) and all(a >= b for a, b in pairwise(held[turn:]))
     assert held[turn] == max(held) > 0 == held[-1]
-    assert curve.device[WORKING][0] != curve.device[WORKING][-1], "each phase has its own"
-    assert curve.device[KV][0] < curve.device[KV][-1], "dK and dV come with the backward pass"
+    assert curve.device[Use.WORKING][0] != curve.device[Use.WORKING][-1], "each phase has its own"
+    assert curve.device[Use.KV][0] < curve.device[Use.KV][-1], "dK and dV come with the backward pass"
 
 
 def test_reach_is_the_planners_with_other_hosts() -> None:

@@ -10,7 +10,9 @@ from bench_results import read_json
 from hf_fpdt.forecast.fit import (
     STEP_TOKENS,
     Machines,
+    More,
     Training,
+    Use,
     Weights,
     fit,
     host_needed,
@@ -31,7 +33,7 @@ ONE = Machines(gpu=GPUS["h100"], gpus=1, host_bytes=128 * GIB)
 
 
 @pytest.mark.parametrize(("n_tokens", "device_gib"), [(2**17, 74.45), (2**18, 74.24), (2**19, 75.31)])
-def test_a_plan_foretells_the_memory_of_measured_steps(n_tokens: int, device_gib: float) -> None:
+def test_a_plan_predicts_the_memory_of_measured_steps(n_tokens: int, device_gib: float) -> None:
     """One H100 and 128 GiB without Liger's kernels, docs/results/offload.md: within 10 %, its reserve included."""
     found = fit(replace(TRAINING, fused=False), ONE, n_tokens)
     assert sum(size for _, size in found.device) / GIB == pytest.approx(device_gib, rel=0.1)
@@ -39,7 +41,7 @@ def test_a_plan_foretells_the_memory_of_measured_steps(n_tokens: int, device_gib
 
 
 @pytest.mark.parametrize("name", ["512k-h100", "768k-h100", "1m-8-layers-h100", "512k-2xh100", "1m-2xh100"])
-def test_long_steps_reach_what_was_foretold(name: str) -> None:
+def test_long_steps_reach_what_was_predicted(name: str) -> None:
     """Of docs/results/, on one and two H100: GPU memory within 2 %, host memory 0.5 %, seconds without pinning 5 %."""
     step = read_json(name)
     layers, measured = step["layers"] or LLAMA_8B.layers, step["measured"]["steps"][-1]
@@ -62,11 +64,11 @@ def test_gradients_come_as_checkpoints_go() -> None:
     """Of every weight: with all gradients the last layer's checkpoints, or all checkpoints and one layer's sums."""
     weights = replace(LORA, trained=LORA.total, optimizer="sgd")
     found = fit(replace(TRAINING, weights=weights, model=replace(LLAMA_8B, layers=2)), WIDER, 2**15)
-    told, step = found.plan.foretold, found.step
-    assert told is not None and told.device_bytes > 0 == found.host
+    forecast, step = found.plan.forecast, found.step
+    assert forecast is not None and forecast.device_bytes > 0 == found.host
     working = step.working_bytes(found.plan.kv, checkpoints_elsewhere=False, resident=True)
     inside = LORA.total - LORA.outside
-    beside = max((2 + 4) * inside // 2 + told.device_bytes, 2 * inside + told.device_bytes // 2)
+    beside = max((2 + 4) * inside // 2 + forecast.device_bytes, 2 * inside + forecast.device_bytes // 2)
     assert found.peak == pytest.approx(2 * LORA.total + 2 * LORA.outside + working + beside, abs=8)
 
 
@@ -78,11 +80,13 @@ def test_what_trains_under_fsdp2_is_in_fp32() -> None:
     found = fit(replace(TRAINING, weights=full), machines, step["tokens"])
     assert found.peak / GIB == pytest.approx(step["measured"]["steps"][-1]["device_peak_gib"], rel=0.02)
     sizes = dict(found.device)
-    assert sizes["gradients"] == LORA.total and sizes["optimizer"] == 2 * LORA.total, "a quarter of four bytes each"
+    assert sizes[Use.GRADIENTS] == LORA.total and sizes[Use.OPTIMIZER] == 2 * LORA.total, (
+        "a quarter of four bytes each"
+    )
     adapters = dict(fit(TRAINING, machines, step["tokens"]).device)
-    assert adapters["gradients"] == LORA.trained
+    assert adapters[Use.GRADIENTS] == LORA.trained
     gathered = 2 * (2 * LLAMA_8B.layer_parameters + LORA.outside)
-    assert adapters["weights"] - gathered == pytest.approx((LORA.total + LORA.trained) / 2, abs=8)
+    assert adapters[Use.WEIGHTS] - gathered == pytest.approx((LORA.total + LORA.trained) / 2, abs=8)
 
 
 FOUR = replace(ONE, gpus=4, host_bytes=512 * GIB)
@@ -114,7 +118,7 @@ def test_nothing_promised_is_more_than_there_is() -> None:
 
 def test_several_gpus_have_buffers_to_speak_through() -> None:
     one, four = (dict(fit(WIDE, replace(ONE, gpus=gpus), 2**18).device) for gpus in (1, 4))
-    assert "NCCL" not in one and 0.5 * GIB < four["NCCL"] < 2 * GIB
+    assert Use.NCCL not in one and 0.5 * GIB < four[Use.NCCL] < 2 * GIB
 
 
 def test_more_of_anything_is_never_less_long() -> None:
@@ -122,7 +126,7 @@ def test_more_of_anything_is_never_less_long() -> None:
     assert found is not None
     helps = what_would_help(WIDE, ONE)
     assert len(helps) == 3 and all(tokens >= found.step.plan.n_tokens for tokens in helps.values())
-    assert helps["twice the GPUs and hosts"] > 1.9 * found.step.plan.n_tokens
+    assert helps[More.GPUS] > 1.9 * found.step.plan.n_tokens
 
 
 def test_sharding_leaves_more_room() -> None:

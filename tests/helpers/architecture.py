@@ -21,22 +21,22 @@ ROOMS = MappingProxyType(
         "layout": frozenset(),
         "plan": frozenset({"layout", "config", "units"}),
         "forecast": frozenset({"plan", "layout", "units"}),
-        "attention": frozenset({"layout", "numerics"}),
-        "parallel": frozenset({"layout", "config"}),
+        "attention": frozenset({"layout", "labels", "numerics"}),
+        "parallel": frozenset({"layout", "config", "labels"}),
         "memory": frozenset({"plan", "parallel", "layout", "config", "numerics", "units"}),
-        "engine": frozenset({"memory", "attention", "parallel", "plan", "layout", "numerics"}),
+        "engine": frozenset({"memory", "attention", "parallel", "plan", "layout", "labels", "numerics"}),
         "model": frozenset(
-            {"engine", "memory", "attention", "parallel", "forecast", "plan", "config", "layout", "units"}
+            {"engine", "memory", "attention", "parallel", "forecast", "plan", "config", "layout", "units"} | {"labels"}
         ),
-        "training": frozenset({"model", "parallel", "plan", "config", "units"}),
+        "training": frozenset({"model", "parallel", "plan", "config", "labels", "units"}),
         "commands": frozenset(
             {"training", "model", "engine", "memory", "parallel", "attention", "forecast", "plan", "layout"}
-            | {"config", "units", "numerics"}
+            | {"config", "units", "numerics", "labels"}
         ),
     }
 )
 # Single files that everybody may know, and that know nobody; and the package's own door, which knows all.
-GROUND = frozenset({"config", "units", "numerics"})
+GROUND = frozenset({"config", "units", "numerics", "labels"})
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

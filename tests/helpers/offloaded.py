@@ -154,6 +154,6 @@ def _count_entries(patch: pytest.MonkeyPatch, kind: Any, tier: str, counter: Mea
 
 def everything_bytes(sizes: StepSizes) -> int:
     """The host bytes with which no layer of a step is rebuilt nor runs attention again."""
-    foretold = plan_pass("attention", sizes, sizes.model.layers, Budgets(0, 2**30), {}).foretold
-    assert foretold is not None
-    return foretold.host_bytes
+    forecast = plan_pass("attention", sizes, sizes.model.layers, Budgets(0, 2**30), {}).forecast
+    assert forecast is not None
+    return forecast.host_bytes

@@ -23,7 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_fpdt.commands.bench.parity import Parity, Results, errors, floors, results, sharpen, worst
+from hf_fpdt.commands.accuracy import Tensors, Worst, errors, least_of_dtype, worst
+from hf_fpdt.commands.bench.parity import results, sharpen
 from hf_fpdt.commands.bench.ranks import World, join, leave, place
 from hf_fpdt.commands.bench.stacks.base import Pieces, Stack, base_of
 from hf_fpdt.commands.bench.stacks.catalogue import Fpdt
@@ -106,7 +107,7 @@ class Case:
         del exact
         self._naive = errors(self._results(Alone(), copy.deepcopy(self._model)), self._truth)
 
-    def _results(self, stack: Stack, model: nn.Module) -> Results:
+    def _results(self, stack: Stack, model: nn.Module) -> Tensors:
         return results(stack, model, self._ids, self._labels)
 
     def verdict(self, kind: type[Stack]) -> dict[str, Any]:
@@ -120,8 +121,8 @@ class Case:
         stack.prepare(model, Pieces(most_tokens=CHUNK_TOKENS))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         ours = errors(self._results(stack, stack.spread(model, optimizer)[0]), self._truth)
-        found = worst(ours, self._naive, floors(self._truth, DTYPE))
-        found = max(self._world.gather(found), key=Parity.badness)
+        found = worst(ours, self._naive, least_of_dtype(self._truth, DTYPE))
+        found = max(self._world.gather(found), key=Worst.badness)
         return {"ratio": found.ratio, "of": found.name, "passed": found.passed}
 
 

@@ -169,7 +169,7 @@ def test_sums_of_gradients_are_those_of_plain_tensors_bit_for_bit(dtype: torch.d
     )
 
 
-def test_host_bytes_are_those_foretold_and_all_go_back() -> None:
+def test_host_bytes_are_those_predicted_and_all_go_back() -> None:
     for plan, resident, shape in cases():
         step = StepSizes(TINY, plan, batch=2, element_bytes=4, attention_bytes=4)
         kv_bytes = step.kv_bytes(0)

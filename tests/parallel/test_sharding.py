@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from hf_fpdt import ShardingCollator
-from hf_fpdt.parallel.sharding import IGNORE_INDEX
+from hf_fpdt.labels import IGNORE_INDEX
 from tests.helpers.support import assert_rejects
 
 CHUNK = 12  # a multiple of 1, 2, 3 and 4
@@ -142,11 +142,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "left padding": ({"attention_mask": LEFT}, ValueError, "padding_side='right'"),
     "a hole in the mask": ({"attention_mask": HOLE}, ValueError, "on the right"),
     "a 4-D mask": ({"attention_mask": torch.ones(1, 20, 20)}, ValueError, "on the right"),
-    "labels of padding": ({"attention_mask": RIGHT}, ValueError, "labels of padding must be -100"),
+    "labels of padding": ({"attention_mask": RIGHT}, ValueError, "labels of padding to -100"),
     "next tokens of padding": (
         {"attention_mask": RIGHT, "shift_labels": torch.arange(20)},
         ValueError,
-        "labels of padding must be -100",
+        "labels of padding to -100",
     ),
     "packed documents": ({"position_ids": _positions((0, 8), (0, 12))}, NotImplementedError, "packed documents"),
     "positions from 1": ({"position_ids": torch.arange(1, 21)}, NotImplementedError, "count from 0"),

@@ -46,8 +46,8 @@ def peak_and_growth(shape: str, n_tokens: int, place: dict[str, Any]) -> tuple[i
     sizes, plan = next((sizes, plan) for (sizes, layers), plan in handle.store.plans.items() if layers)
     # At these lengths what one chunk needs in the backward pass decides where the peak is.
     growth = sum(row.nbytes for row in sizes.device_rows(plan.kv) if row.grows and "backward" in row.phases)
-    assert plan.foretold is not None
-    on_device = plan.foretold.device_bytes
+    assert plan.forecast is not None
+    on_device = plan.forecast.device_bytes
     handle.remove()
     return counter.peak - on_device, growth
 
@@ -113,8 +113,8 @@ def test_gpu_the_peak_is_what_the_table_says(shape: str, place: str) -> None:
     measured = torch.cuda.max_memory_allocated() - before
     sizes, plan = next((sizes, plan) for (sizes, layers), plan in handle.store.plans.items() if layers)
     working = sizes.working_bytes(plan.kv, checkpoints_elsewhere=place != "resident", resident=True)
-    assert plan.foretold is not None
-    predicted = working + plan.foretold.device_bytes
+    assert plan.forecast is not None
+    predicted = working + plan.forecast.device_bytes
     handle.remove()
     print(f"{shape}, {place}: {measured / GIB:.3f} GiB over the weights, predicted {predicted / GIB:.3f}")
     assert measured == pytest.approx(predicted, rel=0.03)

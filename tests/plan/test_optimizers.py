@@ -1,4 +1,4 @@
-"""What an optimizer is foretold to keep is what it keeps, and "auto" leaves that to it and no more."""
+"""What an optimizer is predicted to keep is what it keeps, and "auto" leaves that to it and no more."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kept_bytes(optimizer: Any) -> int:
 
 @pytest.mark.parametrize("kind", REAL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_real_optimizer_keeps_what_is_foretold(kind: str, dtype: torch.dtype) -> None:
+def test_a_real_optimizer_keeps_what_is_predicted(kind: str, dtype: torch.dtype) -> None:
     weights = [nn.Parameter(torch.randn(512, 512, dtype=dtype)) for _ in range(2)]
     optimizer = REAL[kind](weights)
     for weight in weights:

@@ -55,7 +55,7 @@ def test_a_refusal_has_the_arithmetic_and_the_ways_out(policy: str) -> None:
     assert least - 0.0051 * GIB <= needed <= 1.02 * least, "buffers are hardly longer than what lies in them"
     assert needed + kv.host_bytes > 3 * GIB, "what is needed is more than what there is"
     enough = Budgets(0, int(needed + 0.0051 * GIB) + kv.host_bytes)
-    assert plan_pass(policy, LONG, 32, enough, {}).foretold is not None
+    assert plan_pass(policy, LONG, 32, enough, {}).forecast is not None
     for way in (
         "Nothing was allocated",
         "device_budget_gib",
@@ -73,8 +73,8 @@ def test_a_refusal_has_the_arithmetic_and_the_ways_out(policy: str) -> None:
 def test_on_the_device_what_a_refusal_asks_for_is_enough(policy: str) -> None:
     resident = LONG.kv_bytes(NO_LIMIT).device_bytes
     needed = resident + least_bytes(policy, 32, LONG.layer_bytes())
-    told = plan_pass(policy, LONG, 32, Budgets(needed, 0), {}).foretold
-    assert told is not None and told.device_bytes == needed - resident and not told.host_bytes
+    predicted = plan_pass(policy, LONG, 32, Budgets(needed, 0), {}).forecast
+    assert predicted is not None and predicted.device_bytes == needed - resident and not predicted.host_bytes
     refusal(policy, LONG, 32, Budgets(needed - 1, 0))
 
 
@@ -196,7 +196,7 @@ def test_auto_runs_attention_again_as_seldom_as_the_budget_allows() -> None:
 
 def test_a_pass_without_backward_needs_no_checkpoints() -> None:
     plan = plan_pass("attention", LONG, 0, Budgets(0, 0), {})
-    assert plan.foretold is None and plan.kv == LONG.kv_bytes(0)
+    assert plan.forecast is None and plan.kv == LONG.kv_bytes(0)
     assert described(plan, LONG, Budgets(0, 0)) == "131,072 tokens in 4 chunks: K, V of 0 chunks on the device"
 
 
@@ -206,21 +206,25 @@ def test_resident_keys_are_taken_off_the_device_budget_and_staging_off_the_host(
     files = plan_pass("attention", LONG, 32, Budgets(10 * GIB, 100 * GIB, GIB), {})
     assert files.budgets.host == 100 * GIB - 7 * LONG.layer_bytes().longest
     text = described(plan, LONG, Budgets(10 * GIB, 100 * GIB))
-    assert plan.foretold is not None and "keeps 32 inputs and 32 attention outputs of 32 layers (64.50 GiB" in text
+    assert plan.forecast is not None and "keeps 32 inputs and 32 attention outputs of 32 layers (64.50 GiB" in text
     assert "budgets device 10.00 GiB, host 100.00 GiB" in text
-    total = plan.foretold.device_bytes + plan.foretold.host_bytes
+    total = plan.forecast.device_bytes + plan.forecast.host_bytes
     assert 64.5 * GIB <= total <= 66 * GIB
 
 
 @pytest.mark.parametrize("host", [4, 10, 20, 40, 60])
 def test_files_take_what_the_host_cannot_hold_beside_streamed_keys(host: int) -> None:
-    told = plan_pass("attention", LONG, 32, Budgets(0, host * GIB, 1000 * GIB), {}).foretold
-    assert told is not None and told.disk_bytes > 0 and told.host_bytes <= host * GIB - 7 * LONG.layer_bytes().longest
+    predicted = plan_pass("attention", LONG, 32, Budgets(0, host * GIB, 1000 * GIB), {}).forecast
+    assert (
+        predicted is not None
+        and predicted.disk_bytes > 0
+        and predicted.host_bytes <= host * GIB - 7 * LONG.layer_bytes().longest
+    )
     # The host is full but for staging, for what K and V need, and for short entries in longer buffers.
-    assert told.disk_bytes <= (64.5 - (host - 1.75 - 0.875) + 4) * GIB
+    assert predicted.disk_bytes <= (64.5 - (host - 1.75 - 0.875) + 4) * GIB
 
 
-def test_a_step_over_all_tiers_is_exact_and_takes_what_was_foretold(tmp_path: Any) -> None:
+def test_a_step_over_all_tiers_is_exact_and_takes_what_was_predicted(tmp_path: Any) -> None:
     model, ids = tiny(num_hidden_layers=4), tokens(1, 44)
     truth = train_step(model, ids)
     host = (7 * 2048 + 60 * 4096) / GIB
@@ -234,9 +238,9 @@ def test_a_step_over_all_tiers_is_exact_and_takes_what_was_foretold(tmp_path: An
     store = apply_fpdt(model, plugin).store
     for _ in range(2):
         assert_same_step(train_step(model, ids), truth)
-        told = next(plan.foretold for plan in store.plans.values() if plan.foretold is not None)
-        assert told.disk_bytes > 0 and told.host_bytes > 0
-        assert store.used_bytes() == {"device": 0, "host": 0, "disk": 0, "pinned": told.host_bytes}
+        predicted = next(plan.forecast for plan in store.plans.values() if plan.forecast is not None)
+        assert predicted.disk_bytes > 0 and predicted.host_bytes > 0
+        assert store.used_bytes() == {"device": 0, "host": 0, "disk": 0, "pinned": predicted.host_bytes}
 
 
 def test_a_refusal_says_what_the_host_must_hold_although_there_are_files() -> None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.plan.by_layer import LayersDiffer, why_no_sizes
-from hf_fpdt.plan.sizes import PHASES, ModelSizes, StepSizes
+from hf_fpdt.plan.sizes import PHASES, DeviceItem, ModelSizes, StepSizes
 from hf_fpdt.units import GIB
 from tests.helpers.stores import NO_LIMIT, TINY
 from tests.helpers.support import assert_rejects
@@ -179,7 +179,14 @@ def test_where_the_mlp_is_narrow_the_peak_is_in_attention() -> None:
     assert found / GIB == pytest.approx(24.85, rel=0.03)
     wide = replace(step, model=replace(narrow, intermediate=14_336, layer_parameters=243_269_632))
     mlp = 64 * K * 2 * (5 * 4096 + 4 * 14_336)
-    assert next(row.nbytes for row in wide.device_rows(wide.kv_bytes(0)) if "replayed" in row.name) == mlp
+    assert (
+        next(
+            row.nbytes
+            for row in wide.device_rows(wide.kv_bytes(0))
+            if (row.kind, row.phases) == ("activations", ("backward",))
+        )
+        == mlp
+    )
 
 
 def test_the_table_of_device_memory_says_what_grows_with_the_sequence() -> None:
@@ -189,8 +196,25 @@ def test_the_table_of_device_memory_says_what_grows_with_the_sequence() -> None:
         assert after.nbytes == before.nbytes * (2 if after.grows else 1), after.name
         assert set(after.phases) <= set(PHASES)
     kv = long.kv_bytes(NO_LIMIT)
-    resident = [row for row in tables[1] if "resident" in row.name]
+    resident = [row for row in tables[1] if row.kind == "resident_kv"]
     assert max(sum(row.nbytes for row in resident if phase in row.phases) for phase in PHASES) == kv.device_bytes
     assert long.working_bytes(kv) == long.working_bytes(replace(kv, forward_resident=4)), "resident K, V are apart"
     streamed = long.working_bytes(long.kv_bytes(0))
     assert streamed == long.working_bytes(kv) + 3 * 2 * (kv.parts[0] + kv.grads[0])
+
+
+def test_no_number_hangs_on_the_words_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = llama_step(loss_tokens=512, vocabulary=1024)
+    kv = step.kv_bytes(NO_LIMIT)
+
+    def sums() -> list[int]:
+        return [
+            step.working_bytes(kv, checkpoints_elsewhere=elsewhere, resident=resident)
+            for elsewhere in (False, True)
+            for resident in (False, True)
+        ]
+
+    before = sums()
+    assert len(set(before)) == 4
+    monkeypatch.setattr("hf_fpdt.plan.sizes.DeviceItem", lambda *args: replace(DeviceItem(*args), name="some bytes"))
+    assert sums() == before

@@ -1,4 +1,4 @@
-"""Tiers: who gets which place, and a step foretold in numbers against a plain replay of its puts and takes."""
+"""Tiers: who gets which place, and a step predicted in numbers against a plain replay of its puts and takes."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def random_step(rng: random.Random) -> tuple[KeptLayers, LayerBytes, KVBytes, Bu
     return random_kept(rng, layers), sizes, kv, budgets, have
 
 
-def assert_foretold(tell: Callable[..., Forecast | None]) -> None:
+def assert_predicted(tell: Callable[..., Forecast | None]) -> None:
     rng, fits = random.Random(6), 0
     for _ in range(500):
         case = random_step(rng)
@@ -152,9 +152,9 @@ def assert_foretold(tell: Callable[..., Forecast | None]) -> None:
 
 
 def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_foretold(forecast)
+    assert_predicted(forecast)
     assert_rejects(
-        assert_foretold,
+        assert_predicted,
         {
             "gradients forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, grads=(0,) * len(kv.grads)), *a),
             "K, V forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, parts=(0,) * len(kv.parts)), *a),
@@ -163,14 +163,14 @@ def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.Monke
         },
     )
     monkeypatch.setattr(Rehearsal, "_close", lambda step, held: None)
-    assert_rejects(assert_foretold, {"K, V never given back": forecast})
+    assert_rejects(assert_predicted, {"K, V never given back": forecast})
 
 
 def total(counts: Mapping[int, int]) -> int:
     return sum(size * count for size, count in counts.items())
 
 
-def foretold(n_tokens: int, host: int, have: ExistingBuffers = NONE) -> Forecast | None:
+def predicted(n_tokens: int, host: int, have: ExistingBuffers = NONE) -> Forecast | None:
     """Three layers in chunks of 1,024 tokens, 64 bytes a token, all on the host."""
     lengths = [min(1024, n_tokens - start) for start in range(0, n_tokens, 1024)]
     sizes = LayerBytes(*(tuple(n * width for n in lengths) for width in (64, 64, 2)))
@@ -179,20 +179,20 @@ def foretold(n_tokens: int, host: int, have: ExistingBuffers = NONE) -> Forecast
 
 
 def test_another_length_needs_only_the_buffers_that_are_not_there() -> None:
-    first = foretold(8000, NO_LIMIT)
+    first = predicted(8000, NO_LIMIT)
     assert first is not None
     have = ExistingBuffers(first.new_buffers, first.new_kv_buffers)
     assert first.host_bytes == total(first.new_buffers) + total(first.new_kv_buffers)
     for shorter in (8000, 7168, 4096, 4000, 1024, 1):
-        again = foretold(shorter, NO_LIMIT, have)
+        again = predicted(shorter, NO_LIMIT, have)
         assert again is not None and again.new_buffers == again.new_kv_buffers == {}
         assert again.host_bytes == first.host_bytes
-    longer, alone = foretold(9 * 1024, NO_LIMIT, have), foretold(9 * 1024, NO_LIMIT)
+    longer, alone = predicted(9 * 1024, NO_LIMIT, have), predicted(9 * 1024, NO_LIMIT)
     assert longer is not None and alone is not None
     new = total(longer.new_buffers) + total(longer.new_kv_buffers)
     assert longer.host_bytes == first.host_bytes + new and 0 < new < alone.host_bytes / 4
-    assert foretold(9 * 1024, longer.host_bytes, have) == longer
-    assert foretold(8000, first.host_bytes) == first
+    assert predicted(9 * 1024, longer.host_bytes, have) == longer
+    assert predicted(8000, first.host_bytes) == first
     # A little less may do, with buffers longer than they need be; what is handed out at once is the bound.
     for less in (0.75, 0.5):
-        assert foretold(8000, int(less * first.host_bytes)) is None
+        assert predicted(8000, int(less * first.host_bytes)) is None

@@ -10,7 +10,7 @@ from typing import Any
 import long_step
 import pytest
 import torch
-from long_step import Text, foretell, parse
+from long_step import Text, parse, predict
 from transformers import LlamaConfig
 
 from hf_fpdt import FPDTPlugin
@@ -90,14 +90,14 @@ def test_what_cannot_fit_is_refused_by_the_configuration_alone(monkeypatch: pyte
     monkeypatch.setattr(sys, "argv", ["long_step.py", "--seq-len", "768K"])
     options = parse()
     config = long_step.config_of(options, layers=options.layers)
-    found = foretell(config, options, FPDTPlugin(host_budget_gib=100), H100)
+    found = predict(config, options, FPDTPlugin(host_budget_gib=100), H100)
     assert found["tokens"] == 786_432 and 900 < found["seconds"] < 1400
     assert found["host_bytes"] <= 100 * 2**30
-    short_chunks = foretell(config, options, FPDTPlugin(host_budget_gib=100, chunk_tokens=16_384), H100)
+    short_chunks = predict(config, options, FPDTPlugin(host_budget_gib=100, chunk_tokens=16_384), H100)
     working = "activations and gradients of a step"
     assert short_chunks["device_bytes"][working] < 0.99 * found["device_bytes"][working]
-    on_host = foretell(config, options, FPDTPlugin(host_budget_gib=100, device_budget_gib=20), H100)
+    on_host = predict(config, options, FPDTPlugin(host_budget_gib=100, device_budget_gib=20), H100)
     kept = on_host["device_bytes"]
     assert 0 < kept["K, V, dK, dV"] + kept["checkpoints"] <= 20 * 2**30 and on_host["seconds"] > found["seconds"]
     with pytest.raises(SystemExit, match=r"error: .*GiB"):
-        foretell(config, options, FPDTPlugin(host_budget_gib=10), H100)
+        predict(config, options, FPDTPlugin(host_budget_gib=10), H100)

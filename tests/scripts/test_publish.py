@@ -36,7 +36,7 @@ def test_what_does_not_fit_says_so_and_is_drawn(tmp_path: Path) -> None:
         assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
-def test_a_step_has_what_was_measured_beside_what_was_foretold() -> None:
+def test_a_step_has_what_was_measured_beside_what_was_predicted() -> None:
     header, _, line = steps_table(["1m-4xh200"]).splitlines()
     assert header.count("|") == line.count("|") and "431.3 (436.0)" in line and "0.525" in line
     step = read_json("1m-4xh200")

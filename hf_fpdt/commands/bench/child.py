@@ -26,7 +26,7 @@ from ..options import plain
 from .ceiling import measure_ceiling
 from .job import Job
 from .lifeline import is_wanted
-from .parity import check
+from .parity import check, verdict
 from .ranks import World, join, leave, place
 from .stacks.base import Unavailable
 from .stacks.catalogue import stack_named
@@ -95,7 +95,7 @@ def work(job: Job, world: World) -> dict[str, Any]:
     stack.world = world
     if job.kind == "parity":
         parity = check(stack, job)
-        return {"passed": parity.passed, "parity": parity.ratio, "verdict": str(parity)}
+        return {"passed": parity.passed, "parity": parity.ratio, "verdict": verdict(parity)}
     return measure(stack, job)
 
 

@@ -1,4 +1,4 @@
-"""What the planner foretold of a step that was run: its memory and its seconds."""
+"""What the planner predicted of a step that was run: its memory and its seconds."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def predicted(handle: FPDTHandle, model: nn.Module, n_tokens: int, gpu_name: str
     plans = [(step, plan) for (step, layers), plan in handle.store.plans.items() if layers]
     # A group's ranks have parts of one length, so it may be longer by a few tokens.
     step, plan = min(plans, key=lambda each: abs(each[0].plan.n_tokens - n_tokens))
-    assert plan.foretold is not None
+    assert plan.forecast is not None
     layers = decoder_layers(base_of(model))
     inside = sum(_bytes(layer, trained=True) for layer in layers)
     sums = sum_bytes(max(parameter_count(layer.parameters(), trained=True) for layer in layers))
     beside = peak_bytes(step, plan, _bytes(model, trained=True) - inside, inside, sums)
     found = {
         "predicted_device_gib": (_weights_and_states(model) + beside) / GIB,
-        "predicted_pinned_gib": plan.foretold.host_bytes / GIB,
+        "predicted_pinned_gib": plan.forecast.host_bytes / GIB,
     }
     gpu = gpu_named(gpu_name)
     if gpu is not None:

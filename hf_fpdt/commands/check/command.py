@@ -16,6 +16,7 @@ import torch
 from ...forecast import GPU, save_rates
 from ...model import why_refused
 from ...plan import attention_sizes, head_dims
+from ..accuracy import FACTOR
 from ..measure import link_rates, measured
 from ..options import (
     DEFAULT_SHAPE,
@@ -29,7 +30,6 @@ from ..options import (
     plain,
 )
 from .compare import (
-    FACTOR,
     Finding,
     NothingToCompare,
     TinyModel,

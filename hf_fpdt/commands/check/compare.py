@@ -1,15 +1,12 @@
 """Is FPDT right on this machine, for this model? Our errors beside those of plain attention, for every kernel here.
 
-Both are measured against the same computation in float64. Ours may be at most twice the plain one's in the same dtype:
-errors of rounding are of that size, and what a wrong scale, a lost chunk or an open diagonal does is far larger. An
-error is the Euclidean norm over one tensor; where the plain run is right by luck, its relative error over all tensors
-counts.
+Both are measured against the same computation in float64; `commands.accuracy` has the rule.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +18,15 @@ from ...attention import KERNELS, AttentionSpec, attention, peaked_qkv
 from ...config import FPDTPlugin
 from ...engine import attend_whole
 from ...model import apply_fpdt, build_random
+from ..accuracy import LOSS, Tensors, Worst, errors, worst_of_run
 from ..options import plain
 from .tiny_config import VOCABULARY, shrunk
 
-FACTOR = 2.0
-SMALL = 1e-3  # no tensor is asked to be more exact than this share of the largest
-FEW = 16  # numbers: of fewer, only the error together with all others says something; the loss is the exception
-TINY = 1e-300
-LOSS = "loss"
 ATTENTION_TOKENS = 500
 TRAINING_TOKENS, CHUNK_TOKENS, LOSS_TOKENS = 150, 64, 40  # ragged chunks
 # Scores then have a standard deviation of a few units: a softmax with peaks.
 WEIGHT_GAIN, VECTOR_NOISE = 2.0, 0.1
 
-Tensors = Mapping[str, Tensor]
 Attend = Callable[..., Tensor]
 
 
@@ -58,8 +50,8 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        """Written so that a NaN fails."""
-        return self.ratio <= FACTOR
+        """Whether it is as accurate as the plain one; a NaN is not."""
+        return Worst(self.worst, self.ratio).passed
 
 
 def kernels_here(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
@@ -76,37 +68,6 @@ def check_dtype(kernel: str, device: torch.device, head_dim: int) -> torch.dtype
     """The widest dtype that the kernel takes, for errors stand out most there; None where it serves in none."""
     takes, spec = KERNELS[kernel].why_not, AttentionSpec.plain(head_dim)
     return next((t for t in (torch.float32, torch.bfloat16) if takes(device, t, spec) is None), None)
-
-
-def worst_ratio(ours: Tensors, plain: Tensors, truth: Tensors) -> tuple[str, float]:
-    """The tensor whose error is largest beside the plain run's, and how many times it is the plain run's.
-
-    Args:
-        ours, plain, truth: tensors by name; the truth's names and shapes are those of all three.
-    """
-    if ours.keys() != truth.keys():
-        return f"no gradient, or one too many, of {min(ours.keys() ^ truth.keys())}", float("inf")
-    errors = {name: (_distance(ours[name], t), _distance(plain[name], t)) for name, t in truth.items()}
-    our_total, plain_total = (_norm(pair[i] for pair in errors.values()) for i in range(2))
-    sizes = {name: float(t.double().norm()) for name, t in truth.items()}
-    relative = plain_total / max(_norm(sizes.values()), TINY)
-    largest = max(size / truth[name].numel() ** 0.5 for name, size in sizes.items())
-    ratios = {"all together": our_total / max(plain_total, TINY)}
-    for name, (error, plain_error) in errors.items():
-        if name == LOSS or truth[name].numel() >= FEW:
-            floor = relative * max(sizes[name], SMALL * largest * truth[name].numel() ** 0.5)
-            ratios[name] = error / max(plain_error, floor, TINY)
-    # A NaN is worse than any number, and `max` would lose it.
-    worst = next((name for name, ratio in ratios.items() if ratio != ratio), max(ratios, key=ratios.__getitem__))
-    return worst, ratios[worst]
-
-
-def _distance(a: Tensor, truth: Tensor) -> float:
-    return float((a.double() - truth.double()).norm())
-
-
-def _norm(values: Any) -> float:
-    return float(sum(value**2 for value in values) ** 0.5)
 
 
 # -- attention alone --------------------------------------------------------------------------------------------------
@@ -135,12 +96,12 @@ def check_attention(kernel: str, dtype: torch.dtype, heads: tuple[int, int], hea
     try:
         ours = run(functools.partial(attend_whole, scale=scale, kernel=kernel), dtype)
     except RuntimeError as error:  # what kernels raise that do not run on this GPU
-        worst, ratio = " ".join(str(error).split()), float("inf")
+        found = Worst(" ".join(str(error).split()), float("inf"))
     else:
         truth = run(by_hand, torch.float64)
         plain = _less_accurate(run(by_hand, dtype), run(functools.partial(_sdpa, scale=scale), dtype), truth)
-        worst, ratio = worst_ratio(ours, plain, truth)
-    return Finding(kernel=kernel, what="attention", dtype=dtype, worst=worst, ratio=ratio)
+        found = worst_of_run(ours, plain, truth)
+    return Finding(kernel=kernel, what="attention", dtype=dtype, worst=found.name, ratio=found.ratio)
 
 
 def _sdpa(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float) -> Tensor:
@@ -150,7 +111,8 @@ def _sdpa(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float) -> Te
 
 def _less_accurate(a: Tensors, b: Tensors, truth: Tensors) -> Tensors:
     """Of the two ways that a user has, tensor by tensor: which one is better depends on the dtype."""
-    return {name: max(a[name], b[name], key=functools.partial(_distance, truth=t)) for name, t in truth.items()}
+    of_a, of_b = errors(a, truth), errors(b, truth)
+    return {name: b[name] if of_b[name] > of_a[name] else a[name] for name in truth}
 
 
 # -- training a tiny copy of the model --------------------------------------------------------------------------------
@@ -181,8 +143,8 @@ class TinyModel:
             NothingToCompare: the small model does not run, without FPDT.
         """
         truth, plain = self._plain_step(torch.float64), self._plain_step(dtype)
-        worst, ratio = worst_ratio(self._step(dtype, kernel), plain, truth)
-        return Finding(kernel=kernel, what="training", dtype=dtype, worst=worst, ratio=ratio)
+        found = worst_of_run(self._step(dtype, kernel), plain, truth)
+        return Finding(kernel=kernel, what="training", dtype=dtype, worst=found.name, ratio=found.ratio)
 
     def _plain_step(self, dtype: torch.dtype) -> Tensors:
         """Without FPDT; the same for every kernel."""

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...labels import IGNORE_INDEX, shifted
 from ...layout import ChunkPlan
 from ...model import FPDTHandle
 from ...parallel import SequenceParallelGroup, own_tokens
 from .curves import Curve
 
 LOGIT_SLICE_TOKENS = 1024
-IGNORED_LABEL = -100
 SECONDS_BETWEEN_REPORTS = 10.0
 
 
@@ -44,7 +44,7 @@ class Cut:
         plan = self.plan(n_tokens)
         positions = own_tokens(plan, self.group.rank, input_ids_BS.device)
         filled = F.pad(input_ids_BS, (0, plan.n_tokens - n_tokens))
-        following = F.pad(input_ids_BS, (0, plan.n_tokens - n_tokens + 1), value=IGNORED_LABEL)[:, 1:]
+        following = shifted(input_ids_BS, fill=plan.n_tokens - n_tokens)
         batch = {"input_ids": filled[:, positions], "position_ids": positions.expand(len(filled), -1)}
         return batch, following[:, positions]
 
@@ -92,7 +92,7 @@ def token_losses(
     losses = []
     for hidden, labels in zip(hidden_BSD.split(slice_tokens, 1), following_BS.split(slice_tokens, 1), strict=True):
         logits = head(hidden).float()
-        losses.append(F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL))
+        losses.append(F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORE_INDEX))
     return cut.whole(torch.cat(losses, dim=1), input_ids_BS.shape[1])[:, :-1]
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from ...labels import IGNORE_INDEX
 from ..options import UserMistake
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -198,5 +197,5 @@ class RightPadding:
         pad = torch.nn.utils.rnn.pad_sequence
         return {
             "input_ids": pad([w["input_ids"] for w in windows], batch_first=True, padding_value=self.pad_id),
-            "labels": pad([w["labels"] for w in windows], batch_first=True, padding_value=IGNORED_LABEL),
+            "labels": pad([w["labels"] for w in windows], batch_first=True, padding_value=IGNORE_INDEX),
         }

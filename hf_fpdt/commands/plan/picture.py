@@ -7,24 +7,26 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...forecast import CHECKPOINTS, KV, WORKING, MemoryCurve, Reach
+from ...forecast import MemoryCurve, Reach, Use
 from ..pictures import check_matplotlib
 from ..trace.picture import DPI, INK, MUTED, RULE
+from .tables import USE_NAMES
 
 # Of Okabe and Ito's colours; one thing has one colour in both panels of memory.
 COLOURS = MappingProxyType(
     {
-        "weights": "#A9AFB7",
-        "gradients": "#7C848D",
-        "optimizer": "#5A5F66",
-        "sums of gradients over chunks": "#C9CDD2",
-        WORKING: "#E8C547",
-        KV: "#56B4E9",
-        CHECKPOINTS: "#0072B2",
+        Use.WEIGHTS: "#A9AFB7",
+        Use.GRADIENTS: "#7C848D",
+        Use.OPTIMIZER: "#5A5F66",
+        Use.SUMS: "#C9CDD2",
+        Use.NCCL: "#3B4046",
+        Use.WORKING: "#E8C547",
+        Use.KV: "#56B4E9",
+        Use.CHECKPOINTS: "#0072B2",
     }
 )
 LIMIT, POINT = "#D55E00", "#009E73"
-SHOWN = 0.003  # of the memory there is: what is less would be a line too thin to see
+SHOWN = 0.003  # of the memory that is available: what is less would be a line too thin to see
 UNITS = ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes"))
 SIZE_IN = (12.0, 6.6)
 
@@ -40,7 +42,7 @@ def draw_plan(
         curve: memory over a step.
         limits: GiB of a "device" and of all "host"s.
         reach: longest lengths by host memory.
-        mark: the planned length, at the host memory there is.
+        mark: the planned length, at the host memory that is available.
 
     Raises:
         PictureError: matplotlib is not installed.
@@ -75,7 +77,7 @@ def _unit(seconds: float) -> tuple[float, str]:
 
 
 class Lines(NamedTuple):
-    """Of one panel: what it is of, the GiB there are, and what the plan takes of them under which name."""
+    """Of one panel: what it is of, the GiB that are available, and what the plan takes of them under which name."""
 
     name: str
     limit: float
@@ -83,21 +85,20 @@ class Lines(NamedTuple):
     taken_gib: float
 
 
-def _memory(axes: Axes, curve: MemoryCurve, items: Mapping[str, Sequence[float]], lines: Lines) -> None:
-    """Items stacked over the step, and the memory there is."""
+def _memory(axes: Axes, curve: MemoryCurve, items: Mapping[Use, Sequence[float]], lines: Lines) -> None:
+    """Items stacked over the step, and the memory that is available."""
     most, unit = lines.limit, _unit(curve.seconds[-1])[0]
-    shown = {item: values for item, values in items.items() if max(values) >= SHOWN * most}
+    shown = {use: values for use, values in items.items() if max(values) >= SHOWN * most}
     times = [seconds / unit for seconds in curve.seconds]
     if shown:
-        axes.stackplot(
-            times, *shown.values(), labels=list(shown), colors=[COLOURS[item] for item in shown], linewidth=0
-        )
+        names, colours = [USE_NAMES[use] for use in shown], [COLOURS[use] for use in shown]
+        axes.stackplot(times, *shown.values(), labels=names, colors=colours, linewidth=0)
     axes.axhline(most, color=LIMIT, linewidth=1.2)
     axes.axvline(curve.backward_from / unit, color=INK, linewidth=0.8)
     axes.set_xlim(0, times[-1])
     axes.set_ylim(0, 1.18 * max(most, 1e-3))
     axes.axhline(lines.taken_gib, color=INK, linewidth=1, linestyle=":")
-    _note(axes, f"there is: {most:,.1f} GiB", most, LIMIT, above=True)
+    _note(axes, f"available: {most:,.1f} GiB", most, LIMIT, above=True)
     # Under its line where that is close to the other one.
     _note(axes, f"{lines.taken}: {lines.taken_gib:,.1f} GiB", lines.taken_gib, INK, above=lines.taken_gib < most / 2)
     _over(axes, "forward", 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rich import box
@@ -10,15 +11,15 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...forecast import CHECKPOINTS, KV, Machines, PlannedStep, machine_bytes
+from ...forecast import Machines, More, PlannedStep, Use, machine_bytes
 from ...plan import KeptLayers
 from ...units import GIB
 
 
-def as_json(found: PlannedStep, helps: Mapping[str, int], least: PlannedStep | None = None) -> dict[str, Any]:
+def as_json(found: PlannedStep, helps: Mapping[More, int], least: PlannedStep | None = None) -> dict[str, Any]:
     """Numbers, in bytes and seconds; `least` is the step with the least host memory."""
-    kept, kv, told = found.plan.kept, found.plan.kv, found.plan.foretold
-    assert told is not None
+    kept, kv, forecast = found.plan.kept, found.plan.kv, found.plan.forecast
+    assert forecast is not None
     return {
         "tokens": found.step.plan.n_tokens,
         "sp_size": found.step.plan.sp_size,
@@ -29,15 +30,15 @@ def as_json(found: PlannedStep, helps: Mapping[str, int], least: PlannedStep | N
         "copy_seconds": found.copy_seconds,
         "exchange_seconds": found.exchange_seconds,
         "gather_seconds": found.gather_seconds,
-        "device_bytes": dict(found.device),
+        "device_bytes": {use.value: size for use, size in found.device},
         "peak_device_bytes": found.peak,
         "host_bytes": found.host,
-        "disk_bytes": told.disk_bytes * found.step.plan.sp_size,
+        "disk_bytes": forecast.disk_bytes * found.step.plan.sp_size,
         "inputs_kept": kept.inputs.count(True),
         "attention_outputs_kept": kept.attentions.count(True),
         "layers": kept.layers,
         "resident_chunks": kv.backward_resident,
-        "longest_with": dict(helps),
+        "longest_with": {more.value: tokens for more, tokens in helps.items()},
         **({} if least is None else {"least_host_bytes": least.host, "seconds_with_least": least.seconds}),
     }
 
@@ -46,12 +47,34 @@ def as_json(found: PlannedStep, helps: Mapping[str, int], least: PlannedStep | N
 WIDTH = 80
 # Less is not worth a line.
 SHOWN = 0.05 * GIB
+# What people read of each.
+USE_NAMES = MappingProxyType(
+    {
+        Use.WEIGHTS: "weights",
+        Use.GRADIENTS: "gradients",
+        Use.OPTIMIZER: "optimizer",
+        Use.SUMS: "sums of gradients over chunks",
+        Use.NCCL: "NCCL",
+        Use.WORKING: "activations and gradients of a step",
+        Use.KV: "K, V, dK, dV",
+        Use.CHECKPOINTS: "checkpoints",
+    }
+)
+MORE_NAMES = MappingProxyType(
+    {
+        More.HOST_MEMORY: "a quarter more host memory",
+        More.GPU_MEMORY: "a quarter more GPU memory",
+        More.GPUS: "twice the GPUs and hosts",
+    }
+)
+# Which quarter more helps most says what ends the growth.
+LIMITS = MappingProxyType({More.HOST_MEMORY: "host memory", More.GPU_MEMORY: "GPU memory"})
 HOUR_S, HOURS_FROM_S = 3600, 7200
 STEP = ("a step", "tokens/s", "strict\nMFU", "copies\nunder it", "chunks x\ntokens", "K, V on\nthe GPU")
 
 
 def plan_tables(
-    found: PlannedStep, machines: Machines, helps: Mapping[str, int], least: PlannedStep | None = None
+    found: PlannedStep, machines: Machines, helps: Mapping[More, int], least: PlannedStep | None = None
 ) -> Iterator[RenderableType]:
     """What `rich` prints of a plan.
 
@@ -72,7 +95,7 @@ def plan_tables(
         yield from ("", _least(least, found, machines))
     if helps:
         yield from ("", _longer(helps, found.step.plan.n_tokens))
-        if not any("GPUs" in name for name in helps):
+        if More.GPUS not in helps:
             yield Text(f"twice the GPUs: not by sp_size, {found.step.model.q_heads} query heads do not divide by more")
 
 
@@ -110,21 +133,21 @@ def _time(seconds: float) -> str:
 
 
 def _memory(found: PlannedStep, machines: Machines) -> Table:
-    gpus, told = found.step.plan.sp_size, found.plan.foretold
-    assert told is not None
+    gpus, forecast = found.step.plan.sp_size, found.plan.forecast
+    assert forecast is not None
     kv = gpus * found.plan.kv.host_buffer_bytes
-    host, disk = {KV: kv, CHECKPOINTS: found.host - kv}, {CHECKPOINTS: gpus * told.disk_bytes}
+    host, disk = {Use.KV: kv, Use.CHECKPOINTS: found.host - kv}, {Use.CHECKPOINTS: gpus * forecast.disk_bytes}
     device = dict(found.device)
     places = [(device, int(machines.gpu.memory_gib * GIB)), (host, machines.host_bytes), (disk, machines.disk_bytes)]
     places = places[: 3 if machines.disk_bytes else 2]
     table = _table(*("GiB", "each GPU", "hosts, pinned", "files")[: 1 + len(places)])
-    for name in device:
-        sizes = [items.get(name, 0) for items, _ in places]
+    for use in device:
+        sizes = [items.get(use, 0) for items, _ in places]
         if max(sizes) >= SHOWN:
-            table.add_row(name, *map(_gib, sizes))
+            table.add_row(USE_NAMES[use], *map(_gib, sizes))
     table.add_row("together", *(_gib(sum(items.values())) for items, _ in places), style="bold")
-    table.add_row("there is", *(_gib(size) for _, size in places))
-    table.add_row("reached, without margins", _gib(found.peak))
+    table.add_row("available", *(_gib(size) for _, size in places))
+    table.add_row("expected peak", _gib(found.peak))
     return table
 
 
@@ -171,14 +194,13 @@ def _least(least: PlannedStep, found: PlannedStep, machines: Machines) -> Table:
     return table
 
 
-def _longer(helps: Mapping[str, int], n_tokens: int) -> Table:
+def _longer(helps: Mapping[More, int], n_tokens: int) -> Table:
     table = _table(f"ends by {_limit(helps)}; longer with", "tokens", "more")
-    for name, tokens in helps.items():
-        table.add_row(name, f"{tokens:,}", f"{100 * (tokens / n_tokens - 1):+.0f} %")
+    for more, tokens in helps.items():
+        table.add_row(MORE_NAMES[more], f"{tokens:,}", f"{100 * (tokens / n_tokens - 1):+.0f} %")
     return table
 
 
-def _limit(helps: Mapping[str, int]) -> str:
+def _limit(helps: Mapping[More, int]) -> str:
     """What a quarter more of helps most."""
-    quarters = {name: tokens for name, tokens in helps.items() if name.startswith("a quarter")}
-    return max(quarters, key=lambda name: quarters[name]).removeprefix("a quarter more ")
+    return LIMITS[max((more for more in helps if more in LIMITS), key=lambda more: helps[more])]

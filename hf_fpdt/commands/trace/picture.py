@@ -22,7 +22,8 @@ from .intervals import Interval, merged, outside
 from .timeline import COPY_NAMES, GAP_MS, KERNEL_CLASSES, Copies, Gap, Phase, Timeline, kernel_class
 
 INSIDE = "copies inside the device"
-# Of Okabe and Ito's colours, which colour-blind readers tell apart; their orange-red is kept for what is to be mended.
+# Of Okabe and Ito's colours, which colour-blind readers tell apart; their orange-red is kept for what is to be
+# corrected.
 COLOURS = MappingProxyType(
     {
         "attention forward": "#0072B2",

@@ -13,9 +13,10 @@ import torch
 from torch.nn import functional as F
 from transformers import GPTNeoXConfig, LlamaConfig
 
+from hf_fpdt.commands.accuracy import Worst, worst
 from hf_fpdt.commands.bench import child
 from hf_fpdt.commands.bench.job import Job
-from hf_fpdt.commands.bench.parity import Parity, check, worst
+from hf_fpdt.commands.bench.parity import check
 from hf_fpdt.commands.bench.ranks import World
 from hf_fpdt.commands.bench.report import Files
 from hf_fpdt.commands.bench.stacks.base import Stack, Unavailable
@@ -148,7 +149,7 @@ def test_a_nan_never_passes() -> None:
     nan = float("nan")
     for ours, naive in (({"loss": nan}, {"loss": 1.0}), ({"loss": 0.1, "w": nan}, {"loss": 1.0, "w": 1.0})):
         assert not worst(ours, naive, dict.fromkeys(ours, 1e-9)).passed
-    assert worst({"w": 2.0}, {"w": 1.0}, {"w": 0.0}) == Parity("w", 2.0) and Parity("w", 2.0).passed
+    assert worst({"w": 2.0}, {"w": 1.0}, {"w": 0.0}) == Worst("w", 2.0) and Worst("w", 2.0).passed
 
 
 def test_the_loss_in_chunks_is_the_loss() -> None:

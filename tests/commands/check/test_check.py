@@ -18,8 +18,9 @@ from transformers import AutoConfig
 
 from hf_fpdt.attention import AttentionSpec
 from hf_fpdt.attention.kernels import table as kernels
+from hf_fpdt.commands.accuracy import FACTOR, Worst, worst_of_run
 from hf_fpdt.commands.check import command as cli_check
-from hf_fpdt.commands.check.compare import FACTOR, TinyModel, check_attention, worst_ratio
+from hf_fpdt.commands.check.compare import TinyModel, check_attention
 from hf_fpdt.commands.main import main
 from hf_fpdt.forecast.rates import GPUS
 from hf_fpdt.forecast.rates_file import read_rates, save_rates
@@ -204,27 +205,27 @@ def vectors(**errors: float) -> dict[str, Tensor]:
 
 def test_the_worst_tensor_is_named_with_its_ratio() -> None:
     truth, plain = vectors(a=0, b=0), vectors(a=1e-3, b=1e-3)
-    name, ratio = worst_ratio(vectors(a=1e-3, b=1.9e-3), plain, truth)
-    assert name == "b" and ratio == pytest.approx(1.9) and ratio <= FACTOR
-    assert worst_ratio(vectors(a=2.1e-3, b=0), plain, truth)[1] > FACTOR
-    name, ratio = worst_ratio(vectors(a=float("nan"), b=0), plain, truth)
-    assert name in ("a", "all together") and not ratio <= FACTOR
-    assert worst_ratio(vectors(a=0), plain, truth)[1] == float("inf"), "a gradient is missing"
+    found = worst_of_run(vectors(a=1e-3, b=1.9e-3), plain, truth)
+    assert found == Worst("b", pytest.approx(1.9)) and found.passed
+    assert worst_of_run(vectors(a=2.1e-3, b=0), plain, truth).ratio > FACTOR
+    found = worst_of_run(vectors(a=float("nan"), b=0), plain, truth)
+    assert found.name in ("a", "all together") and not found.passed
+    assert worst_of_run(vectors(a=0), plain, truth).ratio == float("inf"), "a gradient is missing"
 
 
 def test_a_lucky_plain_run_is_measured_by_its_error_elsewhere() -> None:
     truth, plain = vectors(a=0, b=0), vectors(a=1e-3, b=0)
-    assert worst_ratio(vectors(a=1e-3, b=1e-3), plain, truth)[1] < FACTOR
-    assert worst_ratio(vectors(a=1e-3, b=2e-3), plain, truth)[1] > FACTOR
+    assert worst_of_run(vectors(a=1e-3, b=1e-3), plain, truth).ratio < FACTOR
+    assert worst_of_run(vectors(a=1e-3, b=2e-3), plain, truth).ratio > FACTOR
 
 
 def test_one_number_alone_proves_nothing_but_the_loss_does() -> None:
     truth, plain = vectors(a=0), vectors(a=1e-3)
     for name, found in (("alpha", False), ("loss", True)):
         one = {name: torch.ones(1, dtype=torch.float64)}
-        ratio = worst_ratio({**plain, name: one[name] + 5e-3}, {**plain, **one}, {**truth, **one})[1]
+        ratio = worst_of_run({**plain, name: one[name] + 5e-3}, {**plain, **one}, {**truth, **one}).ratio
         assert (ratio > FACTOR) == found
-        wrong = worst_ratio({**plain, name: 2 * one[name]}, {**plain, **one}, {**truth, **one})[1]
+        wrong = worst_of_run({**plain, name: 2 * one[name]}, {**plain, **one}, {**truth, **one}).ratio
         assert wrong > FACTOR, "a wrong number is found in either case"
 
 

@@ -14,8 +14,9 @@ from hf_fpdt.commands.main import main
 from hf_fpdt.commands.pictures import PictureError
 from hf_fpdt.commands.plan import picture as plan_picture
 from hf_fpdt.commands.plan.picture import _unit, draw_plan
-from hf_fpdt.forecast.curves import CHECKPOINTS, Reach, memory_curve
-from hf_fpdt.forecast.fit import fit
+from hf_fpdt.commands.plan.tables import USE_NAMES
+from hf_fpdt.forecast.curves import Reach, memory_curve
+from hf_fpdt.forecast.fit import Use, fit
 from tests.commands.plan.test_plan import TINY
 from tests.forecast.test_curves import CASES
 from tests.helpers.app_support import run_python
@@ -61,10 +62,19 @@ def test_the_drawn_numbers_are_those_given(ending: str, tmp_path: Path, figures:
     assert [(x, round(y * 1024)) for x, y in line] == [tuple(point) for point in REACH]
     assert first_point(reach.lines[1]) == (48.0, 512.0)
     texts = " ".join(text.get_text() for axes in figures[0].axes for text in axes.texts)
-    for part in ("there is: 44.0 GiB", "there is: 96.0 GiB", "pinned:", "set aside:", "524,288 tokens", "backward"):
+    for part in ("available: 44.0 GiB", "available: 96.0 GiB", "pinned:", "set aside:", "524,288 tokens", "backward"):
         assert part in texts
     labels = {text.get_text() for text in figures[0].legends[0].get_texts()}
-    assert "weights" in labels and all(name in labels for name, values in curve.host.items() if max(values) > 0)
+    assert "weights" in labels and all(
+        USE_NAMES[use] in labels for use, values in curve.host.items() if max(values) > 0
+    )
+
+
+def test_everything_on_several_gpus_has_a_name_and_a_colour(tmp_path: Path, figures: list[Figure]) -> None:
+    curve = memory_curve(fit(*CASES["two GPUs, every weight"]), full=True)
+    draw_plan(tmp_path / "plan.png", "a title", curve, LIMITS, REACH, Reach(48.0, 524_288))
+    assert "NCCL" in {text.get_text() for text in figures[0].legends[0].get_texts()}
+    assert set(plan_picture.COLOURS) == set(USE_NAMES) == set(Use)
 
 
 def test_long_steps_have_larger_units() -> None:
@@ -105,4 +115,3 @@ def test_mistakes_end_before_anything_is_looked_for(
     monkeypatch.setattr("hf_fpdt.commands.plan.command.check_matplotlib", missing)
     assert main(["plan", "--host-mem", "128", "--plot", str(tmp_path / "plan.png")]) == 2
     assert "not installed" in capsys.readouterr().err
-    assert plan_picture.COLOURS.keys() >= {CHECKPOINTS}

@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console, Group, RenderableType
 
 from hf_fpdt.commands.plan.command import _console
-from hf_fpdt.commands.plan.tables import _layers, _limit, _runs, _time, plan_tables
-from hf_fpdt.forecast.fit import Machines, PlannedStep, fit
+from hf_fpdt.commands.plan.tables import USE_NAMES, _layers, _limit, _runs, _time, as_json, plan_tables
+from hf_fpdt.forecast.fit import Machines, More, PlannedStep, fit
 from hf_fpdt.plan.checkpointing import KeptLayers
 from hf_fpdt.units import GIB
 from tests.forecast.test_curves import CASES
 
-HELPS = {"a quarter more host memory": 1_048_576, "a quarter more GPU memory": 3_000_000}
+HELPS = {More.HOST_MEMORY: 1_048_576, More.GPU_MEMORY: 3_000_000}
 
 
 def text_of(*parts: RenderableType, width: int = 80) -> str:
@@ -38,10 +38,10 @@ def planned(request: pytest.FixtureRequest) -> tuple[PlannedStep, Machines]:
 
 def test_numbers_are_whole_at_every_width(planned: tuple[PlannedStep, Machines]) -> None:
     found, machines = planned
-    assert found.plan.foretold is not None
+    assert found.plan.forecast is not None
     # Longer lines than any plan should have.
     kept = KeptLayers((True, True, False) * 42, (True, False, True, False, False, False) * 21)
-    plan = replace(found.plan, foretold=replace(found.plan.foretold, kept=kept))
+    plan = replace(found.plan, forecast=replace(found.plan.forecast, kept=kept))
     long = replace(found, plan=plan, seconds=7_199.9, copy_seconds=12_345_678.9, host=98_765 * GIB)
     tables = Group(*plan_tables(long, machines, HELPS, long))
     texts = {width: text_of(tables, width=width) for width in (80, 120, 400)}
@@ -53,8 +53,8 @@ def test_numbers_are_whole_at_every_width(planned: tuple[PlannedStep, Machines])
 def test_the_numbers_are_the_plan_s(planned: tuple[PlannedStep, Machines]) -> None:
     found, machines = planned
     text = text_of(Group(*plan_tables(found, machines, {})))
-    plan, told, rows = found.step.plan, found.plan.foretold, rows_of(text)
-    assert told is not None
+    plan, forecast, rows = found.step.plan, found.plan.forecast, rows_of(text)
+    assert forecast is not None
     assert [
         f"{found.seconds:,.1f} s",
         f"{plan.n_tokens / found.seconds:,.0f}",
@@ -64,12 +64,13 @@ def test_the_numbers_are_the_plan_s(planned: tuple[PlannedStep, Machines]) -> No
         f"{found.plan.kv.backward_resident} of {len(plan.chunks)}",
     ] in rows
     assert f"{plan.n_tokens:,} tokens on {machines.gpus} x H100 80GB, " in text and machines.gpu.source in text
-    sizes = [sum(size for _, size in found.device), found.host, told.disk_bytes][: 3 if machines.disk_bytes else 2]
+    sizes = [sum(size for _, size in found.device), found.host, forecast.disk_bytes][: 3 if machines.disk_bytes else 2]
     assert ["together", *(f"{size / GIB:.1f}" if size else "-" for size in sizes)] in rows
-    assert ["reached, without margins", f"{found.peak / GIB:.1f}"] in rows
+    assert ["expected peak", f"{found.peak / GIB:.1f}"] in rows
     device = {cells[0]: cells[1] for cells in rows if len(cells) > 2}
     assert all(
-        device.get(name) == (f"{size / GIB:.1f}" if size >= 0.05 * GIB else None) for name, size in found.device
+        device.get(USE_NAMES[use]) == (f"{size / GIB:.1f}" if size >= 0.05 * GIB else None)
+        for use, size in found.device
     )
 
 
@@ -95,7 +96,23 @@ def test_hosts_hold_k_v_and_checkpoints() -> None:
     hosts = {name: float(host) for name, _, host in (cells for cells in rows if len(cells) == 3) if host[-1].isdigit()}
     assert hosts["K, V, dK, dV"] == pytest.approx(streamed, abs=0.06)
     assert hosts["checkpoints"] == pytest.approx(found.host / GIB - streamed, abs=0.06)
-    assert hosts["there is"] == 96.0
+    assert hosts["available"] == 96.0
+
+
+def test_json_keeps_its_keys_whatever_the_tables_say() -> None:
+    found = as_json(fit(*CASES["two GPUs, every weight"]), {**HELPS, More.GPUS: 9_000_000})
+    assert list(found["device_bytes"]) == [
+        "weights",
+        "gradients",
+        "optimizer",
+        "sums of gradients over chunks",
+        "NCCL",
+        "activations and gradients of a step",
+        "K, V, dK, dV",
+        "checkpoints",
+    ]
+    quarters = ["a quarter more host memory", "a quarter more GPU memory"]
+    assert list(found["longest_with"]) == [*quarters, "twice the GPUs and hosts"]
 
 
 def test_layers_of_one_policy_are_a_row() -> None:
@@ -118,7 +135,7 @@ def test_what_ends_the_growth_and_what_would_be_longer() -> None:
     rows = rows_of(text)
     assert ["ends by GPU memory; longer with", "tokens", "more"] in rows
     assert ["a quarter more host memory", "1,048,576", "+700 %"] in rows and "32 query heads" in text
-    more = {**HELPS, "a quarter more host memory": 4_000_000, "twice the GPUs and hosts": 9_000_000}
+    more = {**HELPS, More.HOST_MEMORY: 4_000_000, More.GPUS: 9_000_000}
     assert _limit(HELPS) == "GPU memory" and _limit(more) == "host memory"
     text = text_of(Group(*plan_tables(found, machines, more)))
     assert "twice the GPUs and hosts" in text and "query heads" not in text

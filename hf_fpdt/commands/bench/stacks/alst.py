@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ....labels import IGNORE_INDEX
 from ....model import decoder_layers
 from .base import Pieces, Stack, Unavailable, base_of, package
 from .hugging_face import LOGITS_SLICE, checkpoint_layers
-from .trl_loss import IGNORED, summed_loss
+from .trl_loss import summed_loss
 
 DEEPSPEED = "pip install 'deepspeed>=0.19.6' einops"
 
@@ -56,7 +57,7 @@ class Alst(Stack):
         base, targets = base_of(model), labels_BS[:, 1:]
         with self._offloading:
             hidden = base.base_model(input_ids=ids_BS, use_cache=False).last_hidden_state[:, :-1]
-            loss = self._tiled_loss(base.get_output_embeddings(), hidden, targets, (targets != IGNORED).sum())
+            loss = self._tiled_loss(base.get_output_embeddings(), hidden, targets, (targets != IGNORE_INDEX).sum())
             loss.backward()
         return loss.detach()
 

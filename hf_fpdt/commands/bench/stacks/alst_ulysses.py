@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ....labels import IGNORE_INDEX, shifted
 from ..ranks import trains_every_weight
 from .alst import DEEPSPEED, Alst
 from .base import MANY_GPUS, Pieces, Unavailable, base_of, package
-from .trl_loss import IGNORED
 
 
 class AlstSp(Alst):
@@ -50,12 +50,12 @@ class AlstSp(Alst):
     def loss_and_backward(self, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """Own part of ids, positions and shifted labels, as UlyssesSPDataLoaderAdapter cuts them."""
         base, missing = base_of(model), -ids_BS.shape[1] % self.world.size
-        targets_BS = pad(labels_BS, (0, 1 + missing), value=IGNORED)[:, 1:]
+        targets_BS = shifted(labels_BS, fill=missing)
         positions_BS = torch.arange(targets_BS.shape[1], device=ids_BS.device)[None].expand_as(targets_BS)
         ids, positions, targets = map(self._own_part, (pad(ids_BS, (0, missing)), positions_BS, targets_BS))
         with self._offloading:
             hidden = base.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-            kept = (targets_BS != IGNORED).sum()
+            kept = (targets_BS != IGNORE_INDEX).sum()
             loss = self._tiled_loss(base.get_output_embeddings(), hidden, targets, kept)
             loss.backward()
         self._add_up(model)

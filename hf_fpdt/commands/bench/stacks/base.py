@@ -101,7 +101,7 @@ class Stack:
         return 4096
 
     def predicted(self, model: nn.Module, n_tokens: int) -> dict[str, float]:
-        """Columns for what was foretold of a step of that length, which was run; nothing where nobody foretells."""
+        """Columns for what was predicted of a step of that length, which was run; nothing where nobody predicts."""
         return {}
 
     def pinned(self) -> tuple[int, float]:

@@ -16,10 +16,11 @@ from accelerate.utils import ParallelismConfig, TorchContextParallelConfig
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from ....labels import IGNORE_INDEX, shifted
 from ..ranks import accelerator_of, whole
 from .base import MANY_GPUS, Pieces, Unavailable, base_of
 from .hugging_face import OffloadedHuggingFace
-from .trl_loss import CHUNK_TOKENS, IGNORED, chunked_sum
+from .trl_loss import CHUNK_TOKENS, chunked_sum
 
 
 class Ring(OffloadedHuggingFace):
@@ -52,8 +53,8 @@ class Ring(OffloadedHuggingFace):
     def loss_and_backward(self, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """As Trainer does it: the sum over a rank's labels, over all that count; FSDP2 takes the mean of ranks."""
         missing = -ids_BS.shape[1] % (2 * self.world.size)
-        shift_labels = pad(labels_BS, (0, 1 + missing), value=IGNORED)[:, 1:].contiguous()
-        kept = (shift_labels != IGNORED).sum()
+        shift_labels = shifted(labels_BS, fill=missing).contiguous()
+        kept = (shift_labels != IGNORE_INDEX).sum()
         ids = pad(ids_BS, (0, missing))
         positions = torch.arange(ids.shape[1], device=ids.device)[None].repeat(ids.shape[0], 1)
         # As a collator's. Without it transformers takes a rank's two pieces for packed sequences, by their positions,

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ....labels import IGNORE_INDEX
+
 CHUNK_TOKENS = 256
-IGNORED = -100
 
 
 def chunked_nll(hidden_BSD: Tensor, head: Any, labels_BS: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
@@ -29,12 +30,12 @@ def chunked_nll(hidden_BSD: Tensor, head: Any, labels_BS: Tensor, chunk_tokens: 
     """
     hidden = hidden_BSD[:, :-1].reshape(-1, hidden_BSD.shape[-1])
     labels = labels_BS[:, 1:].reshape(-1)
-    return chunked_sum(hidden, head, labels, chunk_tokens) / (labels != IGNORED).sum().clamp(min=1)
+    return chunked_sum(hidden, head, labels, chunk_tokens) / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def chunked_sum(hidden_TD: Tensor, head: Any, labels_T: Tensor, chunk_tokens: int) -> Tensor:
     """The summed loss of T tokens, each with its own label; -100 does not count."""
-    kept = labels_T != IGNORED
+    kept = labels_T != IGNORE_INDEX
     hidden, labels = hidden_TD[kept], labels_T[kept]
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for start in range(0, len(labels), chunk_tokens):
@@ -50,4 +51,4 @@ def _chunk(hidden: Tensor, head: Any, labels: Tensor) -> Tensor:
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in at least fp32, added up over tokens."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum")
