@@ -59,7 +59,13 @@ MESSAGE = re.compile(rf"{PACKAGE}: |[A-Z]\w+[(.:]")
 # Not the user's: reasons that another message goes round, and what commands print after a prefix of theirs.
 REASONS = (
     *("commands", "forecast", "plan.by_layer", "config.parse_tokens", "config._count", "config._number_or_auto"),
-    *("config._flag", "engine.calls.hidden_states_of", "engine.trial.run", "memory.disk._move"),
+    *(
+        "config._flag",
+        "engine.calls.hidden_states_of",
+        "engine.trial.run",
+        "memory.disk._move",
+        "labels.check_padding",
+    ),
     *("model.head._norm_forward", "model.head._visited_forward"),
 )
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
