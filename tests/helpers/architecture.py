@@ -66,7 +66,7 @@ REASONS = (
         "memory.disk._move",
         "labels.check_padding",
     ),
-    *("model.head._norm_forward", "model.head._visited_forward"),
+    *("model.head._norm_forward", "model.head._visited_forward", "labels.check_padding"),
 )
 AUTOGRAD_STATICS = frozenset({"forward", "backward"})
 
