@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from hf_fpdt import apply_fpdt
 from tests.helpers.models import (
@@ -215,3 +215,22 @@ def test_a_family_that_cannot_be_exact_is_refused_before_any_step(name: str) -> 
         apply_fpdt(model, PLUGIN)
     assert str(refused.value).count("hf_fpdt: ") == 1, "the prefix of what it goes round is left out"
     assert train_step(model, tokens(1, 23)).loss.isfinite(), "what was refused runs as before"
+
+
+@pytest.mark.parametrize("name", ["ernie4_5_vl_moe", "glm4v_moe"])
+def test_positions_with_three_axes_are_refused_before_any_step(name: str) -> None:
+    """Text beside images: its layers get the positions of time, height and width."""
+    config = AutoConfig.for_model(name)
+    text, vision = config.get_text_config(), config.vision_config
+    sizes = {"hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 128, "vocab_size": 2000, "n_routed_experts": 4}
+    for key, value in {**sizes, "num_experts_per_tok": 2, "first_k_dense_replace": 1}.items():
+        if hasattr(text, key):
+            setattr(text, key, value)
+    text.mlp_layer_types = text.mlp_layer_types[:1] if getattr(text, "mlp_layer_types", None) else None
+    for key, value in {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 256}.items():
+        if hasattr(vision, key):
+            setattr(vision, key, value)
+    model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(NotImplementedError, match=r"layer 0 .* got 'position_ids' of shape \(3, 1, 48\)"):
+        apply_fpdt(model, PLUGIN)
