@@ -109,6 +109,26 @@ def exit_status(command: Callable[[], int | None]) -> int:
         return 2
 
 
+def new_parser(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    run: Callable[[argparse.Namespace], int | None],
+    *,
+    about: str,
+    description: str,
+    epilog: str,
+) -> argparse.ArgumentParser:
+    """The parser of the sub-command that is called as the function that does it; texts keep their lines."""
+    parser = commands.add_parser(
+        run.__name__,
+        help=about,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
 def add_model(group: argparse._MutuallyExclusiveGroup) -> None:
     """MODEL or --shape, as `config_of` reads them."""
     group.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder whose configuration is taken")

@@ -20,6 +20,7 @@ from ..options import (
     config_of,
     count,
     mistakes,
+    new_parser,
     tokens,
 )
 from .children import Children, command_for
@@ -113,14 +114,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The options of the command."""
-    parser = commands.add_parser(
-        "bench",
-        help="steps of this package and of others side by side: speed, memory, the longest sequence",
+    parser = new_parser(
+        commands,
+        bench,
+        about="steps of this package and of others side by side: speed, memory, the longest sequence",
         description=description(),
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=bench)
     add_model(parser.add_argument_group("what to train").add_mutually_exclusive_group())
     add_options(parser)
 

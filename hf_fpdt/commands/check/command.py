@@ -27,6 +27,7 @@ from ..options import (
     check_writable,
     config_of,
     mistakes,
+    new_parser,
     plain,
 )
 from .compare import (
@@ -62,14 +63,13 @@ Device = torch.device
 
 def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The options of `hf-fpdt check`."""
-    parser = commands.add_parser(
-        "check",
-        help="whether this machine trains a model exactly: kernels, errors, speed",
+    parser = new_parser(
+        commands,
+        check,
+        about="whether this machine trains a model exactly: kernels, errors, speed",
         description=CHECK_HELP,
         epilog=CHECK_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=check)
     add_model(parser.add_argument_group("which model").add_mutually_exclusive_group())
     speed = parser.add_argument_group("how fast (on a GPU)")
     speed.add_argument("--measure", action="store_true", help="measure kernels, matrix products, memory and link")

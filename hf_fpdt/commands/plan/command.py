@@ -43,6 +43,7 @@ from ..options import (
     config_of,
     count,
     mistakes,
+    new_parser,
     tokens,
 )
 from ..pictures import PictureError, check_matplotlib
@@ -74,14 +75,13 @@ examples:
 
 def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The options of `hf-fpdt plan`."""
-    parser = commands.add_parser(
-        "plan",
-        help="what a length takes on given GPUs, or the longest that fits; needs no GPU",
+    parser = new_parser(
+        commands,
+        plan,
+        about="what a length takes on given GPUs, or the longest that fits; needs no GPU",
         description=PLAN_HELP,
         epilog=PLAN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=plan)
     add_model(parser.add_argument_group("what to train").add_mutually_exclusive_group())
     training = parser.add_argument_group("how")
     training.add_argument("--seq-len", type=tokens, metavar="TOKENS", help="default: the longest that fits")

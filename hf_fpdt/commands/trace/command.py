@@ -22,6 +22,7 @@ from ..options import (
     count,
     gib,
     mistakes,
+    new_parser,
     tokens,
 )
 from ..pictures import PictureError, check_matplotlib
@@ -50,14 +51,13 @@ examples:
 
 def add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The options of `hf-fpdt trace`."""
-    parser = commands.add_parser(
-        "trace",
-        help="picture of one layer on the GPU: computation, and the copies under it",
+    parser = new_parser(
+        commands,
+        trace,
+        about="picture of one layer on the GPU: computation, and the copies under it",
         description=TRACE_HELP,
         epilog=TRACE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=trace)
     model = parser.add_argument_group("what to run").add_mutually_exclusive_group()
     add_model(model)
     model.add_argument("--from", dest="source", type=Path, metavar="FILE", help="draw this trace; nothing is run")
