@@ -19,7 +19,7 @@ In reading order:
 from .calls import current_call
 from .layer import run_layer
 from .layer_run import LayerRun
-from .layer_state import look_of
+from .layer_state import is_fsdps, look_of
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
 from .replay_state import RandomState, modes_of, untouched_random_state
@@ -36,6 +36,7 @@ __all__ = [
     "attend_whole",
     "chunked_loss",
     "current_call",
+    "is_fsdps",
     "look_of",
     "mixes_tokens",
     "modes_of",

@@ -36,7 +36,7 @@ def build_of(layer: nn.Module) -> tuple[object, ...]:
         weights = ((key, weight) for key, weight in module._parameters.items() if weight is not None)
         found += [(key, tuple(weight.shape), weight.dtype, weight.requires_grad) for key, weight in weights]
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            found += [key for key, hook in hooks.items() if not _is_torchs(hook)]
+            found += [key for key, hook in hooks.items() if not is_fsdps(hook)]
     return tuple(found)
 
 
@@ -45,7 +45,8 @@ def _is_place(name: str) -> bool:
     return name.endswith(("idx", "index", "layer_id", "layer_number"))
 
 
-def _is_torchs(hook: Any) -> bool:
+def is_fsdps(hook: Any) -> bool:
+    """Whether a module's hook is FSDP2's, not a user's."""
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 

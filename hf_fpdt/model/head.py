@@ -21,6 +21,7 @@ from ..engine import (
     Head,
     RandomState,
     chunked_loss,
+    is_fsdps,
     mixes_tokens,
     norm_by_chunks,
     untouched_random_state,
@@ -301,11 +302,7 @@ def _without_fsdp(modules: list[nn.Module]) -> Iterator[None]:
 
 
 def _not_fsdps(hooks: Any) -> Any:
-    return OrderedDict((key, hook) for key, hook in hooks.items() if not _is_fsdps(hook))
-
-
-def _is_fsdps(hook: Any) -> bool:
-    return getattr(hook, "__module__", "").startswith("torch.distributed.")
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not is_fsdps(hook))
 
 
 def _loss(
