@@ -152,7 +152,7 @@ class Case:
 
     def _plan(self, n_tokens: int) -> tuple[Any, Any]:
         plans = self.handle.store.plans.items()
-        return next((sizes, plan) for (sizes, layers), plan in plans if layers and sizes.plan.n_tokens == n_tokens)
+        return next((sizes, plan) for (sizes, _), plan in plans if sizes.plan.n_tokens == n_tokens)
 
 
 def run_together(cases: list[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ In reading order:
 
     layer                 the chunk loop, forward and backward
     calls                 what attention does in each pass
-    layer_run             one call of one layer
+    layer_run             a layer, and one call of it
     whole                 attention of whole tensors
     gradients             gradients of weights, summed over chunks
     replay_state          what a replay must find again: random numbers, autocast, modes
@@ -18,16 +18,17 @@ In reading order:
 
 from .calls import current_call
 from .layer import run_layer
-from .layer_run import LayerRun
+from .layer_run import Layer, LayerRun
 from .layer_state import is_fsdps, look_of
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
-from .replay_state import RandomState, modes_of, untouched_random_state
+from .replay_state import RandomState, untouched_random_state
 from .trial import TRIAL_TOKENS, LayerTrials, mixes_tokens, visit, visiting
 from .whole import attend_whole
 
 __all__ = [
     "Head",
+    "Layer",
     "LayerRun",
     "LayerTrials",
     "RandomState",
@@ -39,7 +40,6 @@ __all__ = [
     "is_fsdps",
     "look_of",
     "mixes_tokens",
-    "modes_of",
     "norm_by_chunks",
     "run_layer",
     "untouched_random_state",

@@ -100,9 +100,10 @@ class AttentionCall(Call):
     def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, spec: AttentionSpec) -> Tensor:
         """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
         if self.qkv is not None:
-            raise RuntimeError(f"hf_fpdt: {self.run.name} calls its attention function twice; it is not supported.")
+            name = self.run.layer.name
+            raise RuntimeError(f"hf_fpdt: {name} calls its attention function twice; it is not supported.")
         self.qkv, self.spec = (q_BSNH, k_BSGH, v_BSGH), spec
-        self.repeats = self.run.group.kv_repeats(q_BSNH.shape[2], k_BSGH.shape[2])
+        self.repeats = self.run.layer.group.kv_repeats(q_BSNH.shape[2], k_BSGH.shape[2])
         with torch.no_grad():
             q, *kv = q_BSNH.detach(), *(repeat_heads(x.detach(), self.repeats) for x in (k_BSGH, v_BSGH))
             return self._attend(q, *kv)
@@ -113,7 +114,7 @@ class AttentionCall(Call):
         row = self.row_forward()
         if self.run.checkpoint is not None and self.run.checkpoint.keeps_attention:
             self._keep(row)
-        return self.run.group.heads_to_seq(row[0])[0]
+        return self.run.layer.group.heads_to_seq(row[0])[0]
 
     def _keep(self, row: tuple[Tensor, Tensor], *, rebuilt: bool = False) -> None:
         for name, part in zip(("out", "lse"), row, strict=True):
@@ -121,7 +122,7 @@ class AttentionCall(Call):
 
     def _exchange(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Pieces for heads; k and v go into the store."""
-        self.q, *kv = self.run.group.seq_to_heads(q, k, v)
+        self.q, *kv = self.run.layer.group.seq_to_heads(q, k, v)
         self.store.put(self.chunk, *kv)
 
     def row_forward(self) -> tuple[Tensor, Tensor]:
@@ -132,13 +133,13 @@ class AttentionCall(Call):
     def row_backward(self, d_leaf_BSNH: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv for the rank's own tokens of this chunk, complete if every later chunk's row was done before."""
         kernel, spans = self._calls(BACKWARD_CALL_TOKENS)
-        (dout,) = self.run.group.seq_to_heads(d_leaf_BSNH)
+        (dout,) = self.run.layer.group.seq_to_heads(d_leaf_BSNH)
         dq = backward_row(kernel, dout, self.q, row, self.store, spans, spec=self.spec)
-        dq, dk, dv = self.run.group.heads_to_seq(dq, *self.store.take_grad(self.chunk))
+        dq, dk, dv = self.run.layer.group.heads_to_seq(dq, *self.store.take_grad(self.chunk))
         return dq, sum_repeated_heads(dk, self.repeats), sum_repeated_heads(dv, self.repeats)
 
     def _calls(self, most_tokens: int = 2**62) -> tuple[Kernel, Sequence[Span]]:
-        kernel = select_kernel(self.run.kernel, self.q.device, self.q.dtype, self.spec)
+        kernel = select_kernel(self.run.layer.kernel, self.q.device, self.q.dtype, self.spec)
         diagonal, unit = (self.chunk.start, self.chunk.stop), self.run.plan.chunk_tokens
         return kernel, kernel_spans(kernel, diagonal, unit, self.store, most_tokens=most_tokens)
 
@@ -147,7 +148,7 @@ class CaptureCall(AttentionCall):
     unread = frozenset({"q"})
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.store.put(self.chunk, *self.run.group.seq_to_heads(k, v))
+        self.store.put(self.chunk, *self.run.layer.group.seq_to_heads(k, v))
         raise AttentionReached
 
 
@@ -161,11 +162,11 @@ class RebuildCall(AttentionCall):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.run.kept.holds("out", self.chunk):
-            return self.run.group.heads_to_seq(self.run.kept.peek("out", self.chunk))[0]
+            return self.run.layer.group.heads_to_seq(self.run.kept.peek("out", self.chunk))[0]
         self._exchange(q, k, v)
         row = self.row_forward()
         self._keep(row, rebuilt=True)
-        return self.run.group.heads_to_seq(row[0])[0]
+        return self.run.layer.group.heads_to_seq(row[0])[0]
 
 
 class ReplayCall(AttentionCall):
@@ -176,13 +177,13 @@ class ReplayCall(AttentionCall):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.store.holds(self.chunk):
-            (self.q,) = self.run.group.seq_to_heads(q)
+            (self.q,) = self.run.layer.group.seq_to_heads(q)
         else:
             self._exchange(q, k, v)
         kept, chunk = self.run.kept, self.chunk
         self.row = (
             (kept.take("out", chunk), kept.take("lse", chunk)) if kept.holds("out", chunk) else self.row_forward()
         )
-        self.leaf = self.run.group.heads_to_seq(self.row[0])[0].detach().requires_grad_()
+        self.leaf = self.run.layer.group.heads_to_seq(self.row[0])[0].detach().requires_grad_()
         self.unread = frozenset({"rest"})  # y is wanted for its graph alone
         return self.leaf

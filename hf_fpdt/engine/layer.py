@@ -44,8 +44,7 @@ from .replay_state import RandomState, untouched_random_state
 
 def run_layer(run: LayerRun, hidden_BSD: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """The layer's output for the whole sequence, [B, S, D], differentiable in `hidden_BSD` and `parameters`."""
-    wants_grad = hidden_BSD.requires_grad or any(p.requires_grad for p in parameters)
-    run.begin(hidden_BSD, differentiable=torch.is_grad_enabled() and wants_grad)
+    run.begin(hidden_BSD)
     output_BSD: Tensor = _ChunkedLayer.apply(run, hidden_BSD, *parameters)
     run.end(output_BSD)
     return output_BSD
@@ -57,7 +56,7 @@ class _ChunkedLayer(torch.autograd.Function):
         output: Tensor | None = None
         with (
             torch.cuda.device_of(hidden),  # kernels of Triton and flash-attn-4 run where the process is
-            record_function(f"fpdt::forward {run.name}"),
+            record_function(f"fpdt::forward {run.layer.name}"),
             run.autocast.again(),
             run.kv_store(hidden.device, backward=False) as store,
         ):
@@ -84,8 +83,8 @@ class _ChunkedLayer(torch.autograd.Function):
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[2:], strict=True) if needed]
         sums = GradientSums(wanted)
         with (
-            run.store.one_thread.entered(run.name),
-            record_function(f"fpdt::backward {run.name}"),
+            run.layer.store.one_thread.entered(run.layer.name),
+            record_function(f"fpdt::backward {run.layer.name}"),
             untouched_random_state(d_output.device),
         ):
             _rebuild_input(run, d_output.device)
@@ -107,10 +106,10 @@ def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall) -
     """The layer's own forward on one chunk, its attention done by `call`."""
     kwargs = {key: tokens_of(value, chunk, run.plan) for key, value in run.kwargs.items()}
     with calling(call):
-        y_BSD = hidden_states_of(run.forward(x_BSD, **kwargs))
+        y_BSD = hidden_states_of(run.layer.forward(x_BSD, **kwargs))
     if call.qkv is None:
         raise RuntimeError(
-            f"hf_fpdt: {run.name} never called its attention function this time, so cutting it in chunks is not "
+            f"hf_fpdt: {run.layer.name} never called its attention function this time, so cutting it in chunks is not "
             "exact; models whose layers attend in another way are not supported."
         )
     return y_BSD
@@ -134,7 +133,7 @@ def _rebuild_input(run: LayerRun, device: torch.device) -> None:
             return  # used before; taking it says so
         chain.append(below)
     for lower, upper in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
-        with record_function(f"fpdt::rebuild {lower.name}"), lower.weights():
+        with record_function(f"fpdt::rebuild {lower.layer.name}"), lower.layer.whole_weights():
             _forward_again(lower, upper, device)
 
 

@@ -1,10 +1,10 @@
-"""One call of one layer: what every chunk of it needs, and what its backward pass finds again."""
+"""A decoder layer as the engine sees it, and one call of it: what its backward pass finds again."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,49 +13,78 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..layout import Chunk, ChunkPlan
-from ..memory import CheckpointStore, KVStore, LayerCheckpoint
+from ..memory import CheckpointStore, KVStore, LayerCheckpoint, ModelPass
 from ..parallel import SequenceParallelGroup
-from ..plan import StepSizes, WorkPhase, chunk_work, pass_work
+from ..plan import KVBytes, StepSizes, WorkPhase, chunk_work, pass_work
 from .progress import StepProgress
-from .replay_state import Autocast, RandomState
+from .replay_state import Autocast, RandomState, modes_of
 
 
-@dataclass
-class LayerRun:
-    """One call of one layer: what every chunk of it needs.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Layer:
+    """What the engine knows of one decoder layer; made once, when FPDT is applied.
 
     Attributes:
         name: the layer, for messages and traces.
         index: its place among the model's layers.
-        forward: the layer's own forward, hidden states first.
-        kwargs: its other arguments, for the whole sequence.
-        step: sizes of the step, with the cut of the sequence.
+        module: the layer, with its weights.
+        raw_forward: the forward of the layer's own class, the module first, hidden states second.
         kernel: name of the attention kernel or "auto".
         store: where K, V and checkpoints go.
         group: the ranks that share the sequence.
-        weights: makes the layer's weights whole while it is entered.
-        modes: those of the layer's modules now.
-        parameters: its parameters now.
-        sharded: whether FSDP2 shards them between uses.
         progress: the line that is told of every chunk, if any.
+    """
+
+    name: str
+    index: int
+    module: Any
+    raw_forward: Callable[..., Any]
+    kernel: str
+    store: CheckpointStore
+    group: SequenceParallelGroup
+    progress: StepProgress | None = None
+
+    def forward(self, hidden_BSD: Tensor, **arguments: Any) -> Any:
+        """The layer's own forward."""
+        return self.raw_forward(self.module, hidden_BSD, **arguments)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 shards its weights between uses."""
+        return hasattr(self.module, "unshard")
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """FSDP2 gathers a layer for its own forward and backward pass alone; elsewhere it is asked to."""
+        if self.is_sharded:
+            self.module.unshard()
+        try:
+            yield
+        finally:
+            if self.is_sharded:
+                self.module.reshard()
+
+
+@dataclass
+class LayerRun:
+    """One call of one layer: what its chunks need, and what its backward pass finds again.
+
+    Attributes:
+        layer: which.
+        kwargs: its arguments beside hidden states, for the whole sequence.
+        step: sizes of the step, with the cut of the sequence.
+        kv: which chunks of K and V are resident.
+        model_pass: the pass it is of, planned before; None where there is no backward pass.
         full: for progress, whether most of the layer's weights train, not adapters alone.
         checkpoint: what its backward pass will need; None where there is none.
         below: the run whose output this one's input is, if it is.
     """
 
-    name: str
-    index: int
-    forward: Callable[..., Any]
+    layer: Layer
     kwargs: Mapping[str, Any]
     step: StepSizes
-    kernel: str
-    store: CheckpointStore
-    group: SequenceParallelGroup
-    weights: Callable[[], AbstractContextManager[None]]
-    modes: Callable[[], tuple[object, ...]]
-    parameters: Callable[[], Iterable[Tensor]]
-    sharded: bool
-    progress: StepProgress | None = None
+    kv: KVBytes
+    model_pass: ModelPass | None = None
     full: bool = False
     checkpoint: LayerCheckpoint | None = field(init=False, default=None)
     below: LayerRun | None = field(init=False, default=None)
@@ -70,21 +99,27 @@ class LayerRun:
         return self.step.plan
 
     @property
+    def index(self) -> int:
+        """The layer's place among the model's layers."""
+        return self.layer.index
+
+    @property
     def kept(self) -> LayerCheckpoint:
         """The checkpoint of a run with a backward pass."""
         assert self.checkpoint is not None
         return self.checkpoint
 
-    def begin(self, hidden_BSD: Tensor, *, differentiable: bool) -> None:
-        """Join the pass of the layer below, or start one."""
+    def begin(self, hidden_BSD: Tensor) -> None:
+        """Enter the pass, if there is one, after the layer below."""
         self.autocast = Autocast.now(hidden_BSD.device)
-        if differentiable:
-            self._modes = self.modes()
-            self.checkpoint, below = self.store.join(self, hidden_BSD.device)
-            self.below = below if below is not None and below.made(hidden_BSD) else None
-            self.checkpoint.keeps_input |= self.below is None
-            if below is None and self.progress is not None:
-                self.progress.begin(pass_work(self.step, self.checkpoint.plan.kept, full=self.full).done)
+        if self.model_pass is None:
+            return
+        self._modes = modes_of(self.layer.module)
+        self.checkpoint, below = self.model_pass.enter(self)
+        self.below = below if below is not None and below.made(hidden_BSD) else None
+        self.checkpoint.keeps_input |= self.below is None
+        if below is None and self.layer.progress is not None:
+            self.layer.progress.begin(pass_work(self.step, self.model_pass.plan.kept, full=self.full).done)
 
     def end(self, output_BSD: Tensor) -> None:
         """Remember which tensor the output was, without keeping it."""
@@ -97,31 +132,31 @@ class LayerRun:
 
     def check_unchanged(self, parameters: Sequence[Tensor]) -> None:
         """Raise RuntimeError unless the layer would compute in backward what it computed in forward with these."""
-        if not all(map(operator.is_, self.parameters(), parameters)):
+        layer = self.layer
+        if not all(map(operator.is_, layer.module.parameters(), parameters)):
             raise RuntimeError(
-                f"hf_fpdt: {self.name} has other weights now than in forward (torch.func.functional_call?), and "
+                f"hf_fpdt: {layer.name} has other weights now than in forward (torch.func.functional_call?), and "
                 "backward runs it again: call backward while they are in place, or copy their values into its "
                 "parameters."
             )
-        if self.modes() != self._modes:
+        if modes_of(layer.module) != self._modes:
             raise RuntimeError(
-                f"hf_fpdt: adapters or training mode of {self.name} changed between forward and backward, which runs "
+                f"hf_fpdt: adapters or training mode of {layer.name} changed between forward and backward, which runs "
                 "the layer again: call backward first (inside of disable_adapter(), before set_adapter() or eval())."
             )
 
     def advance(self, phase: WorkPhase, chunk: Chunk, *, attends: bool = True) -> None:
         """One chunk of a pass with a backward pass was handed to the device; see `work.chunk_work`."""
-        if self.progress is not None and self.checkpoint is not None:
+        if self.layer.progress is not None and self.checkpoint is not None:
             work = chunk_work(self.step, chunk, phase, attends=attends, full=self.full)
             what = f"{phase} layer {self.index + 1}/{self.step.model.layers}"
             what += f" chunk {chunk.index + 1}/{len(self.plan.chunks)}"
-            self.progress.advance(work.done, work.strict, what)
+            self.layer.progress.advance(work.done, work.strict, what)
 
     def kv_store(self, device: torch.device, *, backward: bool) -> KVStore:
         """An empty store for K and V of one pass."""
-        kv = self.store.kv_plan(self, device)
-        resident = kv.backward_resident if backward else kv.forward_resident
-        return KVStore(self.plan, resident, self.store.room(device))
+        resident = self.kv.backward_resident if backward else self.kv.forward_resident
+        return KVStore(self.plan, resident, self.layer.store.host_memory(device))
 
 
 def _reading(value: Tensor) -> tuple[object, ...]:

@@ -70,7 +70,6 @@ class MemoryCurve:
 def moments(found: PlannedStep) -> list[Moment]:
     """The step chunk by chunk, as the plan was made."""
     plan, forecast = found.plan, found.plan.forecast
-    assert forecast is not None
     pool, kv_pool = pool_of_numbers({}, plan.budgets.host), pool_of_numbers({}, NO_LIMIT)
     shelves, seen = TierAllocator(plan.budgets, pool, kv_pool), list[Moment]()
 

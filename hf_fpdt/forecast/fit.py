@@ -183,7 +183,6 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
     kept = room if machines.kept_bytes is None else min(room, machines.kept_bytes)
     budgets = Budgets(kept, host, machines.disk_bytes // machines.gpus)
     plan = plan_pass(training.checkpoints, step, training.model.layers, budgets, {})
-    assert plan.forecast is not None
     full = weights.trained == weights.total
     gathering, in_the_way = 0.0, 0.0
     if machines.sharded:
@@ -221,7 +220,6 @@ def peak_bytes(step: StepSizes, plan: PassPlacement, outside: int, inside: int, 
         sums: of the gradients of one layer while they add up over chunks.
     """
     forecast = plan.forecast
-    assert forecast is not None
     working = step.working_bytes(
         plan.kv, checkpoints_elsewhere=forecast.host_bytes > plan.kv.host_bytes, resident=True
     )

@@ -17,7 +17,7 @@ In reading order:
 """
 
 from .available import device_bytes_available
-from .checkpoints import CheckpointStore, LayerCheckpoint
+from .checkpoints import CheckpointStore, LayerCheckpoint, ModelPass
 from .kv import KVStore
 from .pinned import PinnedMemory
 from .training import TrainingMemory, parameter_count
@@ -28,6 +28,7 @@ __all__ = [
     "KVStore",
     "LayerCheckpoint",
     "Mark",
+    "ModelPass",
     "PinnedMemory",
     "TrainingMemory",
     "Transfers",

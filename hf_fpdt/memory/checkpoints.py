@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,24 +34,48 @@ from ..plan import (
     forward_bytes,
 )
 from ..units import GIB
-from .device_tiers import DeviceMemory, DeviceTiers, Run
+from .device_tiers import DeviceMemory, DeviceTiers
 from .entries import DeviceEntry, DiskTierEntry, Entry, HostEntry
 from .one_thread import OneThread
 from .streamed_kv import HostMemory
 from .training import TrainingMemory
 
 
+class Run(Protocol):
+    """What a pass asks of a layer's run."""
+
+    @property
+    def index(self) -> int:
+        """The layer's place among the model's."""
+
+    @property
+    def step(self) -> StepSizes:
+        """Sizes of the step."""
+
+
 class ModelPass:
-    """One forward pass through the layers, with the backward pass that follows.
+    """One forward pass through the layers, with the backward pass that follows; it is planned before it begins.
 
     Attributes:
         plan: what it does with its memory.
         first_layer: the lowest layer with a backward pass; layers are counted from it in `plan`.
     """
 
-    def __init__(self, plan: PassPlacement, step: StepSizes, first_layer: int) -> None:
-        self.plan, self.first_layer = plan, first_layer
+    def __init__(self, store: CheckpointStore, plan: PassPlacement, step: StepSizes, first_layer: int) -> None:
+        self._store, self._step, self.plan, self.first_layer = store, step, plan, first_layer
         self.order = ForwardOrder(forward_bytes(plan.kept, step.layer_bytes()), plan.budgets)
+        self._last: weakref.ref[Any] | None = None
+
+    def awaits(self, index: int, step: StepSizes) -> bool:
+        """Whether this layer is the next one: the one above the last, whose run is still there, in the same step."""
+        last = None if self._last is None else self._last()
+        return last is not None and (last.index + 1, self._step) == (index, step)
+
+    def enter(self, run: Run) -> tuple[LayerCheckpoint, Any]:
+        """The checkpoint of the next layer, which runs forward now, and the run of the layer below it, if any."""
+        below = None if self._last is None else self._last()
+        self._last = weakref.ref(run)
+        return LayerCheckpoint(self._store, self, run.index - self.first_layer), below
 
 
 class CheckpointStore:
@@ -72,36 +96,41 @@ class CheckpointStore:
         self._tiers = DeviceTiers(plugin, group, training)
         self._reads: deque[Entry] = deque()
         self._pass: ModelPass | None = None
-        self._last: weakref.ref[Any] | None = None
         self.one_thread = OneThread()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointStore:
         # A copied model has memory of its own: streams and pinned buffers cannot be copied.
         tiers = self._tiers
-        return CheckpointStore(tiers.plugin, tiers.group, copy.deepcopy(tiers.training, memo))
+        # Known before the model is copied, whose layers hold the store.
+        memo[id(self)] = copied = CheckpointStore(tiers.plugin, tiers.group)
+        copied._tiers.training = copy.deepcopy(tiers.training, memo)
+        return copied
 
     def train_with(self, optimizer: Any) -> None:
         """What "auto" leaves for training is what this optimizer takes."""
         if self._tiers.training is not None:
             self._tiers.training.optimizer = weakref.ref(optimizer)
 
-    def join(self, run: Run, device: torch.device) -> tuple[LayerCheckpoint, Any]:
-        """The checkpoint of a layer that runs forward now, and the run of the layer below in its pass, if any."""
-        below = None if self._last is None else self._last()
-        if below is None or (below.index + 1, below.step) != (run.index, run.step):
-            below, self._pass = None, self._new_pass(run, device)
-        assert self._pass is not None
-        self._last = weakref.ref(run)
-        return LayerCheckpoint(self, self._pass, run.index - self._pass.first_layer), below
+    def pass_of(self, layer: int, step: StepSizes, device: torch.device, is_sharded: bool) -> ModelPass:
+        """The pass that a layer is about to enter: the present one if it awaits the layer, else one planned now.
 
-    def _new_pass(self, run: Run, device: torch.device) -> ModelPass:
-        return ModelPass(self._tiers.plan_pass(run, device), run.step, run.index)
+        Args:
+            layer: its place among the model's layers; with a backward pass.
+            is_sharded: whether FSDP2 shards layers, so that all ranks must keep the same of them.
 
-    def kv_plan(self, run: Run, device: torch.device) -> KVBytes:
-        """Which chunks of K and V are resident in the passes of a step."""
-        return self._tiers.plan(run.step, 0, device, sharded=run.sharded).kv
+        Raises:
+            MemoryError: no plan fits.
+        """
+        if self._pass is None or not self._pass.awaits(layer, step):
+            plan = self._tiers.plan_pass(layer, step, device, everywhere=is_sharded)
+            self._pass = ModelPass(self, plan, step, layer)
+        return self._pass
 
-    def room(self, device: torch.device) -> HostMemory:
+    def kv_plan(self, step: StepSizes, device: torch.device, is_sharded: bool) -> KVBytes:
+        """Which chunks of K and V are resident in a pass without a backward pass."""
+        return self._tiers.plan_kv(step, device, everywhere=is_sharded)
+
+    def host_memory(self, device: torch.device) -> HostMemory:
         """Where K and V that are not resident go."""
         tiers = self._tiers.on(device)
         return HostMemory(tiers.transfers, tiers.allocator)
@@ -162,13 +191,13 @@ class CheckpointStore:
 
     @property
     def plans(self) -> Mapping[tuple[StepSizes, int], PassPlacement]:
-        """The plans made so far, by step and by layers with a backward pass."""
+        """The plans of passes with a backward pass made so far, by step and by layers that have one."""
         return MappingProxyType(self._tiers.plans)
 
     def close(self) -> None:
         """Give all memory back: host buffers, files. The next pass starts anew."""
         self._reads.clear()
-        self._pass, self._last = None, None
+        self._pass = None
         self._tiers.close()
 
 

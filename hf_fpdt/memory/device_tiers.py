@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,11 +20,13 @@ from ..plan import (
     Budgets,
     BufferPool,
     ExistingBuffers,
+    KVBytes,
     PassPlacement,
     StepSizes,
     TierAllocator,
     budgets_of,
     described,
+    described_kv,
     plan_pass,
 )
 from .available import available
@@ -58,22 +59,6 @@ class DeviceMemory:
         return ExistingBuffers(*(dict(pool.made) for pool in self.pools))
 
 
-class Run(Protocol):
-    """What the store asks of a layer's run."""
-
-    @property
-    def index(self) -> int:
-        """The layer's place among the model's."""
-
-    @property
-    def step(self) -> StepSizes:
-        """Sizes of the step."""
-
-    @property
-    def sharded(self) -> bool:
-        """Whether FSDP2 shards the layer, so that all ranks of the job must run the same layers in the same order."""
-
-
 class DeviceTiers:
     """Plans the passes of one model on one device, and has the memory for them.
 
@@ -84,58 +69,61 @@ class DeviceTiers:
 
     Attributes:
         memory: of the device; None before the first layer runs.
-        plans: those made so far, by step and by layers with a backward pass.
+        plans: of passes with a backward pass, by step and by layers that have one.
     """
 
     def __init__(self, plugin: FPDTPlugin, group: SequenceParallelGroup, training: TrainingMemory | None) -> None:
         self.plugin, self.group, self.training = plugin, group, training
         self.memory: DeviceMemory | None = None
         self.plans: dict[tuple[StepSizes, int], PassPlacement] = {}
+        self._kv_plans: dict[StepSizes, KVBytes] = {}
         self._had: dict[tuple[StepSizes, int], ExistingBuffers] = {}  # the buffers that were in the way of each plan
         self._there: Available | None = None
 
-    def plan_pass(self, run: Run, device: torch.device) -> PassPlacement:
-        """What the pass that begins with this layer does with its memory; budgets are set for it.
+    def plan_kv(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> KVBytes:
+        """Where K and V of a pass without a backward pass lie: settled and said once for a step."""
+        memory = self.on(device)
+        if step not in self._kv_plans:
+            budgets = self._budgets(step, device, everywhere=everywhere)
+            memory.allocator.kv_pool.limit = budgets.host
+            self._kv_plans[step] = step.kv_bytes(budgets.device)
+            self._say(described_kv(self._kv_plans[step], step))
+        return self._kv_plans[step]
+
+    def plan_pass(self, first: int, step: StepSizes, device: torch.device, *, everywhere: bool) -> PassPlacement:
+        """What a pass does with its memory: made and said once for a step. Its budgets are set, its buffers are there.
+
+        Args:
+            first: the lowest layer with a backward pass.
+            everywhere: all ranks of the job keep the same, not those alone that share a sequence.
 
         Raises:
             MemoryError: no plan fits.
         """
-        step = run.step
-        if run.sharded:
+        if everywhere:
             # What is rebuilt gathers weights: ranks with shorter sequences do as the longest.
             sizes = torch.tensor([step.plan.n_tokens, step.batch], device=device)
             (_, n_tokens), (_, batch) = self.group.extremes(sizes, everywhere=True)
             step = replace(step, plan=replace(step.plan, n_tokens=n_tokens), batch=batch)
-        plan = self.plan(step, step.model.layers - run.index, device, sharded=run.sharded)
-        allocator = self.on(device).allocator
-        allocator.budgets, allocator.pool.limit = plan.budgets, plan.budgets.host
-        return plan
-
-    def plan(self, step: StepSizes, layers: int, device: torch.device, *, sharded: bool) -> PassPlacement:
-        """What a pass of this step does with its memory: made and said once, and its buffers are there.
-
-        Args:
-            layers: layers with a backward pass; 0 for a pass without.
-
-        Raises:
-            MemoryError: no plan fits.
-        """
-        memory, key = self.on(device), (step, layers)
-        have, new = memory.in_the_way() if layers else ExistingBuffers(), key not in self.plans
+        memory, key = self.on(device), (step, step.model.layers - first)
+        have, new = memory.in_the_way(), key not in self.plans
+        budgets = self._budgets(step, device, everywhere=everywhere)
         if new or self._had[key] != have:
-            budgets = self._budgets(step, device, everywhere=sharded)
             memory.allocator.kv_pool.limit = budgets.host
             # What is free between buffers in use may be too short for any other.
             left = replace(budgets, host=budgets.host - memory.pinned.gap_bytes) if have else budgets
-            self.plans[key] = plan_pass(self.plugin.checkpoints, step, layers, left, have)
+            self.plans[key] = plan_pass(self.plugin.checkpoints, step, key[1], left, have)
             self._had[key] = have
         plan = self.plans[key]
-        grew = layers > 0 and _reserve(memory, plan, step)
+        grew = _reserve(memory, plan, step)
         if new or grew:
-            level = logging.INFO if grew or len(self.plans) <= 2 else logging.DEBUG
-            budgets = self._budgets(step, device, everywhere=sharded)
-            logger.log(level, "hf_fpdt: %s", described(plan, step, budgets))
+            self._say(described(plan, step, budgets), important=grew)
+        memory.allocator.budgets, memory.allocator.pool.limit = plan.budgets, plan.budgets.host
         return plan
+
+    def _say(self, text: str, *, important: bool = False) -> None:
+        few = len(self.plans) + len(self._kv_plans) <= 2
+        logger.log(logging.INFO if important or few else logging.DEBUG, "hf_fpdt: %s", text)
 
     def _budgets(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> Budgets:
         return budgets_of(self.plugin, step, self._available(step, device, everywhere=everywhere))
@@ -162,6 +150,7 @@ class DeviceTiers:
     def close(self) -> None:
         """Give all memory back; plans are made anew."""
         self.plans.clear()
+        self._kv_plans.clear()
         self._had.clear()
         self._there = None
         if self.memory is not None:
@@ -177,7 +166,6 @@ def _reserve(tiers: DeviceMemory, plan: PassPlacement, step: StepSizes) -> bool:
     Where none are, what is pinned gets cut anew, so that a step has the buffers it was predicted to have.
     """
     forecast = plan.forecast
-    assert forecast is not None
     if forecast.disk_bytes:
         assert tiers.files is not None
         tiers.files.stage_for(step.layer_bytes().longest)

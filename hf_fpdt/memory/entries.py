@@ -64,7 +64,7 @@ class DeviceEntry:
 
 
 class HostEntry:
-    """A copy in one pinned buffer."""
+    """A copy in one pinned buffer; K, V and the sums of their gradients take this road too, and are written again."""
 
     def __init__(
         self, value: Tensor, place: Slot[Tensor], shelves: TierAllocator[Tensor], transfers: Transfers
@@ -74,6 +74,11 @@ class HostEntry:
         self._buffer, self._shape, self._dtype = place.buffer, value.shape, value.dtype
         self._copy: Copy = transfers.to_host(value, place.buffer)
         self._fetch: Fetch | None = None
+
+    def write(self, value: Tensor) -> None:
+        """Start to copy a value out, in place of the one before; its memory may be reused once that is settled."""
+        self._copy.settle()
+        self._copy = self._transfers.to_host(value, self._buffer)
 
     def begin(self) -> None:
         """Start to copy it in."""

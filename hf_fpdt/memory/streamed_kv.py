@@ -8,14 +8,15 @@ The sums of gradients travel with K and V; those of a chunk that no later row re
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..numerics import accumulation_dtype
 from ..plan import Slot, TierAllocator
-from .transfers import Copy, Fetch, Transfers
+from .entries import HostEntry
+from .transfers import Transfers
 
 Pair = tuple[Tensor, Tensor]
 
@@ -28,38 +29,43 @@ class HostMemory:
     shelves: TierAllocator[Tensor]
 
 
-class _Entry:
-    """Two tensors of one shape and dtype in two host buffers."""
+class _PairEntry:
+    """Two tensors of one shape and dtype on the host; each takes the road of every checkpoint there, `HostEntry`."""
 
-    def __init__(self, room: HostMemory, like: Tensor) -> None:
-        self._room, self._shape, self._dtype = room, like.shape, like.dtype
-        self._places: list[Slot[Tensor]] = []
+    def __init__(self, memory: HostMemory, pair: Pair) -> None:
+        self._entries: list[HostEntry] = []
         try:
-            for _ in range(2):
-                self._places.append(_place(room.shelves, like.numel() * like.element_size()))
+            for part in pair:
+                place = _place(memory.shelves, part.numel() * part.element_size())
+                self._entries.append(HostEntry(part, place, memory.shelves, memory.transfers))
         except RuntimeError:
             self.free()  # nobody else knows the first
             raise
-        self._copies: list[Copy] = []
 
-    def write(self, pair: Pair) -> list[Copy]:
-        """Start to copy `pair` out; its memory may be reused once the copies are settled."""
-        parts = zip(pair, self._places, strict=True)
-        self._copies = [self._room.transfers.to_host(part, _buffer(place)) for part, place in parts]
-        return self._copies
+    def write(self, pair: Pair) -> None:
+        """Start to copy a pair out, in place of the one before; its memory may be reused once that is settled."""
+        for part, entry in zip(pair, self._entries, strict=True):
+            entry.write(part)
 
-    def read(self) -> list[Fetch]:
-        """Start to copy both in, once the last write is done."""
-        parts = zip(self._places, self._copies, strict=True)
-        return [
-            self._room.transfers.to_device(_buffer(place), self._shape, self._dtype, after=copy)
-            for place, copy in parts
-        ]
+    def settle(self) -> None:
+        """The computation waits for the copies out."""
+        for entry in self._entries:
+            entry.settle()
+
+    def begin(self) -> None:
+        """Start to copy both in."""
+        for entry in self._entries:
+            entry.begin()
+
+    def get(self) -> Pair:
+        """Both, on the device."""
+        first, second = (entry.get() for entry in self._entries)
+        return first, second
 
     def free(self) -> None:
         """Give the buffers back."""
-        for place in self._places:
-            self._room.shelves.leave(place)
+        for entry in self._entries:
+            entry.free()
 
 
 def _place(shelves: TierAllocator[Tensor], nbytes: int) -> Slot[Tensor]:
@@ -73,11 +79,6 @@ def _place(shelves: TierAllocator[Tensor], nbytes: int) -> Slot[Tensor]:
     return place
 
 
-def _buffer(place: Slot[Tensor]) -> Tensor:
-    assert place.buffer is not None
-    return place.buffer
-
-
 @dataclass
 class _OnDevice:
     """One chunk's K and V, and the sums of their gradients where there are any yet."""
@@ -88,14 +89,13 @@ class _OnDevice:
 
 @dataclass
 class _Coming:
-    """One chunk's fetches under way."""
+    """One chunk that is on its way to the device."""
 
-    kv: list[Fetch]
-    grads: list[Fetch] = field(default_factory=list)
+    kv: _PairEntry
+    grads: _PairEntry | None
 
     def arrived(self) -> _OnDevice:
-        k, v, *grads = (fetch.tensor() for fetch in (*self.kv, *self.grads))
-        return _OnDevice((k, v), (grads[0], grads[1]) if grads else None)
+        return _OnDevice(self.kv.get(), None if self.grads is None else self.grads.get())
 
 
 class StreamedKV:
@@ -108,12 +108,12 @@ class StreamedKV:
 
     def __init__(self, room: HostMemory, last: int) -> None:
         self._room, self._last = room, last
-        self._kv: dict[int, _Entry] = {}
-        self._grads: dict[int, _Entry] = {}
+        self._kv: dict[int, _PairEntry] = {}
+        self._grads: dict[int, _PairEntry] = {}
         self._here: dict[int, _OnDevice] = {}  # the row's diagonal and the chunk used last
         self._diagonal = -1
         self._coming: dict[int, _Coming] = {}
-        self._leaving: deque[list[Copy]] = deque()
+        self._leaving: deque[_PairEntry] = deque()
         self._complete: dict[int, Pair] = {}
 
     def put(self, index: int, kv: Pair) -> None:
@@ -121,8 +121,8 @@ class StreamedKV:
         kv = kv[0].contiguous(), kv[1].contiguous()
         self._here, self._diagonal = {index: _OnDevice(kv)}, index
         if index != self._last:
-            self._kv[index] = _Entry(self._room, kv[0])
-            self._leave(self._kv[index].write(kv))
+            self._kv[index] = _PairEntry(self._room, kv)
+            self._leave(self._kv[index])
 
     def start_row(self, diagonal: int) -> None:
         """A row begins whose diagonal is this chunk; it stays on the device until the next one begins."""
@@ -133,8 +133,11 @@ class StreamedKV:
         """Start to fetch a chunk, unless it is here or coming."""
         if index in self._here or index in self._coming:
             return
-        grads = self._grads.get(index) if with_grads else None
-        self._coming[index] = _Coming(self._kv[index].read(), [] if grads is None else grads.read())
+        coming = _Coming(self._kv[index], self._grads.get(index) if with_grads else None)
+        for entry in (coming.kv, coming.grads):
+            if entry is not None:
+                entry.begin()
+        self._coming[index] = coming
 
     def get(self, index: int, *, with_grads: bool) -> Pair:
         """K and V of a chunk on the device."""
@@ -160,32 +163,27 @@ class StreamedKV:
         if complete:
             self._complete[index] = chunk.grads
         elif not stays:
-            if index not in self._grads:
-                self._grads[index] = _Entry(self._room, chunk.grads[0])
-            self._leave(self._grads[index].write(chunk.grads))
+            if index in self._grads:
+                self._grads[index].write(chunk.grads)
+            else:
+                self._grads[index] = _PairEntry(self._room, chunk.grads)
+            self._leave(self._grads[index])
 
     def take_grad(self, index: int) -> Pair | None:
         """The complete sums of a chunk, once."""
         return self._complete.pop(index, None)
 
-    def _leave(self, copies: list[Copy]) -> None:
-        """These copies have just begun; the ones before had a kernel's time, and the computation waits for them."""
-        self._leaving.append(copies)
+    def _leave(self, entry: _PairEntry) -> None:
+        """Its copies have just begun; the ones before had a kernel's time, and the computation waits for them."""
+        self._leaving.append(entry)
         while len(self._leaving) > 1:
-            self._settle_first()
-
-    def _settle_first(self) -> None:
-        for copy in self._leaving.popleft():
-            copy.settle()
+            self._leaving.popleft().settle()
 
     def close(self) -> None:
         """Settle every copy and give the host buffers back."""
-        while self._leaving:
-            self._settle_first()
-        for coming in self._coming.values():
-            coming.arrived()
         for entry in (*self._kv.values(), *self._grads.values()):
             entry.free()
+        self._leaving.clear()
         self._kv, self._grads, self._here, self._coming, self._complete = {}, {}, {}, {}, {}
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..engine import LayerRun, look_of, modes_of, run_layer, visiting
+from ..engine import Layer, LayerRun, look_of, run_layer, visiting
 from .fused import fuse_layer
 from .patch import arguments_by_name, caches_in
 from .refusals import check_adapters
@@ -41,13 +40,20 @@ def check_stack(model: PreTrainedModel, settings: Settings) -> None:
     """Raise RuntimeError unless every layer of the decoder is one that `apply_fpdt` found at that place."""
     seen: set[int] = set()
     for index, layer in enumerate(decoder_layers(model)):
-        known = isinstance(layer, ChunkedLayer) and layer._fpdt_settings is settings
-        if not known or (layer._fpdt_index != index and id(layer) not in seen):
+        known = _known_index(layer, settings)
+        if known is None or (known != index and id(layer) not in seen):
             raise RuntimeError(
                 f"hf_fpdt: layer {index} ({type(layer).__name__}) was put there after apply_fpdt, which knows nothing "
                 "of it: call remove() on the handle, then change the model, then apply_fpdt again."
             )
         seen.add(id(layer))
+
+
+def _known_index(layer: nn.Module, settings: Settings) -> int | None:
+    """Where `apply_fpdt` found the layer; None of one that it did not find."""
+    if not isinstance(layer, ChunkedLayer) or layer._fpdt_settings is not settings:
+        return None
+    return layer._fpdt_layer.index if layer._fpdt_layer.module is layer else None
 
 
 def mostly_trained(parameters: list[nn.Parameter]) -> bool:
@@ -59,8 +65,7 @@ class ChunkedLayer(nn.Module):
     """Mixed into the class of each decoder layer; `_fpdt_*` are set by `enter_layer`."""
 
     _fpdt_settings: Settings
-    _fpdt_name: str
-    _fpdt_index: int
+    _fpdt_layer: Layer
     _fpdt_class: Any
     _fpdt_looks: set[tuple[object, ...]]  # those that passed a trial
     _fpdt_checkpointing: bool | None  # None: never asked for, on this instance
@@ -76,7 +81,7 @@ class ChunkedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, chunk by chunk; as it is for generation with a cache."""
-        raw = _raw_forward(self._fpdt_class)
+        raw = self._fpdt_layer.raw_forward
         arguments = arguments_by_name(_signature(raw), self, *args, **kwargs)
         name = next(iter(arguments))
         hidden = arguments.pop(name)
@@ -84,34 +89,30 @@ class ChunkedLayer(nn.Module):
             arguments |= _no_caches(arguments)
         elif _needs_whole_sequence(self, arguments):
             return raw(self, hidden, **arguments)
-        _check_arguments(arguments, hidden, self._fpdt_name)
-        with self._fpdt_settings.store.one_thread.entered(self._fpdt_name):
-            self._fpdt_try(raw, hidden, arguments)
-            return hidden if visiting() else self._fpdt_in_chunks(raw, hidden, arguments)
+        _check_arguments(arguments, hidden, self._fpdt_layer.name)
+        with self._fpdt_settings.store.one_thread.entered(self._fpdt_layer.name):
+            self._fpdt_try(hidden, arguments)
+            return hidden if visiting() else self._fpdt_in_chunks(hidden, arguments)
 
-    def _fpdt_in_chunks(self, raw: Callable[..., Any], hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _fpdt_in_chunks(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         settings, parameters = self._fpdt_settings, list(self.parameters())
         if settings.plugin.fused:
-            fuse_layer(self, raw, settings)
+            fuse_layer(self, self._fpdt_layer.raw_forward, settings)
+        # What the pass keeps where is settled before its first layer is entered; see `CheckpointStore.pass_of`.
+        step, store, placed = settings.step(hidden), settings.store, (hidden.device, self._fpdt_layer.is_sharded)
+        wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *parameters))
+        model_pass = store.pass_of(self._fpdt_layer.index, step, *placed) if wants_grad else None
         run = LayerRun(
-            name=self._fpdt_name,
-            index=self._fpdt_index,
-            forward=functools.partial(raw, self),
-            kwargs=arguments,
-            step=settings.step(hidden),
-            kernel=settings.plugin.kernel,
-            store=settings.store,
-            group=settings.group,
-            weights=functools.partial(_whole_weights, self),
-            modes=functools.partial(modes_of, self),
-            parameters=self.parameters,
-            sharded=hasattr(self, "unshard"),
-            progress=settings.progress,
+            self._fpdt_layer,
+            arguments,
+            step,
+            store.kv_plan(step, *placed) if model_pass is None else model_pass.plan.kv,
+            model_pass,
             full=settings.progress is not None and mostly_trained(parameters),
         )
         return run_layer(run, hidden, parameters)
 
-    def _fpdt_try(self, raw: Callable[..., Any], hidden: Tensor, arguments: dict[str, Any]) -> None:
+    def _fpdt_try(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """Try the layer on a few tokens, the first time that it looks as it does now.
 
         Raises:
@@ -120,39 +121,36 @@ class ChunkedLayer(nn.Module):
         look = look_of(self)
         if look in self._fpdt_looks:
             return
-        check_adapters(self, self._fpdt_name)
-        reason = self._fpdt_settings.trials.check(self, functools.partial(raw, self), hidden, arguments)
+        check_adapters(self, self._fpdt_layer.name)
+        reason = self._fpdt_settings.trials.check(self, self._fpdt_layer.forward, hidden, arguments)
         if reason is not None:
-            raise NotImplementedError(f"hf_fpdt: {self._fpdt_name} cannot be run in chunks: {reason}.")
+            raise NotImplementedError(f"hf_fpdt: {self._fpdt_layer.name} cannot be run in chunks: {reason}.")
         self._fpdt_looks.add(look)
 
 
-@contextmanager
-def _whole_weights(layer: Any) -> Iterator[None]:
-    """FSDP2's layers are gathered for their own forward and backward pass alone; elsewhere they are asked to be."""
-    sharded = hasattr(layer, "unshard")
-    if sharded:
-        layer.unshard()
-    try:
-        yield
-    finally:
-        if sharded:
-            layer.reshard()
-
-
 def enter_layer(layer: Any, settings: Settings, index: int) -> None:
+    """Put `ChunkedLayer` into the layer's class, and describe the layer to the engine."""
     original: Any = type(layer)
     checkpointing = layer.__dict__.pop("gradient_checkpointing", None)
     layer.__class__ = _chunked_class(original)
     layer._fpdt_settings, layer._fpdt_looks = settings, set()
-    layer._fpdt_name, layer._fpdt_index = f"layer {index} ({original.__name__})", index
+    layer._fpdt_layer = Layer(
+        name=f"layer {index} ({original.__name__})",
+        index=index,
+        module=layer,
+        raw_forward=_raw_forward(original),
+        kernel=settings.plugin.kernel,
+        store=settings.store,
+        group=settings.group,
+        progress=settings.progress,
+    )
     layer._fpdt_class, layer._fpdt_checkpointing = original, checkpointing
 
 
 def check_entered(layer: Any) -> None:
     if type(layer) is not _chunked_class(layer._fpdt_class):
         raise RuntimeError(
-            f"hf_fpdt: {layer._fpdt_name} was wrapped after apply_fpdt (FSDP2?); it cannot be restored now."
+            f"hf_fpdt: {layer._fpdt_layer.name} was wrapped after apply_fpdt (FSDP2?); it cannot be restored now."
         )
 
 

@@ -37,6 +37,7 @@ from .placement import (
     PassPlacement,
     budgets_of,
     described,
+    described_kv,
     plan_pass,
 )
 from .rehearsal import Rehearsal, pool_of_numbers
@@ -88,6 +89,7 @@ __all__ = [
     "by_layer",
     "chunk_work",
     "described",
+    "described_kv",
     "forward_bytes",
     "head_dims",
     "largest",

@@ -23,24 +23,23 @@ DEVICE_RESERVE = 1 * GIB
 
 @dataclass(frozen=True)
 class PassPlacement:
-    """What one forward and backward pass does with its memory.
+    """What a forward pass does with its memory, and the backward pass that follows it.
 
     Attributes:
         kv: K and V by chunk, and which chunks are resident.
         budgets: what checkpoints may take, without K and V.
         pinned: the most that all host buffers may be, those of K and V among them.
-        forecast: what the step will take; None for a pass without a backward pass.
+        forecast: what the step will take.
     """
 
     kv: KVBytes
     budgets: Budgets
     pinned: int
-    forecast: Forecast | None
+    forecast: Forecast
 
     @property
     def kept(self) -> KeptLayers:
         """Which layers keep what."""
-        assert self.forecast is not None
         return self.forecast.kept
 
 
@@ -72,7 +71,7 @@ def plan_pass(
 
     Args:
         policy: `FPDTPlugin.checkpoints`.
-        layers: layers with a backward pass; 0: none.
+        layers: layers with a backward pass.
         have: the pinned buffers that stay, see `forecast`.
 
     Raises:
@@ -83,8 +82,6 @@ def plan_pass(
         budgets.device - kv.device_bytes, max(0, budgets.host - _staging_bytes(budgets, sizes)), budgets.disk
     )
     have = have if isinstance(have, ExistingBuffers) else ExistingBuffers(have)
-    if not layers:
-        return PassPlacement(kv, without_kv(rest, kv, have), rest.host, None)
     room = without_kv(rest, kv, ExistingBuffers()).total if rest.host >= kv.host_buffer_bytes else -1
     if room < least_bytes(policy, layers, sizes):
         raise MemoryError(_too_much(policy, step, layers, budgets, kv))
@@ -145,19 +142,25 @@ def _gib(nbytes: int) -> str:
 
 def described(plan: PassPlacement, step: StepSizes, budgets: Budgets) -> str:
     """The one line that a person reads."""
-    chunks, resident = len(step.plan.chunks), plan.kv.backward_resident
-    text = f"{step.plan.n_tokens:,} tokens in {chunks} chunks: K, V of {resident} chunks on the device"
-    if plan.forecast is None:
-        return text
     predicted, kept = plan.forecast, plan.kept
     places = f"device {_gib(predicted.device_bytes)}, host {_gib(predicted.host_bytes)}"
     files = f", files {_gib(predicted.disk_bytes)}" if predicted.disk_bytes else ""
     total = _gib(peak_bytes(kept, step.layer_bytes()))
     return (
-        f"{text}; keeps {kept} ({total}: {places}{files}); in backward {kept.attention_reruns} layers run "
-        f"attention again, {kept.rebuilt} run their linears once more; budgets device {_gib(budgets.device)}, "
-        f"host {_gib(budgets.host)}"
+        f"{_where_kv(plan.kv.backward_resident, step)}; keeps {kept} ({total}: {places}{files}); in backward "
+        f"{kept.attention_reruns} layers run attention again, {kept.rebuilt} run their linears once more; budgets "
+        f"device {_gib(budgets.device)}, host {_gib(budgets.host)}"
     )
+
+
+def described_kv(kv: KVBytes, step: StepSizes) -> str:
+    """The same of a pass without a backward pass."""
+    return _where_kv(kv.forward_resident, step)
+
+
+def _where_kv(resident: int, step: StepSizes) -> str:
+    chunks = len(step.plan.chunks)
+    return f"{step.plan.n_tokens:,} tokens in {chunks} chunks: K, V of {resident} chunks on the device"
 
 
 HOST_RESERVE = 6 * GIB  # what "auto" leaves to Python, CUDA, data loaders

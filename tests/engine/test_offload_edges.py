@@ -14,7 +14,7 @@ import torch
 from hf_fpdt import FPDTPlugin, FPDTTrainer, apply_fpdt
 from hf_fpdt.engine import layer
 from hf_fpdt.memory.entries import DeviceEntry
-from hf_fpdt.memory.streamed_kv import HostMemory, _Entry
+from hf_fpdt.memory.streamed_kv import HostMemory, _PairEntry
 from hf_fpdt.memory.transfers import Transfers
 from hf_fpdt.model.apply import applied_settings
 from hf_fpdt.plan.tiers import Budgets, BufferPool, TierAllocator
@@ -47,7 +47,7 @@ def test_too_little_memory_is_said_before_any_layer_runs(
     on_chunk = layer._on_chunk
 
     def noted(run: Any, *args: Any) -> Any:
-        ran.append(run.index)
+        ran.append(run.layer.index)
         return on_chunk(run, *args)
 
     monkeypatch.setattr(layer, "_on_chunk", noted)
@@ -116,8 +116,8 @@ def test_a_chunk_without_room_for_its_values_gives_its_keys_room_back() -> None:
     pool = BufferPool(lambda size: torch.empty(size, dtype=torch.uint8), 4096)
     room = HostMemory(Transfers(torch.device("cpu")), TierAllocator(Budgets(0, 4096), pool))
     with pytest.raises(RuntimeError, match="no host memory is left for K and V"):
-        _Entry(room, torch.zeros(1, 16, 2, 8))
-    assert pool.used_bytes == 0
+        _PairEntry(room, (torch.zeros(1, 16, 2, 8), torch.zeros(1, 16, 2, 8)))
+    assert pool.used_bytes == 0 < pool.nbytes
 
 
 @pytest.mark.parametrize("checkpoints", ["segment", "attention"])

@@ -75,7 +75,7 @@ def check(case: str, lengths: list[int], model: nn.Module) -> None:
 
 def assert_rebuilt(handle: FPDTHandle, *, some: bool = True) -> None:
     """Plans of training passes rebuild inputs (or none do); everything was given back."""
-    rebuilt = [plan.kept.rebuilt for (_, layers), plan in handle.store.plans.items() if layers]
+    rebuilt = [plan.kept.rebuilt for plan in handle.store.plans.values()]
     assert rebuilt and all((count > 0) == some for count in rebuilt)
     assert not any(handle.store.used_bytes()[tier] for tier in ("device", "host", "disk"))
 
@@ -121,7 +121,7 @@ def shard(model: PreTrainedModel, reshard: bool) -> list[Any]:
 def gathered(weights: ShardedWeights, handle: FPDTHandle) -> int:
     """What the planner counts; all outside of the layers is the root's unit here, which is put into shards too."""
     weights = replace(weights, embedding=weights.embedding + weights.tail, tail=0)
-    (kept,) = (plan.kept for (_, layers), plan in handle.store.plans.items() if layers)
+    (kept,) = (plan.kept for plan in handle.store.plans.values())
     return weights.gathered_bytes() + weights.rebuilt_bytes(kept.rebuilt)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import hf_fpdt.model.apply
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.engine.progress import StepProgress
 from tests.helpers.truth import tiny
@@ -150,13 +151,14 @@ class Told(StepProgress):
 
 @pytest.mark.parametrize("settings", [{}, {"checkpoints": "segment"}, {"checkpoints": "input"}])
 @pytest.mark.parametrize("trained", ["all", "upper"])
-def test_the_parts_are_the_whole(settings: dict[str, Any], trained: str) -> None:
+def test_the_parts_are_the_whole(settings: dict[str, Any], trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told()
+    monkeypatch.setattr(hf_fpdt.model.apply, "StepProgress", lambda peak: told)
     model = tiny("llama", num_hidden_layers=5)
     if trained == "upper":
         model.requires_grad_(False)
         model.model.layers[3:].requires_grad_(True)
-    handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=32, progress=True, **settings))
-    told = handle._settings.progress = Told()
+    apply_fpdt(model, FPDTPlugin(chunk_tokens=32, progress=True, **settings))
     ids = torch.randint(0, 97, (2, 100))
     for _ in range(2):
         told.totals.clear()

@@ -144,7 +144,7 @@ def counted_step(case: Case, rank: int) -> tuple[Counted, Counted]:
         loss = model(**batch, **items).loss
     with counting(backward):
         loss.backward()
-    backward.kept = next((told.kept for (_, layers), told in handle.store.plans.items() if layers), None)
+    backward.kept = next((told.kept for told in handle.store.plans.values()), None)
     backward.sizes = sizes_of(model, case)
     return forward, backward
 

@@ -59,7 +59,7 @@ def curve_of(found: PlannedStep):  # type: ignore[no-untyped-def]
 def test_cases_are_what_they_are_called() -> None:
     plans = {name: fit(*case).plan for name, case in CASES.items()}
     forecast = {name: plan.forecast for name, plan in plans.items()}
-    assert forecast["all on the device"].host_bytes == 0 and forecast["in files"].disk_bytes > 0  # type: ignore[union-attr]
+    assert forecast["all on the device"].host_bytes == 0 and forecast["in files"].disk_bytes > 0
     assert plans["on the host, K and V too"].kv.host_bytes > 0
     assert plans["inputs rebuilt"].kept.rebuilt > 0
 
@@ -87,7 +87,7 @@ def test_nothing_is_left_at_the_end(found: PlannedStep) -> None:
     last, forecast = moments(found)[-1], found.plan.forecast
     assert last.phase == "backward" and last.layer == last.chunk == 0
     assert last.device == last.host == last.disk == 0
-    assert forecast is not None and max(moment.disk for moment in moments(found)) == forecast.disk_bytes
+    assert max(moment.disk for moment in moments(found)) == forecast.disk_bytes
 
 
 def test_time_goes_on_to_the_seconds_of_the_plan(found: PlannedStep) -> None:

@@ -65,7 +65,7 @@ def test_gradients_come_as_checkpoints_go() -> None:
     weights = replace(LORA, trained=LORA.total, optimizer="sgd")
     found = fit(replace(TRAINING, weights=weights, model=replace(LLAMA_8B, layers=2)), WIDER, 2**15)
     forecast, step = found.plan.forecast, found.step
-    assert forecast is not None and forecast.device_bytes > 0 == found.host
+    assert forecast.device_bytes > 0 == found.host
     working = step.working_bytes(found.plan.kv, checkpoints_elsewhere=False, resident=True)
     inside = LORA.total - LORA.outside
     beside = max((2 + 4) * inside // 2 + forecast.device_bytes, 2 * inside + forecast.device_bytes // 2)

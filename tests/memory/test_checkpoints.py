@@ -37,12 +37,17 @@ def value_of(name: str, chunk: int, number: float) -> Tensor:
     return torch.full(shape, number)
 
 
+def joined(store: CheckpointStore, run: FakeRun) -> tuple[LayerCheckpoint, FakeRun | None]:
+    """The checkpoint of a layer that enters its pass, and the run below."""
+    return store.pass_of(run.index, run.step, CPU, False).enter(run)
+
+
 def forward_pass(store: CheckpointStore) -> tuple[list[FakeRun], list[LayerCheckpoint], list[Value]]:
     """All layers forward; every value has a number of its own."""
     runs = [FakeRun(index, STEP) for index in range(STEP.model.layers)]
     kept, values = [], list[Value]()
     for run in runs:
-        kept.append(store.join(run, CPU)[0])
+        kept.append(joined(store, run)[0])
         for chunk in CHUNKS:
             for name in NAMES:
                 if kept[-1].keeps_input if name == "input" else kept[-1].keeps_attention:
@@ -70,10 +75,10 @@ def budgets(tmp_path: Path) -> list[dict[str, object]]:
 def test_what_was_put_is_taken_once_and_its_bytes_go_back(tmp_path: Path, case: int) -> None:
     with checkpoint_store(**budgets(tmp_path)[case]) as store:  # type: ignore[arg-type]
         runs, kept, values = forward_pass(store)
-        (plan,) = (plan for plan in store.plans.values() if plan.forecast is not None)
+        (plan,) = store.plans.values()
         used = store.used_bytes()
         assert sum(used[tier] for tier in ("device", "host", "disk")) == forward_bytes(plan.kept, SIZES)
-        assert plan.forecast is not None and used["pinned"] == plan.forecast.host_bytes
+        assert used["pinned"] == plan.forecast.host_bytes
         for checkpoint, name, chunk, value in reversed(values):
             assert checkpoint.holds(name, CHUNKS[chunk])
             assert torch.equal(checkpoint.peek(name, CHUNKS[chunk]), value)
@@ -124,7 +129,7 @@ def test_a_step_without_host_buffers_has_its_staging_ready(tmp_path: Path) -> No
     """K and V on the device, every checkpoint in the file."""
     longest = page_rounded(STEP.layer_bytes().longest)
     with checkpoint_store(device=RESIDENT, host=STAGING_BUFFERS * longest, disk_dir=str(tmp_path)) as store:
-        store.join(FakeRun(0, STEP), CPU)
+        joined(store, FakeRun(0, STEP))
         assert (
             store._tiers.memory is not None
             and store._tiers.memory.files is not None
@@ -146,14 +151,14 @@ def test_a_pass_that_is_dropped_gives_its_bytes_back() -> None:
 def test_layers_join_the_pass_of_the_layer_below() -> None:
     with checkpoint_store() as store:
         runs = [FakeRun(index, STEP) for index in range(4)]
-        assert [store.join(run, CPU)[1] for run in runs] == [None, *runs[:3]]
-        assert store.join(FakeRun(0, STEP), CPU)[1] is None, "the next forward pass"
+        assert [joined(store, run)[1] for run in runs] == [None, *runs[:3]]
+        assert joined(store, FakeRun(0, STEP))[1] is None, "the next forward pass"
         other = FakeRun(1, step_of(16, 8, model=WIDE))
-        assert store.join(other, CPU)[1] is None, "another length is another pass"
-        assert store.join(FakeRun(3, other.step), CPU)[1] is None, "a layer between has no backward pass"
+        assert joined(store, other)[1] is None, "another length is another pass"
+        assert joined(store, FakeRun(3, other.step))[1] is None, "a layer between has no backward pass"
         assert {layers for _, layers in store.plans} == {4, 3, 1}
         del runs, other
-        assert store.join(FakeRun(2, STEP), CPU)[1] is None, "who was below is gone"
+        assert joined(store, FakeRun(2, STEP))[1] is None, "who was below is gone"
 
 
 def count_fetches(monkeypatch: pytest.MonkeyPatch) -> list[HostEntry]:
@@ -206,7 +211,7 @@ def test_an_unexpected_read_ends_the_reads_ahead_and_is_right(monkeypatch: pytes
 def test_parts_of_a_longer_tensor_are_copied_where_only_some_stay_on_the_device(device: int) -> None:
     with checkpoint_store(device=device) as store:
         runs = [FakeRun(index, STEP) for index in range(4)]
-        kept = [store.join(run, CPU)[0] for run in runs]
+        kept = [joined(store, run)[0] for run in runs]
         hidden = torch.randn(1, 20, 512)
         filler = {name: [value_of(name, chunk, 0.0) for chunk in range(3)] for name in NAMES}
         for checkpoint in kept:
@@ -229,11 +234,11 @@ def test_plans_are_made_and_said_once_and_buffers_serve_again(caplog: pytest.Log
         pinned = []
         for _ in range(3):
             held = forward_pass(store)
-            store.kv_plan(held[0][0], CPU)
+            store.kv_plan(held[0][0].step, CPU, False)
             pinned.append(store.used_bytes()["pinned"])
             del held
             gc.collect()
-        assert len(store.plans) == 2 and len(caplog.messages) == 2 and len(set(pinned)) == 1
+        assert len(store.plans) == 1 and len(caplog.messages) == 2 and len(set(pinned)) == 1
         assert "20 tokens in 3 chunks" in caplog.messages[0] and "keeps 4 inputs" in caplog.messages[0]
 
 

@@ -15,7 +15,7 @@ from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.memory.available import available
 from hf_fpdt.plan.checkpointing import KeptLayers, least_bytes, peak_bytes
-from hf_fpdt.plan.placement import Available, budgets_of, described, plan_pass
+from hf_fpdt.plan.placement import Available, budgets_of, described, described_kv, plan_pass
 from hf_fpdt.plan.sizes import LayerBytes, ModelSizes, StepSizes
 from hf_fpdt.plan.tiers import STAGING_BUFFERS, Budgets
 from hf_fpdt.units import GIB
@@ -55,7 +55,7 @@ def test_a_refusal_has_the_arithmetic_and_the_ways_out(policy: str) -> None:
     assert least - 0.0051 * GIB <= needed <= 1.02 * least, "buffers are hardly longer than what lies in them"
     assert needed + kv.host_bytes > 3 * GIB, "what is needed is more than what there is"
     enough = Budgets(0, int(needed + 0.0051 * GIB) + kv.host_bytes)
-    assert plan_pass(policy, LONG, 32, enough, {}).forecast is not None
+    assert plan_pass(policy, LONG, 32, enough, {}).kept.layers == 32
     for way in (
         "Nothing was allocated",
         "device_budget_gib",
@@ -145,7 +145,7 @@ def test_a_first_pass_says_what_it_and_training_take(monkeypatch: pytest.MonkeyP
     for _ in range(2):
         model(input_ids=ids, labels=ids).loss.backward()
     ((training, there),) = said
-    (step,) = {step for step, layers in handle.store.plans if layers}
+    (step,) = {step for step, _ in handle.store.plans}
     assert there == step.entry_bytes > ids.numel() * 32 * 4
     assert training > 3 * 4 * sum(p.numel() for p in model.parameters()), "gradients and AdamW's two states"
 
@@ -194,10 +194,8 @@ def test_auto_runs_attention_again_as_seldom_as_the_budget_allows() -> None:
     assert_rejects(assert_fewest_reruns, {"no attention outputs": "segment"})
 
 
-def test_a_pass_without_backward_needs_no_checkpoints() -> None:
-    plan = plan_pass("attention", LONG, 0, Budgets(0, 0), {})
-    assert plan.forecast is None and plan.kv == LONG.kv_bytes(0)
-    assert described(plan, LONG, Budgets(0, 0)) == "131,072 tokens in 4 chunks: K, V of 0 chunks on the device"
+def test_of_a_pass_without_backward_it_says_where_k_and_v_lie() -> None:
+    assert described_kv(LONG.kv_bytes(0), LONG) == "131,072 tokens in 4 chunks: K, V of 0 chunks on the device"
 
 
 def test_resident_keys_are_taken_off_the_device_budget_and_staging_off_the_host() -> None:
@@ -206,7 +204,7 @@ def test_resident_keys_are_taken_off_the_device_budget_and_staging_off_the_host(
     files = plan_pass("attention", LONG, 32, Budgets(10 * GIB, 100 * GIB, GIB), {})
     assert files.budgets.host == 100 * GIB - 7 * LONG.layer_bytes().longest
     text = described(plan, LONG, Budgets(10 * GIB, 100 * GIB))
-    assert plan.forecast is not None and "keeps 32 inputs and 32 attention outputs of 32 layers (64.50 GiB" in text
+    assert "keeps 32 inputs and 32 attention outputs of 32 layers (64.50 GiB" in text
     assert "budgets device 10.00 GiB, host 100.00 GiB" in text
     total = plan.forecast.device_bytes + plan.forecast.host_bytes
     assert 64.5 * GIB <= total <= 66 * GIB
@@ -238,7 +236,7 @@ def test_a_step_over_all_tiers_is_exact_and_takes_what_was_predicted(tmp_path: A
     store = apply_fpdt(model, plugin).store
     for _ in range(2):
         assert_same_step(train_step(model, ids), truth)
-        predicted = next(plan.forecast for plan in store.plans.values() if plan.forecast is not None)
+        predicted = next(plan.forecast for plan in store.plans.values())
         assert predicted.disk_bytes > 0 and predicted.host_bytes > 0
         assert store.used_bytes() == {"device": 0, "host": 0, "disk": 0, "pinned": predicted.host_bytes}
 

@@ -26,10 +26,9 @@ def predicted(handle: FPDTHandle, model: nn.Module, n_tokens: int, gpu_name: str
         predicted_pinned_gib: host memory that this process pins.
         predicted_s: seconds, where the kind of GPU is known.
     """
-    plans = [(step, plan) for (step, layers), plan in handle.store.plans.items() if layers]
+    plans = [(step, plan) for (step, _), plan in handle.store.plans.items()]
     # A group's ranks have parts of one length, so it may be longer by a few tokens.
     step, plan = min(plans, key=lambda each: abs(each[0].plan.n_tokens - n_tokens))
-    assert plan.forecast is not None
     layers = decoder_layers(base_of(model))
     inside = sum(_bytes(layer, trained=True) for layer in layers)
     sums = sum_bytes(max(parameter_count(layer.parameters(), trained=True) for layer in layers))

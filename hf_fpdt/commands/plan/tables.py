@@ -19,7 +19,6 @@ from ...units import GIB
 def as_json(found: PlannedStep, helps: Mapping[More, int], least: PlannedStep | None = None) -> dict[str, Any]:
     """Numbers, in bytes and seconds; `least` is the step with the least host memory."""
     kept, kv, forecast = found.plan.kept, found.plan.kv, found.plan.forecast
-    assert forecast is not None
     return {
         "tokens": found.step.plan.n_tokens,
         "sp_size": found.step.plan.sp_size,
@@ -134,7 +133,6 @@ def _time(seconds: float) -> str:
 
 def _memory(found: PlannedStep, machines: Machines) -> Table:
     gpus, forecast = found.step.plan.sp_size, found.plan.forecast
-    assert forecast is not None
     kv = gpus * found.plan.kv.host_buffer_bytes
     host, disk = {Use.KV: kv, Use.CHECKPOINTS: found.host - kv}, {Use.CHECKPOINTS: gpus * forecast.disk_bytes}
     device = dict(found.device)

@@ -38,7 +38,6 @@ def planned(request: pytest.FixtureRequest) -> tuple[PlannedStep, Machines]:
 
 def test_numbers_are_whole_at_every_width(planned: tuple[PlannedStep, Machines]) -> None:
     found, machines = planned
-    assert found.plan.forecast is not None
     # Longer lines than any plan should have.
     kept = KeptLayers((True, True, False) * 42, (True, False, True, False, False, False) * 21)
     plan = replace(found.plan, forecast=replace(found.plan.forecast, kept=kept))
@@ -54,7 +53,6 @@ def test_the_numbers_are_the_plan_s(planned: tuple[PlannedStep, Machines]) -> No
     found, machines = planned
     text = text_of(Group(*plan_tables(found, machines, {})))
     plan, forecast, rows = found.step.plan, found.plan.forecast, rows_of(text)
-    assert forecast is not None
     assert [
         f"{found.seconds:,.1f} s",
         f"{plan.n_tokens / found.seconds:,.0f}",
