@@ -42,8 +42,8 @@ MORE_COLUMNS = {
     "layers": ("layers", ","),
     "held_gib": ("held GiB", ".1f"),
     "chunk_tokens": ("chunk tokens", ","),
-    "predicted_s": ("foretold s", ",.2f"),
-    "predicted_device_gib": ("foretold GPU GiB", ".1f"),
+    "predicted_s": ("predicted s", ",.2f"),
+    "predicted_device_gib": ("predicted GPU GiB", ".1f"),
 }
 # What a reader who knows none of the stacks calls them.
 TITLES = {
@@ -58,11 +58,11 @@ STEP_HEADINGS = (
     "model",
     "trained",
     "GPUs",
-    "step s (foretold)",
+    "step s (predicted)",
     "tokens/s",
     "strict MFU",
-    "GPU GiB (foretold)",
-    "pinned GiB (foretold)",
+    "GPU GiB (predicted)",
+    "pinned GiB (predicted)",
 )
 
 
