@@ -7,12 +7,14 @@ In reading order:
 """
 
 from .chunks import Chunk, ChunkPlan
-from .spans import RowShape, Span, row_spans
+from .spans import RowShape, Span, first_key, row_spans, seen_pairs
 
 __all__ = [
     "Chunk",
     "ChunkPlan",
     "RowShape",
     "Span",
+    "first_key",
     "row_spans",
+    "seen_pairs",
 ]

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from .spans import first_key
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -62,6 +64,10 @@ class ChunkPlan:
     def _chunk(self, index: int, start: int) -> Chunk:
         stop = min(start + self.chunk_tokens, self.n_tokens)
         return Chunk(index, start, stop, start // self.sp_size, stop // self.sp_size)
+
+    def read_by(self, chunk: Chunk, window: int | None) -> tuple[Chunk, ...]:
+        """The chunks, ascending, whose keys the queries of `chunk` read, its own at the end; see `spans.first_key`."""
+        return self.chunks[first_key(chunk.start, window) // self.chunk_tokens : chunk.index + 1]
 
     def rank_pieces(self, rank: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of the global tokens that `rank` owns in each chunk, in its local order."""

@@ -21,6 +21,21 @@ class Span:
     causal: bool
 
 
+def first_key(query: int, window: int | None) -> int:
+    """The first key that a query sees: it sees the last `window` keys up to its own, or with None all of them."""
+    return 0 if window is None else max(0, query - window + 1)
+
+
+def seen_pairs(start: int, stop: int, window: int | None) -> float:
+    """Pairs of a query of [start, stop) and a key that it sees, half a pair for its own."""
+
+    def before(query: int) -> float:
+        full = query if window is None else min(query, window)
+        return full * full / 2 + (query - full) * full
+
+    return before(stop) - before(start)
+
+
 def row_spans(
     start: int, stop: int, *, shape: RowShape, unit_tokens: int, max_tokens: int = 2**62, resident_tokens: int = 2**62
 ) -> tuple[Span, ...]:

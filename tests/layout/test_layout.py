@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from hf_fpdt.layout.chunks import Chunk, ChunkPlan
-from hf_fpdt.layout.spans import RowShape, Span, row_spans
+from hf_fpdt.layout.spans import RowShape, Span, first_key, row_spans, seen_pairs
 from tests.helpers.support import assert_rejects
 
 PLANS = [(1, 1, 1), (1, 8, 1), (8, 8, 1), (17, 8, 1), (63, 8, 1), (24, 8, 2), (22, 8, 2), (130, 64, 2), (36, 12, 4)]
@@ -125,3 +125,26 @@ def test_keys_that_are_not_resident_come_chunk_by_chunk(
 ) -> None:
     spans = row_spans(16, 20, shape=shape, unit_tokens=4, resident_tokens=resident)
     assert [(span.start, span.stop, span.causal) for span in spans] == expected
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 8, 9, 17, 64])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 8, 50])
+def test_a_window_says_which_chunks_are_read_and_how_many_pairs_are_computed(
+    window: int | None, chunk_tokens: int
+) -> None:
+    plan = ChunkPlan(40, chunk_tokens)
+    for chunk in plan.chunks:
+        seen = {
+            key
+            for query in range(chunk.start, chunk.stop)
+            for key in range(query + 1)
+            if window is None or key > query - window
+        }
+        read = plan.read_by(chunk, window)
+        assert min(seen) == first_key(chunk.start, window) and read[-1] is chunk
+        assert {key // chunk_tokens for key in seen} == {each.index for each in read}
+        pairs = sum(
+            min(query + 1, window or query + 1) - (window is None or query < window) / 2
+            for query in range(chunk.start, chunk.stop)
+        )
+        assert seen_pairs(chunk.start, chunk.stop, window) == pytest.approx(pairs)
