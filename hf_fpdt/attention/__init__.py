@@ -4,6 +4,7 @@ In reading order:
 
     spec       what a call asks of attention
     online     one query row over a stream of K, V spans, merged
+    sinks      a key without a value in each head's softmax
     kernels    the contract of a kernel, one file each, and the table
     reference  slow twins, for checks
 """
@@ -12,6 +13,7 @@ from .kernels.contract import Kernel
 from .kernels.table import KERNELS, select_kernel
 from .online import backward_row, forward_row, kernel_spans
 from .reference import attention, peaked_qkv
+from .sinks import sinks_gradient
 from .spec import AttentionSpec
 
 __all__ = [
@@ -24,4 +26,5 @@ __all__ = [
     "kernel_spans",
     "peaked_qkv",
     "select_kernel",
+    "sinks_gradient",
 ]

@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..layout import Span, row_spans
+from ..layout import Span, first_key, row_spans
 from ..numerics import accumulation_dtype
 from .kernels.contract import MAX_ELEMENTS, Kernel
+from .sinks import with_sinks
 from .spec import AttentionSpec
 
 Stream = Iterable[tuple[Span, Tensor, Tensor]]
@@ -26,7 +27,7 @@ class KVSource(Protocol):
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """Batch, heads and head dimension of K and V."""
+        """Batch, heads and the larger head dimension of K and V."""
 
     @property
     def resident_tokens(self) -> int:
@@ -39,17 +40,24 @@ class KVSource(Protocol):
         """Add one call's gradients to those of its keys."""
 
 
-def forward_row(kernel: Kernel, q_BSNH: Tensor, kv: Stream, *, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+def forward_row(
+    kernel: Kernel, q_BSNH: Tensor, kv: Stream, *, spec: AttentionSpec, sinks_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of one query row over the spans of `kv`.
 
+    Args:
+        sinks_N: a score of each head to a key without a value, see `sinks`.
+
     Returns:
-        out [B, S, N, H] in the dtype of q, and the row's lse [B, N, S].
+        out [B, S, N, H of V] in the dtype of q, and the row's lse [B, N, S].
     """
     merged: tuple[Tensor, Tensor] | None = None
     for span, k, v in kv:
         part = kernel.forward(q_BSNH, k, v, causal=span.causal, spec=spec)
         merged = part if merged is None else merge(merged, part)
     assert merged is not None
+    if sinks_N is not None:
+        merged = with_sinks(merged, sinks_N)
     return merged[0].to(q_BSNH.dtype), merged[1].to(accumulation_dtype(q_BSNH.dtype))
 
 
@@ -88,16 +96,35 @@ def backward_row(
 
 
 def kernel_spans(
-    kernel: Kernel, diagonal: tuple[int, int], unit_tokens: int, store: KVSource, *, most_tokens: int = MAX_ELEMENTS
+    kernel: Kernel,
+    diagonal: tuple[int, int],
+    unit_tokens: int,
+    store: KVSource,
+    *,
+    window: int | None = None,
+    most_tokens: int = MAX_ELEMENTS,
 ) -> tuple[Span, ...]:
     """The calls for the row with that diagonal over the keys of `store`, none over the kernels' 32-bit limit.
 
     Args:
         diagonal: key positions of the row's first query and one past its last.
         unit_tokens: keys a call, where the kernel wants pairs, and of streamed keys.
-        most_tokens: keys a call takes at most.
+        window: keys a query sees; then one call has all that the row's queries see, and no other.
+        most_tokens: keys a call takes at most, without a window.
+
+    Raises:
+        NotImplementedError: a window is too long for one call.
     """
-    limit = min(MAX_ELEMENTS // math.prod(store.kv_shape), most_tokens)
+    indexed = MAX_ELEMENTS // math.prod(store.kv_shape)
+    if window is not None:
+        span = Span(first_key(diagonal[0], window), diagonal[1], True)
+        if span.stop - span.start > indexed:
+            raise NotImplementedError(
+                f"hf_fpdt: a window of {window:,} keys and a chunk of {diagonal[1] - diagonal[0]:,} are more than the "
+                f"{indexed:,} keys that kernels index in one call; use shorter chunks (chunk_tokens)."
+            )
+        return (span,)
+    limit = min(indexed, most_tokens)
     resident = store.resident_tokens
     return row_spans(
         *diagonal, shape=kernel.row_shape, unit_tokens=unit_tokens, max_tokens=limit, resident_tokens=resident

@@ -8,11 +8,25 @@ from torch import Tensor
 from ..labels import IGNORE_INDEX
 
 
-def attention(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q_BSNH: Tensor,
+    k_BTGH: Tensor,
+    v_BTGH: Tensor,
+    sinks_N: Tensor | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Causal softmax(q·kᵀ·scale)·v, the last query aligned with the last key, differentiable by autograd.
 
+    Args:
+        sinks_N: the score of each head's key without a value.
+        window: keys that a query sees, its own among them.
+        softcap: bound of the scores, softcap · tanh(score / softcap).
+
     Returns:
-        out [B, S, N, H] and lse [B, N, S], in the dtype of q.
+        out [B, S, N, H of V] and lse [B, N, S], in the dtype of q.
     """
     group = q_BSNH.shape[2] // k_BTGH.shape[2]
     k = k_BTGH.repeat_interleave(group, dim=2)
@@ -20,8 +34,15 @@ def attention(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float) -
     scores_BNST = torch.einsum("bsnh,btnh->bnst", q_BSNH, k) * scale
     s, t = scores_BNST.shape[-2:]
     hidden = torch.ones(s, t, dtype=torch.bool, device=q_BSNH.device).triu(t - s + 1)
+    if softcap is not None:
+        scores_BNST = softcap * torch.tanh(scores_BNST / softcap)
+    if window is not None:
+        hidden = hidden | torch.ones_like(hidden).tril(t - s - window)
     scores_BNST = scores_BNST.masked_fill(hidden, float("-inf"))
-    out_BSNH = torch.einsum("bnst,btnh->bsnh", scores_BNST.softmax(-1), v)
+    if sinks_N is not None:
+        column = sinks_N.view(1, -1, 1, 1).expand(*scores_BNST.shape[:3], 1)
+        scores_BNST = torch.cat([scores_BNST, column], dim=-1)
+    out_BSNH = torch.einsum("bnst,btnh->bsnh", scores_BNST.softmax(-1)[..., :t], v)
     return out_BSNH, scores_BNST.logsumexp(-1)
 
 

@@ -35,7 +35,28 @@ class AttentionSpec:
         return cls(scale=head_dim**-0.5 if scale is None else scale, head_dim=head_dim, value_dim=head_dim)
 
     @classmethod
-    def of(cls, q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, scale: float) -> AttentionSpec:
-        """Of these tensors, without a window and without a softcap."""
-        grouped = q_BSNH.shape[2] != k_BTGH.shape[2]
-        return cls(scale=scale, head_dim=q_BSNH.shape[-1], value_dim=v_BTGH.shape[-1], grouped=grouped)
+    def of(
+        cls,
+        q_BSNH: Tensor,
+        k_BTGH: Tensor,
+        v_BTGH: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> AttentionSpec:
+        """Of these tensors."""
+        return cls(
+            scale=scale,
+            head_dim=q_BSNH.shape[-1],
+            value_dim=v_BTGH.shape[-1],
+            grouped=q_BSNH.shape[2] != k_BTGH.shape[2],
+            window=window,
+            softcap=softcap,
+        )
+
+    def __str__(self) -> str:
+        widths = f"head_dim {self.head_dim}"
+        widths += "" if self.value_dim == self.head_dim else f" for keys and {self.value_dim} for values"
+        window = "" if self.window is None else f", window {self.window}"
+        return widths + window + ("" if self.softcap is None else f", softcap {self.softcap}")

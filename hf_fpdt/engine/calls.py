@@ -14,11 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AttentionSpec, Kernel, backward_row, forward_row, kernel_spans, select_kernel
+from ..attention import (
+    AttentionSpec,
+    Kernel,
+    backward_row,
+    forward_row,
+    kernel_spans,
+    select_kernel,
+    sinks_gradient,
+)
 from ..layout import Chunk, ChunkPlan, Span
-from ..memory import KVStore
 from ..parallel import repeat_heads, sum_repeated_heads
-from .layer_run import LayerRun
+from .layer_run import LayerKV, LayerRun
 
 # Keys of one backward call at most: a kernel's own dK, dV and fp32 sums are as long as its keys, and must not grow
 # with the sequence.
@@ -31,13 +38,23 @@ class Call:
     Attributes:
         unread: of "q", "k", "v" and "rest" (what the layer computes after attention) those whose values nobody reads.
         n_tokens: of the whole sequence, where the attention function sees a part of it.
+        window: keys that a query of this layer sees, its own among them, where they are fewer; by the model's mask.
     """
 
     unread: frozenset[str] = frozenset()
     n_tokens: int | None = None
+    window: int | None = None
 
-    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, spec: AttentionSpec) -> Tensor:
-        """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
+    def attend(
+        self,
+        q_BSNH: Tensor,
+        k_BSGH: Tensor,
+        v_BSGH: Tensor,
+        *,
+        spec: AttentionSpec,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
+        """Attention output [B, S, N, H of V] for the rank's own tokens of the chunk."""
         raise NotImplementedError
 
 
@@ -86,23 +103,38 @@ class AttentionCall(Call):
     A rank's own tokens and all heads go in and out; between the exchanges it holds the whole chunk for its heads.
 
     Attributes:
-        qkv: q, k, v of the rank's tokens as the layer made them, with their graph in a replay.
+        qkv: q, k, v of the rank's tokens, and sinks where there are some, as the layer made them, with their graph in
+            a replay.
         q: the chunk's queries for this rank's heads.
+        sinks_N: the sinks of this rank's heads.
     """
 
-    qkv: tuple[Tensor, Tensor, Tensor] | None = None
+    qkv: tuple[Tensor, ...] | None = None
     q: Tensor
     spec: AttentionSpec
+    sinks_N: Tensor | None = None
 
-    def __init__(self, run: LayerRun, chunk: Chunk, store: KVStore) -> None:
-        self.run, self.chunk, self.store, self.n_tokens = run, chunk, store, run.plan.n_tokens
+    def __init__(self, run: LayerRun, chunk: Chunk, store: LayerKV) -> None:
+        self.run, self.chunk, self.store = run, chunk, store
+        self.n_tokens, self.window = run.plan.n_tokens, run.window
 
-    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, spec: AttentionSpec) -> Tensor:
-        """Attention output [B, S, N, H] for the rank's own tokens of the chunk."""
+    def attend(
+        self,
+        q_BSNH: Tensor,
+        k_BSGH: Tensor,
+        v_BSGH: Tensor,
+        *,
+        spec: AttentionSpec,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
+        """Attention output [B, S, N, H of V] for the rank's own tokens of the chunk."""
         if self.qkv is not None:
             name = self.run.layer.name
             raise RuntimeError(f"hf_fpdt: {name} calls its attention function twice; it is not supported.")
         self.qkv, self.spec = (q_BSNH, k_BSGH, v_BSGH), spec
+        if sinks_N is not None:
+            self.qkv = (*self.qkv, sinks_N)
+            self.sinks_N = sinks_N.detach()[self.run.layer.group.own_heads(len(sinks_N))]
         self.repeats = self.run.layer.group.kv_repeats(q_BSNH.shape[2], k_BSGH.shape[2])
         with torch.no_grad():
             q, *kv = q_BSNH.detach(), *(repeat_heads(x.detach(), self.repeats) for x in (k_BSGH, v_BSGH))
@@ -128,20 +160,31 @@ class AttentionCall(Call):
     def row_forward(self) -> tuple[Tensor, Tensor]:
         """(out, lse) of this chunk's queries over the chunks 0..i of the store."""
         kernel, spans = self._calls()
-        return forward_row(kernel, self.q, self.store.stream(spans), spec=self.spec)
+        return forward_row(kernel, self.q, self.store.stream(spans), spec=self.spec, sinks_N=self.sinks_N)
 
-    def row_backward(self, d_leaf_BSNH: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv for the rank's own tokens of this chunk, complete if every later chunk's row was done before."""
+    def row_backward(self, d_leaf_BSNH: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Gradients of `qkv` for the rank's own tokens, complete if every later chunk's row was done before.
+
+        Those of sinks are of this row and of this rank's heads alone: they add up over rows and ranks.
+        """
         kernel, spans = self._calls(BACKWARD_CALL_TOKENS)
         (dout,) = self.run.layer.group.seq_to_heads(d_leaf_BSNH)
         dq = backward_row(kernel, dout, self.q, row, self.store, spans, spec=self.spec)
         dq, dk, dv = self.run.layer.group.heads_to_seq(dq, *self.store.take_grad(self.chunk))
-        return dq, sum_repeated_heads(dk, self.repeats), sum_repeated_heads(dv, self.repeats)
+        d_qkv = dq, sum_repeated_heads(dk, self.repeats), sum_repeated_heads(dv, self.repeats)
+        return d_qkv if self.sinks_N is None else (*d_qkv, self._d_sinks(dout, row, self.sinks_N))
+
+    def _d_sinks(self, dout: Tensor, row: tuple[Tensor, Tensor], sinks_N: Tensor) -> Tensor:
+        assert self.qkv is not None
+        d_sinks = torch.zeros_like(self.qkv[3])
+        d_sinks[self.run.layer.group.own_heads(len(d_sinks))] = sinks_gradient(dout, row, sinks_N)
+        return d_sinks
 
     def _calls(self, most_tokens: int = 2**62) -> tuple[Kernel, Sequence[Span]]:
         kernel = select_kernel(self.run.layer.kernel, self.q.device, self.q.dtype, self.spec)
         diagonal, unit = (self.chunk.start, self.chunk.stop), self.run.plan.chunk_tokens
-        return kernel, kernel_spans(kernel, diagonal, unit, self.store, most_tokens=most_tokens)
+        window = self.spec.window
+        return kernel, kernel_spans(kernel, diagonal, unit, self.store, window=window, most_tokens=most_tokens)
 
 
 class CaptureCall(AttentionCall):
@@ -155,7 +198,7 @@ class CaptureCall(AttentionCall):
 class RebuildCall(AttentionCall):
     """Forward again, for the sake of the layer's output; attention runs again only where its output was not kept."""
 
-    def __init__(self, run: LayerRun, chunk: Chunk, store: KVStore) -> None:
+    def __init__(self, run: LayerRun, chunk: Chunk, store: LayerKV) -> None:
         super().__init__(run, chunk, store)
         if run.kept.holds("out", chunk):
             self.unread = frozenset({"q", "k", "v"})

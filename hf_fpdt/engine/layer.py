@@ -26,7 +26,6 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from ..layout import Chunk
-from ..memory import KVStore
 from .calls import (
     AttentionCall,
     AttentionReached,
@@ -38,7 +37,7 @@ from .calls import (
     tokens_of,
 )
 from .gradients import GradientSums
-from .layer_run import LayerRun
+from .layer_run import LayerKV, LayerRun
 from .replay_state import RandomState, untouched_random_state
 
 
@@ -90,14 +89,13 @@ class _ChunkedLayer(torch.autograd.Function):
             _rebuild_input(run, d_output.device)
             d_hidden = torch.zeros_like(d_output, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[1] else None
             _expect_backward(run)
-            with torch.enable_grad(), run.kv_store(d_output.device, backward=True) as store:
-                _capture_kv(run, store)
-                with run.autocast.again():
-                    for chunk in reversed(run.plan.chunks):
-                        dx = None if d_hidden is None else d_hidden[:, chunk.rank_slice]
-                        attends = not run.kept.holds("out", chunk)
-                        _backward_chunk(run, chunk, store, d_output[:, chunk.rank_slice], dx, sums)
-                        run.advance("backward", chunk, attends=attends)
+            with torch.enable_grad(), run.kv_store(d_output.device, backward=True) as store, run.autocast.again():
+                for chunk in reversed(run.plan.chunks):
+                    _capture_kv(run, store, chunk)
+                    dx = None if d_hidden is None else d_hidden[:, chunk.rank_slice]
+                    attends = not run.kept.holds("out", chunk)
+                    _backward_chunk(run, chunk, store, d_output[:, chunk.rank_slice], dx, sums)
+                    run.advance("backward", chunk, attends=attends)
         grads = sums.totals()
         return None, d_hidden, *(grads.get(id(p)) for p in parameters)
 
@@ -153,9 +151,12 @@ def _forward_again(lower: LayerRun, upper: LayerRun, device: torch.device) -> No
 
 def _expect_backward(run: LayerRun) -> None:
     """Tell the store what this layer's backward pass reads, and with what the layer below begins."""
-    *earlier, last = run.plan.chunks
-    reads = [*run.kept.entries("input", chunks=earlier)]
-    reads += run.kept.entries("input", "out", "lse", chunks=(last, *reversed(earlier)))
+    captured, reads, last = set[Chunk](), list[Any](), run.plan.chunks[-1]
+    for chunk in reversed(run.plan.chunks):
+        missing = [each for each in run.plan.read_by(chunk, run.window)[:-1] if each not in captured]
+        captured.update(missing)
+        reads += run.kept.entries("input", chunks=missing)
+        reads += run.kept.entries("input", "out", "lse", chunks=[chunk])
     below = run.below
     while below is not None and not below.kept.holds("input", last):
         below = below.below
@@ -164,17 +165,23 @@ def _expect_backward(run: LayerRun) -> None:
     run.kept.expect(reads)
 
 
-def _capture_kv(run: LayerRun, store: KVStore) -> None:
-    """K, V of every chunk but the last, made again from the inputs; the last chunk's replay brings its own."""
+def _capture_kv(run: LayerRun, store: LayerKV, chunk: Chunk) -> None:
+    """K, V of the earlier chunks that the row of `chunk` reads, made again from their inputs where they are not here.
+
+    The last row asks for all of them, or for those in its window; the last chunk's replay brings its own.
+    """
+    missing = store.missing(chunk)
+    if not missing:
+        return
     with torch.no_grad(), run.autocast.again():
-        for chunk in run.plan.chunks[:-1]:
-            run.random_states[chunk.index].restore()
+        for earlier in missing:
+            run.random_states[earlier.index].restore()
             with suppress(AttentionReached):
-                _on_chunk(run, chunk, run.kept.peek("input", chunk), CaptureCall(run, chunk, store))
+                _on_chunk(run, earlier, run.kept.peek("input", earlier), CaptureCall(run, earlier, store))
 
 
 def _backward_chunk(
-    run: LayerRun, chunk: Chunk, store: KVStore, dy: Tensor, dx: Tensor | None, sums: GradientSums
+    run: LayerRun, chunk: Chunk, store: LayerKV, dy: Tensor, dx: Tensor | None, sums: GradientSums
 ) -> None:
     """Backward of one chunk, later chunks done: writes the input's gradient to `dx` and adds parameters' to `sums`."""
     run.random_states[chunk.index].restore()

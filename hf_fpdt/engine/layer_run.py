@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..layout import Chunk, ChunkPlan
-from ..memory import CheckpointStore, KVStore, LayerCheckpoint, ModelPass
+from ..memory import CheckpointStore, KVStore, LayerCheckpoint, ModelPass, WindowedKV
 from ..parallel import SequenceParallelGroup
 from ..plan import KVBytes, StepSizes, WorkPhase, chunk_work, pass_work
 from .progress import StepProgress
 from .replay_state import Autocast, RandomState, modes_of
+
+LayerKV = KVStore | WindowedKV  # K and V of one layer in one pass
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,6 +77,7 @@ class LayerRun:
         step: sizes of the step, with the cut of the sequence.
         kv: which chunks of K and V are resident.
         model_pass: the pass it is of, planned before; None where there is no backward pass.
+        window: keys that a query sees, where they are fewer than the sequence's.
         full: for progress, whether most of the layer's weights train, not adapters alone.
         checkpoint: what its backward pass will need; None where there is none.
         below: the run whose output this one's input is, if it is.
@@ -85,6 +88,7 @@ class LayerRun:
     step: StepSizes
     kv: KVBytes
     model_pass: ModelPass | None = None
+    window: int | None = None
     full: bool = False
     checkpoint: LayerCheckpoint | None = field(init=False, default=None)
     below: LayerRun | None = field(init=False, default=None)
@@ -153,8 +157,10 @@ class LayerRun:
             what += f" chunk {chunk.index + 1}/{len(self.plan.chunks)}"
             self.layer.progress.advance(work.done, work.strict, what)
 
-    def kv_store(self, device: torch.device, *, backward: bool) -> KVStore:
+    def kv_store(self, device: torch.device, *, backward: bool) -> LayerKV:
         """An empty store for K and V of one pass."""
+        if self.window is not None:
+            return WindowedKV(self.plan, self.window)
         resident = self.kv.backward_resident if backward else self.kv.forward_resident
         return KVStore(self.plan, resident, self.layer.store.host_memory(device))
 

@@ -53,14 +53,26 @@ DROPOUTS = frozenset(
 class TrialCall(Call):
     """Attention of each token to itself alone; it depends on q, k and v."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    n_tokens = 2**62  # any window is shorter
 
-    def attend(self, q_BSNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, spec: AttentionSpec) -> Tensor:
-        """Output [B, S, N, H]."""
+    def __init__(self, window: int | None = None) -> None:
+        self.calls, self.window = 0, window
+
+    def attend(
+        self,
+        q_BSNH: Tensor,
+        k_BSGH: Tensor,
+        v_BSGH: Tensor,
+        *,
+        spec: AttentionSpec,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
+        """Output [B, S, N, H of V]."""
         self.calls += 1
         k, v = (x.repeat_interleave(q_BSNH.shape[2] // x.shape[2], dim=2) for x in (k_BSGH, v_BSGH))
-        return (q_BSNH * k).sum(-1, keepdim=True).mul(spec.scale).sigmoid() * v
+        scores = (q_BSNH * k).sum(-1, keepdim=True).mul(spec.scale)
+        scores = scores if sinks_N is None else scores - sinks_N[:, None]
+        return scores.sigmoid() * v
 
 
 class _NoDropout(TorchFunctionMode):
@@ -103,7 +115,12 @@ class LayerTrials:
     passed: set[tuple[object, ...]] = field(default_factory=set)
 
     def check(
-        self, layer: nn.Module, forward: Callable[..., Any], hidden_BSD: Tensor, arguments: Mapping[str, Any]
+        self,
+        layer: nn.Module,
+        forward: Callable[..., Any],
+        hidden_BSD: Tensor,
+        arguments: Mapping[str, Any],
+        window: int | None = None,
     ) -> str | None:
         """Why the layer cannot be run in chunks; None if it can.
 
@@ -112,14 +129,16 @@ class LayerTrials:
             forward: its own forward, hidden states first.
             hidden_BSD: what it is given; only its kind is looked at.
             arguments: its other arguments for those tokens.
+            window: the keys that a query sees, by the mask that the model makes for the layer.
         """
-        build = build_of(layer)
+        build = (window, *build_of(layer))
         tokens = min(hidden_BSD.shape[1], TRIAL_TOKENS)
         if build in self.passed or tokens < 2:
             return None
         device = hidden_BSD.device
         with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device_of(hidden_BSD):
             trial = _Trial(layer, forward, _first_tokens(arguments, hidden_BSD, tokens), hidden_BSD, tokens)
+            trial.window = window
             with (
                 untouched_random_state(device),
                 Autocast.now(device).again(),
@@ -175,6 +194,7 @@ class _Trial:
         self.start = RandomState.now(self.device)
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.draws = False
+        self.window: int | None = None
         self.tolerance = UNITS * _unit(layer.parameters(), like_BSD)
 
     def why_not(self) -> str | None:
@@ -209,7 +229,7 @@ class _Trial:
         if chunk is not None:
             kwargs = {name: tokens_of(value, chunk, self.plan) for name, value in kwargs.items()}
         self.start.restore()
-        with calling(call := TrialCall()):
+        with calling(call := TrialCall(self.window)):
             y_BSD = hidden_states_of(self.forward(x_BSD, **kwargs))
         if call.calls != 1:
             how = "calls its attention function twice" if call.calls else "never calls its attention function"

@@ -9,73 +9,104 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..attention import AttentionSpec, Kernel, backward_row, forward_row, kernel_spans, select_kernel
+from ..attention import (
+    AttentionSpec,
+    Kernel,
+    backward_row,
+    forward_row,
+    kernel_spans,
+    select_kernel,
+    sinks_gradient,
+)
 from ..layout import Span
 from ..memory import KVStore
 from .replay_state import Autocast
 
 
-def attend_whole(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float, kernel: str = "auto") -> Tensor:
+def attend_whole(
+    q_BSNH: Tensor,
+    k_BTGH: Tensor,
+    v_BTGH: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_N: Tensor | None = None,
+    kernel: str = "auto",
+) -> Tensor:
     """Exact causal attention of whole tensors, differentiable; the last query is aligned with the last key.
 
     Args:
         q_BSNH: queries [B, S, N, H]; S may be less than T (a prompt continued on a cache).
-        k_BTGH, v_BTGH: keys and values [B, T, G, H], G a divisor of N.
+        k_BTGH, v_BTGH: keys and values [B, T, G, H], G a divisor of N; values may have another H.
         scale: factor of the scores before softmax.
+        window: keys that a query sees, its own among them; None: all before it.
+        softcap: bound of the scores, softcap · tanh(score / softcap).
+        sinks_N: of each head the score of a key without a value (attention sinks), differentiable.
         kernel: a name of `hf_fpdt.kernels` or "auto".
 
     Returns:
-        out [B, S, N, H] in the dtype of q.
+        out [B, S, N, H of V] in the dtype of q.
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not fit together, or the window is not positive.
         NotImplementedError: no kernel serves, or the named one does not.
     """
     _check_shapes(q_BSNH, k_BTGH, v_BTGH)
-    spec = AttentionSpec.of(q_BSNH, k_BTGH, v_BTGH, scale)
+    if window is not None and window < 1:
+        raise ValueError(f"hf_fpdt: attend_whole(window={window}): a positive number of keys, or None, is expected.")
+    window = window if window is not None and window < k_BTGH.shape[1] else None
+    spec = AttentionSpec.of(q_BSNH, k_BTGH, v_BTGH, scale, window=window, softcap=softcap)
     chosen = select_kernel(kernel, q_BSNH.device, q_BSNH.dtype, spec)
-    return _WholeAttention.apply(chosen, spec, q_BSNH, k_BTGH, v_BTGH)
+    return _WholeAttention.apply(chosen, spec, q_BSNH, k_BTGH, v_BTGH, sinks_N)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    fits = k.shape == v.shape and q.shape[::3] == k.shape[::3] and q.shape[2] % k.shape[2] == 0
+    fits = k.shape[:3] == v.shape[:3] and q.shape[::3] == k.shape[::3] and q.shape[2] % k.shape[2] == 0
     if not fits or q.shape[1] > k.shape[1]:
         raise ValueError(
             f"hf_fpdt: attention of q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} as [batch, tokens, "
-            "heads, head_dim]: k and v of one shape, query heads a multiple of key/value heads, no more queries than "
-            "keys."
+            "heads, head_dim]: k and v of one shape but for head_dim, query heads a multiple of key/value heads, no "
+            "more queries than keys."
         )
 
 
-def _rows(kernel: Kernel, q: Tensor, kv: KVStore) -> Iterator[tuple[slice, tuple[Span, ...]]]:
+def _rows(kernel: Kernel, spec: AttentionSpec, q: Tensor, kv: KVStore) -> Iterator[tuple[slice, tuple[Span, ...]]]:
     """(queries, spans) of each row of whole tensors."""
     left_of_q = kv.plan.n_tokens - q.shape[1]
     for start in range(0, q.shape[1], kernel.row_tokens):
         stop = min(start + kernel.row_tokens, q.shape[1])
-        yield slice(start, stop), kernel_spans(kernel, (left_of_q + start, left_of_q + stop), kernel.row_tokens, kv)
+        diagonal = left_of_q + start, left_of_q + stop
+        yield slice(start, stop), kernel_spans(kernel, diagonal, kernel.row_tokens, kv, window=spec.window)
 
 
 class _WholeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, kernel: Kernel, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+    ) -> Tensor:
         kv = KVStore.holding(k, v)
         with torch.cuda.device_of(q):
             parts = [
-                forward_row(kernel, q[:, rows], kv.stream(spans), spec=spec) for rows, spans in _rows(kernel, q, kv)
+                forward_row(kernel, q[:, rows], kv.stream(spans), spec=spec, sinks_N=sinks)
+                for rows, spans in _rows(kernel, spec, q, kv)
             ]
         out = torch.cat([part[0] for part in parts], dim=1)
-        ctx.save_for_backward(q, k, v, out, torch.cat([part[1] for part in parts], dim=2))
+        ctx.save_for_backward(q, k, v, out, torch.cat([part[1] for part in parts], dim=2), sinks)
         ctx.kernel, ctx.spec, ctx.autocast = kernel, spec, Autocast.now(q.device)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, sinks = ctx.saved_tensors
         kv = KVStore.holding(k, v)
-        dq = torch.empty_like(q)
+        dq, d_sinks = torch.empty_like(q), None if sinks is None else torch.zeros_like(sinks, dtype=lse.dtype)
         with ctx.autocast.again():  # backward may be called inside an autocast that forward was outside of
-            for rows, spans in _rows(ctx.kernel, q, kv):
+            for rows, spans in _rows(ctx.kernel, ctx.spec, q, kv):
                 row = out[:, rows], lse[:, :, rows].contiguous()
                 dq[:, rows] = backward_row(ctx.kernel, dout[:, rows], q[:, rows], row, kv, spans, spec=ctx.spec)
-        return None, None, dq, *kv.take_grad(kv.plan.chunks[0])
+                if d_sinks is not None:
+                    d_sinks += sinks_gradient(dout[:, rows], row, sinks)
+        d_sinks = None if d_sinks is None else d_sinks.to(sinks.dtype)
+        return None, None, dq, *kv.take_grad(kv.plan.chunks[0]), d_sinks

@@ -4,6 +4,7 @@ In reading order:
 
     kv            K and V of one layer, and their gradients
     streamed_kv   those of chunks that wait on the host
+    windowed_kv   the same of a layer with a window: a ring of chunks
     checkpoints   what backward needs of the forward pass, by layer and chunk
     device_tiers  what a pass may keep where: measured, planned, pinned
     entries       one kept tensor, on whichever tier
@@ -22,6 +23,7 @@ from .kv import KVStore
 from .pinned import PinnedMemory
 from .training import TrainingMemory, parameter_count
 from .transfers import Mark, Transfers
+from .windowed_kv import WindowedKV
 
 __all__ = [
     "CheckpointStore",
@@ -32,6 +34,7 @@ __all__ = [
     "PinnedMemory",
     "TrainingMemory",
     "Transfers",
+    "WindowedKV",
     "device_bytes_available",
     "parameter_count",
 ]

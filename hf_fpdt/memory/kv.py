@@ -49,7 +49,7 @@ class KVStore:
         """A store of one chunk around tensors that are already whole; nothing is copied."""
         store = cls(ChunkPlan(k_BTGH.shape[1], k_BTGH.shape[1]))
         store._kv, store._held = (k_BTGH, v_BTGH), {0}
-        store._note(k_BTGH)
+        store._note(k_BTGH, v_BTGH)
         return store
 
     @property
@@ -59,7 +59,7 @@ class KVStore:
 
     def put(self, chunk: Chunk, k_BSGH: Tensor, v_BSGH: Tensor) -> None:
         """Keep K and V of one chunk: copied, but a streamed chunk is read as it is until its row is done."""
-        self._note(k_BSGH)
+        self._note(k_BSGH, v_BSGH)
         if chunk.index >= self._resident_chunks:
             self._streaming().put(chunk.index, (k_BSGH, v_BSGH))
         else:
@@ -69,8 +69,8 @@ class KVStore:
                 whole[:, chunk.start : chunk.stop].copy_(part)
         self._held.add(chunk.index)
 
-    def _note(self, k: Tensor) -> None:
-        self._shape, self._dtype = (k.shape[0], k.shape[2], k.shape[3]), k.dtype
+    def _note(self, k: Tensor, v: Tensor) -> None:
+        self._shape, self._dtype = (k.shape[0], k.shape[2], max(k.shape[3], v.shape[3])), k.dtype
 
     def _streaming(self) -> StreamedKV:
         assert self._streamed is not None
@@ -116,10 +116,14 @@ class KVStore:
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """Batch, heads and head dimension of K and V."""
+        """Batch, heads and the larger head dimension of K and V."""
         if self._shape is None:
             raise RuntimeError("KVStore.kv_shape: nothing was put yet.")
         return self._shape
+
+    def missing(self, chunk: Chunk) -> tuple[Chunk, ...]:
+        """The chunks, ascending, that the row of `chunk` reads beside its own, and that were not put."""
+        return tuple(each for each in self.plan.chunks[: chunk.index] if not self.holds(each))
 
     def _covers(self, span: Span) -> bool:
         size = self.plan.chunk_tokens

@@ -99,7 +99,7 @@ class _Coming:
 
 
 class StreamedKV:
-    """K and V of streamed chunks by index, each [B, S, G, H], and the sums of their gradients.
+    """K and V of streamed chunks by index, each [B, S, G, H of K or V], and the sums of their gradients.
 
     Args:
         room: where they go.

@@ -7,6 +7,7 @@ none, and what does need a mask is computed by SDPA without gradients (left-padd
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..attention import AttentionSpec
-from ..engine import attend_whole, current_call
+from ..engine import attend_whole, current_call, visiting
 from ..parallel import ranks_of_batch
 
 NAME = "fpdt"
@@ -44,33 +45,85 @@ def fpdt_attention(
     Args:
         query: [B, N, S, H]; the last query is aligned with the last key.
         key, value: [B, G, T, H], G a divisor of N.
-        attention_mask: None, or a 4-D mask, which SDPA then computes (only without gradients).
+        attention_mask: None, what `fpdt_mask` gave for a window, or a 4-D mask, which SDPA then computes (only without
+            gradients).
         scaling: factor of the scores; None: 1/√H.
+        kwargs: of them `sliding_window`, `softcap` and `s_aux` (sinks [N]) are computed with.
 
     Returns:
-        out [B, S, N, H] and None (attention weights are never built).
+        out [B, S, N, H of V] and None (attention weights are never built).
 
     Raises:
         NotImplementedError: the model asks for something that is not computed exactly; the message names it.
     """
     call = current_call()
+    _refuse(module, dropout, kwargs)
+    window = window_of_mask(attention_mask)
+    if attention_mask is not None and window is None:
+        _refuse_mask_in_training(attention_mask, query, key, value)
+        return _under_mask(module, query, key, value, attention_mask, scaling, kwargs)
+    if call is None and query.shape[2] == 1 and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
     # Of the whole sequence: a chunk's own keys say nothing about a window.
     keys = (call and call.n_tokens) or key.shape[2]
-    _refuse(module, keys, attention_mask, dropout, kwargs)
-    if attention_mask is not None or (query.shape[2] == 1 and call is None):
-        if attention_mask is not None:
-            _refuse_mask_in_training(attention_mask, query, key, value)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if key.shape[-1] != value.shape[-1]:
-        raise NotImplementedError(
-            f'hf_fpdt: attn_implementation="{NAME}" in {type(module).__name__}: heads of {key.shape[-1]} for keys and '
-            f'of {value.shape[-1]} for values are not served by a kernel yet. Otherwise choose "sdpa" or "eager".'
-        )
+    window = _agreed_window(module, call.window if call else window, kwargs.get("sliding_window"), keys)
     q_BSNH, k_BTGH, v_BTGH = (_at_autocast(x).transpose(1, 2) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap, sinks_N = kwargs.get("softcap"), kwargs.get("s_aux")
     if call is None:
-        return attend_whole(q_BSNH, k_BTGH, v_BTGH, scale=scale), None
-    return call.attend(q_BSNH, k_BTGH, v_BTGH, spec=AttentionSpec.of(q_BSNH, k_BTGH, v_BTGH, scale)), None
+        whole = attend_whole(q_BSNH, k_BTGH, v_BTGH, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
+        return whole, None
+    spec = AttentionSpec.of(q_BSNH, k_BTGH, v_BTGH, scale, window=window, softcap=softcap)
+    return call.attend(q_BSNH, k_BTGH, v_BTGH, spec=spec, sinks_N=sinks_N), None
+
+
+def _agreed_window(module: nn.Module, masked: int | None, asked: int | None, keys: int) -> int | None:
+    """Keys that a query sees, where they are fewer than `keys`.
+
+    Args:
+        masked: by the mask that the model made, which is what other attention functions go by.
+        asked: by the argument, which only FlashAttention goes by, and which some models leave out.
+
+    Raises:
+        NotImplementedError: the two differ.
+    """
+    masked = masked if masked is not None and masked < keys else None
+    if asked and (asked if asked < keys else None) != masked:
+        raise NotImplementedError(
+            f'hf_fpdt: attn_implementation="{NAME}" in {type(module).__name__}: its attention asks for a window of '
+            f"{asked} keys, and the mask made for it for {'none' if masked is None else masked}, so which is meant is "
+            'not known. Otherwise choose "sdpa" or "eager".'
+        )
+    return masked
+
+
+def _under_mask(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Attention under a mask that exists, without gradients: by SDPA, or in plain PyTorch where that has no such kind.
+
+    Args:
+        query, key, value: [B, N or G, S or T, H].
+        mask: [B, 1, S, T], True where a query sees a key.
+    """
+    softcap, sinks_N = kwargs.get("softcap"), kwargs.get("s_aux")
+    if softcap is None and sinks_N is None:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = query.float() @ key.float().transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask[:, :, :, : key.shape[2]], torch.finfo(scores.dtype).min)
+    if sinks_N is not None:
+        column = sinks_N.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    shares = scores.softmax(-1)[..., : key.shape[2]]
+    return (shares @ value.float()).to(query.dtype).transpose(1, 2), None
 
 
 def _at_autocast(x: Tensor) -> Tensor:
@@ -82,8 +135,7 @@ def _at_autocast(x: Tensor) -> Tensor:
 
 # Arguments some models pass to attention, with why none of them may be dropped.
 _REFUSED_ARGUMENTS = (
-    ("softcap", "attention softcap is not served by a kernel yet"),
-    ("s_aux", "attention sinks are not served by a kernel yet"),
+    ("indices", "it looks at chosen keys alone (sparse attention), which is not supported"),
     ("position_bias", "attention bias is not served by a kernel yet"),
     ("cu_seq_lens_q", "packed documents are not supported yet; give one document a sequence"),
     ("cu_seq_lens_k", "packed documents are not supported yet; give one document a sequence"),
@@ -91,13 +143,11 @@ _REFUSED_ARGUMENTS = (
 )
 
 
-def _refuse(module: nn.Module, keys: int, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     reason = next((why for name, why in _REFUSED_ARGUMENTS if kwargs.get(name) is not None), None)
-    window, is_causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
+    is_causal = kwargs.get("is_causal")
     if dropout:
         reason = f"attention dropout {dropout} is not supported; load the model with attention_dropout=0.0"
-    elif window is not None and (mask is None or mask.is_meta) and window < keys:
-        reason = f"a sliding window of {window} over {keys} keys is not served by a kernel yet"
     elif not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         reason = "attention that is not causal is not supported"
     elif kwargs.get("output_attentions"):
@@ -130,10 +180,8 @@ def fpdt_mask(
     """None where plain causal attention is right for every real token; else SDPA's mask, only without gradients.
 
     Plain: no padding, or padding on the right of a whole sequence (a real token never sees it; its own outputs are
-    nobody's, label -100).
-
-    Returns:
-        The mask; without storage where only a window asks for it and it cannot be given: its use is refused then.
+    nobody's, label -100). Where it would be plain but for a window, the mask has no storage: it says which window
+    (`window_of_mask`), and attention computes with that.
 
     Raises:
         NotImplementedError: a mask is needed while gradients are on, or it would fill memory.
@@ -142,15 +190,15 @@ def fpdt_mask(
     ranks = ranks_of_batch()
     if ranks > 1 and attention_mask is None:
         # transformers takes the gaps in a rank's position_ids for packed documents
-        return _unusable(batch_size, q_length, kv_length) if window and window < kv_length * ranks else None
+        return _window_mask(batch_size, q_length, kv_length, ranks, kwargs) if window else None
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset
     plain = allow_is_causal_skip and aligned
     plain = plain and _padded_on_the_right_at_most(attention_mask, q_length, kv_length)
-    if plain and (not window or kv_length <= window):
+    if plain and (not window or (kv_length <= window and not visiting())):
         return None
+    if plain and q_length == kv_length:
+        return _window_mask(batch_size, q_length, kv_length, 1, kwargs)
     needed = batch_size * q_length * kv_length
-    if plain and (torch.is_grad_enabled() or needed > MASK_BYTES_LIMIT):
-        return _unusable(batch_size, q_length, kv_length)
     reason = _why_no_mask(attention_mask, allow_is_causal_skip and not window, needed)
     if reason is not None:
         raise NotImplementedError(f'hf_fpdt: attn_implementation="{NAME}": {reason}')
@@ -159,9 +207,31 @@ def fpdt_mask(
     return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, **kwargs)
 
 
-def _unusable(batch_size: int, q_length: int, kv_length: int) -> Tensor:
-    """Some models ask for the mask of a window that none of their layers has. Whoever uses this one is refused."""
-    return torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+def _window_mask(batch_size: int, q_length: int, kv_length: int, ranks: int, kwargs: dict[str, Any]) -> Tensor | None:
+    """A mask without storage that says which window it is for; None of one that no query reaches.
+
+    One that is local in another way than a window says nothing, and whoever uses it is refused.
+    """
+    window, mask_function = kwargs["local_size"], kwargs.get("mask_function")
+    if window >= kv_length * ranks and not visiting():
+        return None
+    mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+    if mask_function is None or _is_window(mask_function, window):
+        mask.fpdt_window = window  # type: ignore[attr-defined]
+    return mask
+
+
+def _is_window(mask_function: Callable[..., Any], window: int) -> bool:
+    """Whether a query sees the last `window` keys; chunked attention sees those of its own chunk alone."""
+    query, *keys = (torch.tensor(place) for place in (window, 0, 1, window))
+    seen = [bool(mask_function(torch.tensor(0), torch.tensor(0), query, key)) for key in keys]
+    return seen == [False, True, True]
+
+
+def window_of_mask(mask: Tensor | None) -> int | None:
+    """The window that a mask of `fpdt_mask` stands for; None of any other."""
+    window: int | None = getattr(mask, "fpdt_window", None)
+    return window
 
 
 def _padded_on_the_right_at_most(mask_BT: Tensor | None, q_length: int, kv_length: int) -> bool:

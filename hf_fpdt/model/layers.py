@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..engine import Layer, LayerRun, look_of, run_layer, visiting
+from .attention_function import window_of_mask
 from .fused import fuse_layer
 from .patch import arguments_by_name, caches_in
 from .refusals import check_adapters
@@ -89,12 +90,14 @@ class ChunkedLayer(nn.Module):
             arguments |= _no_caches(arguments)
         elif _needs_whole_sequence(self, arguments):
             return raw(self, hidden, **arguments)
+        if (window := window_of_mask(arguments.get("attention_mask"))) is not None:
+            arguments["attention_mask"] = None
         _check_arguments(arguments, hidden, self._fpdt_layer.name)
         with self._fpdt_settings.store.one_thread.entered(self._fpdt_layer.name):
-            self._fpdt_try(hidden, arguments)
-            return hidden if visiting() else self._fpdt_in_chunks(hidden, arguments)
+            self._fpdt_try(hidden, arguments, window)
+            return hidden if visiting() else self._fpdt_in_chunks(hidden, arguments, window)
 
-    def _fpdt_in_chunks(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _fpdt_in_chunks(self, hidden: Tensor, arguments: dict[str, Any], window: int | None) -> Tensor:
         settings, parameters = self._fpdt_settings, list(self.parameters())
         if settings.plugin.fused:
             fuse_layer(self, self._fpdt_layer.raw_forward, settings)
@@ -108,11 +111,12 @@ class ChunkedLayer(nn.Module):
             step,
             store.kv_plan(step, *placed) if model_pass is None else model_pass.plan.kv,
             model_pass,
+            window,
             full=settings.progress is not None and mostly_trained(parameters),
         )
         return run_layer(run, hidden, parameters)
 
-    def _fpdt_try(self, hidden: Tensor, arguments: dict[str, Any]) -> None:
+    def _fpdt_try(self, hidden: Tensor, arguments: dict[str, Any], window: int | None) -> None:
         """Try the layer on a few tokens, the first time that it looks as it does now.
 
         Raises:
@@ -122,7 +126,7 @@ class ChunkedLayer(nn.Module):
         if look in self._fpdt_looks:
             return
         check_adapters(self, self._fpdt_layer.name)
-        reason = self._fpdt_settings.trials.check(self, self._fpdt_layer.forward, hidden, arguments)
+        reason = self._fpdt_settings.trials.check(self, self._fpdt_layer.forward, hidden, arguments, window)
         if reason is not None:
             raise NotImplementedError(f"hf_fpdt: {self._fpdt_layer.name} cannot be run in chunks: {reason}.")
         self._fpdt_looks.add(look)
@@ -195,7 +199,8 @@ def _needs_whole_sequence(layer: nn.Module, arguments: dict[str, Any]) -> bool:
                 "fine-tuning."
             )
     arguments |= _no_caches(arguments)
-    return arguments.get("attention_mask") is not None and not torch.is_grad_enabled()
+    mask = arguments.get("attention_mask")
+    return mask is not None and window_of_mask(mask) is None and not torch.is_grad_enabled()
 
 
 def _no_caches(arguments: dict[str, Any]) -> dict[str, Any]:

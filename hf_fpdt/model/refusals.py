@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..plan import by_layer, largest, why_no_sizes
+from ..plan import by_layer, why_no_sizes
 
 # Wrappers that would run around our layers, by class name: importing them would pull in the distributed package.
 _REFUSED_WRAPPERS = (
@@ -90,16 +90,16 @@ def _registry_reasons(model: Any, layers: Sequence[nn.Module]) -> list[str]:
 
 
 def _config_reasons(config: Any) -> list[str]:
-    other_kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    other_kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     reasons = []
     if getattr(config, "is_encoder_decoder", False):
         reasons.append("encoder-decoder models are not causal throughout")
     if other_kinds:
-        reasons.append(f"layers of type {', '.join(other_kinds)} are not full attention (config.layer_types)")
+        reasons.append(
+            f"layers of type {', '.join(other_kinds)} are neither full attention nor a window (config.layer_types)"
+        )
     if any(by_layer(config, "num_kv_shared_layers")):
         reasons.append("some of its layers take keys and values from another layer (config.num_kv_shared_layers)")
-    if any(by_layer(config, "attn_logit_softcapping")):
-        reasons.append("attention softcap is not served by a kernel yet (config.attn_logit_softcapping)")
     if any(by_layer(config, "output_router_logits")):
         reasons.append(
             "the router's auxiliary loss needs all tokens at once; set config.output_router_logits=False (TRL's "
@@ -111,13 +111,6 @@ def _config_reasons(config: Any) -> list[str]:
 def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
     modules = [module for layer in layers for module in layer.modules()]
     reasons = []
-    if window := _window(config, modules):
-        reasons.append(
-            f"sliding-window attention (window {window}) is not served by a kernel yet; if the model may attend "
-            "to everything, load it with sliding_window=None"
-        )
-    if any(hasattr(m, "sinks") for m in modules):
-        reasons.append("attention sinks are not served by a kernel yet")
     if any(getattr(m, "is_causal", True) is False for m in (config, *modules)):
         reasons.append("its attention is not causal")
     if dropout := [name for name in ATTENTION_DROPOUTS if _draws(name, config, modules)]:
@@ -129,16 +122,6 @@ def _attention_reasons(config: Any, layers: Sequence[nn.Module]) -> list[str]:
 def _draws(dropout: str, config: Any, modules: Sequence[nn.Module]) -> bool:
     values = [*by_layer(config, dropout), *(getattr(module, dropout, 0.0) for module in modules)]
     return any(isinstance(p, (int, float)) and p > 0 for p in values)
-
-
-def _window(config: Any, modules: Sequence[nn.Module]) -> int | None:
-    """The largest of the layers' windows that is one: shorter than what the model was made for."""
-    # Where no module says, the config's window is passed to attention by every layer (Mistral's habit).
-    windows: set[Any] = {m.sliding_window for m in modules if hasattr(m, "sliding_window")}
-    windows = windows or set(by_layer(config, "sliding_window"))
-    most = largest(config, "max_position_embeddings") or float("inf")
-    # Zero means none there (Qwen2-MoE). A longer sequence than the window is refused when it comes.
-    return max((window for window in windows - {None, 0} if window < most), default=None)
 
 
 def _rope_kinds(config: Any) -> set[Any]:

@@ -74,6 +74,10 @@ class SequenceParallelGroup:
         dist.all_to_all_single(received, by_rank, group=self.process_group)
         return received
 
+    def own_heads(self, heads: int) -> slice:
+        """This rank's of so many query heads, between the two exchanges."""
+        return slice(self.rank * heads // self.size, (self.rank + 1) * heads // self.size)
+
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over the ranks of the group (a new tensor)."""
         if self.size == 1:

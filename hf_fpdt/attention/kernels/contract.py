@@ -6,8 +6,9 @@
 
 B batch, S queries, T keys, N query heads, G key/value heads (G divides N), H head dimension. `lse` is fp32 (float64
 for float64 inputs). `out` and `lse` given to `backward` are those of the whole row, merged over its calls; then the
-gradients of the calls add up to the row's. With `causal` the last query is aligned with the last key; a kernel whose
-`row_shape` is not "prefix" is only asked for causal with S = T.
+gradients of the calls add up to the row's. With `causal` the last query is aligned with the last key. A kernel whose
+`row_shape` is not "prefix" is only asked for causal with S = T, or with a window: then one call has all the keys that
+a row's queries see. No call has a query that sees no key: kernels differ in the lse of such.
 """
 
 from __future__ import annotations
@@ -49,17 +50,13 @@ class Kernel:
     row_tokens: int = 32_768
 
 
-def why_not_plain(spec: AttentionSpec) -> str | None:
-    """Why a kernel that does plain causal attention alone cannot serve."""
-    if spec.window is not None:
-        return f"does no sliding window ({spec.window}) yet"
-    if spec.softcap is not None:
-        return f"does no softcap ({spec.softcap}) yet"
-    if spec.packed:
-        return "does no packed documents yet"
-    if spec.value_dim != spec.head_dim:
-        return f"takes keys and values of one width, not {spec.head_dim} and {spec.value_dim}"
-    return None
+def why_not_kind(spec: AttentionSpec, *, windows: bool, softcaps: bool) -> str | None:
+    """Why a kernel cannot serve attention that is more than causal; `windows` and `softcaps` say what it does."""
+    if spec.window is not None and not windows:
+        return f"does no sliding window ({spec.window})"
+    if spec.softcap is not None and not softcaps:
+        return f"does no softcap ({spec.softcap})"
+    return "does no packed documents yet" if spec.packed else None
 
 
 def deterministic_argument() -> dict[str, bool]:
@@ -88,10 +85,9 @@ def why_not_half_on_gpu(
         return f"{on_rocm} (this PyTorch is built for ROCm {torch.version.hip})"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {dtype}"
-    if spec.head_dim % 8 or spec.head_dim > most_dim:
-        return f"takes a head_dim that is a multiple of 8 and at most {most_dim}, not {spec.head_dim}"
-    if (reason := why_not_plain(spec)) is not None:
-        return reason
+    wrong = [dim for dim in (spec.head_dim, spec.value_dim) if dim % 8 or dim > most_dim]
+    if wrong:
+        return f"takes a head_dim that is a multiple of 8 and at most {most_dim}, not {wrong[0]}"
     major, minor = torch.cuda.get_device_capability()
     if major * 10 + minor < least_sm:
         return f"needs compute capability {least_sm / 10}, this GPU has {major}.{minor}"

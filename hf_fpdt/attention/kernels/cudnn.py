@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..spec import AttentionSpec
-from .contract import NVIDIA_ALONE, Kernel, aten, why_not_half_on_gpu
+from .contract import NVIDIA_ALONE, Kernel, aten, why_not_half_on_gpu, why_not_kind
+from .padding import with_one_width
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -51,13 +52,15 @@ def _cudnn_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec
         return "this PyTorch was built without cuDNN"
     if torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic, and deterministic algorithms are asked for"
-    return why_not_half_on_gpu(device, dtype, spec, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
+    reason = why_not_kind(spec, windows=False, softcaps=False)
+    return reason or why_not_half_on_gpu(device, dtype, spec, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
 
 
+_forward, _backward = with_one_width(_cudnn_forward, _cudnn_backward)
 CUDNN = Kernel(
     name="cudnn",
-    forward=_cudnn_forward,
-    backward=_cudnn_backward,
+    forward=_forward,
+    backward=_backward,
     why_not=_cudnn_why_not,
     row_shape="pair",
 )

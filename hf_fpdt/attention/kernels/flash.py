@@ -1,4 +1,4 @@
-"""FlashAttention-2 as PyTorch has it; causal is bottom-right aligned."""
+"""FlashAttention-2 as PyTorch has it; causal and windows are bottom-right aligned."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from ..spec import AttentionSpec
-from .contract import Kernel, aten, why_not_half_on_gpu
+from .contract import Kernel, aten, why_not_half_on_gpu, why_not_kind
+from .padding import with_one_width
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     lengths = (q.shape[1], k.shape[1])
-    out, lse, *_ = aten._flash_attention_forward(q, k, v, None, None, *lengths, 0.0, causal, False, scale=spec.scale)
+    out, lse, *_ = aten._flash_attention_forward(
+        q, k, v, None, None, *lengths, 0.0, causal, False, scale=spec.scale, **_window(spec, causal)
+    )
     return out, lse
 
 
@@ -21,21 +24,30 @@ def _flash_backward(
     lengths = (q.shape[1], k.shape[1])
     no_rng = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     dq, dk, dv = aten._flash_attention_backward(
-        dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, *no_rng, scale=spec.scale
+        dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, *no_rng, scale=spec.scale, **_window(spec, causal)
     )
     return dq, dk, dv
+
+
+def _window(spec: AttentionSpec, causal: bool) -> dict[str, int]:
+    """Keys to the left and to the right of a query's own that it sees."""
+    if spec.window is None or not causal:
+        return {}
+    return {"window_size_left": spec.window - 1, "window_size_right": 0}
 
 
 def _flash_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
     # PyTorch runs AOTriton there: a row would read the keys of an earlier one, and nothing would say so.
     on_rocm = "aligns the causal mask with the first key on AMD GPUs, not with the last; install flash-attn"
-    return why_not_half_on_gpu(device, dtype, spec, least_sm=80, most_dim=256, on_rocm=on_rocm)
+    reason = why_not_kind(spec, windows=True, softcaps=False)
+    return reason or why_not_half_on_gpu(device, dtype, spec, least_sm=80, most_dim=256, on_rocm=on_rocm)
 
 
+_forward, _backward = with_one_width(_flash_forward, _flash_backward)
 FLASH = Kernel(
     name="flash",
-    forward=_flash_forward,
-    backward=_flash_backward,
+    forward=_forward,
+    backward=_backward,
     why_not=_flash_why_not,
     row_shape="prefix",
 )

@@ -1,4 +1,4 @@
-"""The flash-attn package, version 2; causal is bottom-right aligned."""
+"""The flash-attn package, version 2; causal and windows are bottom-right aligned."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ..spec import AttentionSpec
-from .contract import Kernel, import_or_none, why_not_half_on_gpu
+from .contract import Kernel, import_or_none, why_not_half_on_gpu, why_not_kind
+from .padding import with_one_width
 
 
 def _fa2_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     fa2 = importlib.import_module("flash_attn.flash_attn_interface")
-    out, lse, *_ = fa2._flash_attn_forward(q, k, v, 0.0, spec.scale, causal, -1, -1, 0.0, None, False)
+    out, lse, *_ = fa2._flash_attn_forward(q, k, v, 0.0, spec.scale, causal, *_kind(spec, causal), None, False)
     return out, lse
 
 
@@ -23,14 +24,21 @@ def _fa2_backward(
     fa2 = importlib.import_module("flash_attn.flash_attn_interface")
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     fa2._flash_attn_backward(
-        *(dout.contiguous(), q, k, v, out, lse, dq, dk, dv, 0.0, spec.scale, causal, -1, -1, 0.0, None),
+        *(dout.contiguous(), q, k, v, out, lse, dq, dk, dv, 0.0, spec.scale, causal, *_kind(spec, causal), None),
         torch.are_deterministic_algorithms_enabled(),
     )
     return dq, dk, dv
 
 
+def _kind(spec: AttentionSpec, causal: bool) -> tuple[int, int, float]:
+    """Keys to the left and to the right of a query's own that it sees, -1 for all; softcap, 0 for none."""
+    window = (-1, -1) if spec.window is None or not causal else (spec.window - 1, 0)
+    return *window, spec.softcap or 0.0
+
+
 def _fa2_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
     reason = why_not_half_on_gpu(device, dtype, spec, least_sm=80, most_dim=256, on_rocm=None)
+    reason = reason or why_not_kind(spec, windows=True, softcaps=True)
     if reason is not None:
         return reason
     interface = import_or_none("flash_attn.flash_attn_interface")
@@ -40,10 +48,11 @@ def _fa2_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) 
     return None if (int(version[0]), int(version[1])) >= (2, 7) else "the package flash-attn is older than 2.7"
 
 
+_forward, _backward = with_one_width(_fa2_forward, _fa2_backward)
 FLASH_ATTN_2 = Kernel(
     name="flash-attn-2",
-    forward=_fa2_forward,
-    backward=_fa2_backward,
+    forward=_forward,
+    backward=_backward,
     why_not=_fa2_why_not,
     row_shape="prefix",
 )

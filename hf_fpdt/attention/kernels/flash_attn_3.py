@@ -1,20 +1,32 @@
-"""The flash-attn package, version 3; causal is bottom-right aligned."""
+"""The flash-attn package, version 3; causal and windows are bottom-right aligned."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..spec import AttentionSpec
-from .contract import NVIDIA_ALONE, Kernel, deterministic_argument, import_or_none, why_not_half_on_gpu
+from .contract import (
+    NVIDIA_ALONE,
+    Kernel,
+    deterministic_argument,
+    import_or_none,
+    why_not_half_on_gpu,
+    why_not_kind,
+)
+from .padding import with_one_width
 
 
 def _fa3_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     fa3 = importlib.import_module("flash_attn_interface")
-    out, lse, *_ = fa3._flash_attn_forward(q, k, v, softmax_scale=spec.scale, causal=causal)
+    kind = _kind(fa3._flash_attn_forward, spec, causal)
+    out, lse, *_ = fa3._flash_attn_forward(q, k, v, softmax_scale=spec.scale, causal=causal, **kind)
     return out, lse
 
 
@@ -33,13 +45,25 @@ def _fa3_backward(
         **vars(grads),
         softmax_scale=spec.scale,
         is_causal=causal,
+        **_kind(fa3._flash_attn_backward, spec, causal),
         **deterministic_argument(),
     )
     return grads.dq, grads.dk, grads.dv
 
 
+def _kind(function: Callable[..., Any], spec: AttentionSpec, causal: bool) -> dict[str, Any]:
+    """Window and softcap; the package has had two ways of writing windows."""
+    kind: dict[str, Any] = {} if spec.softcap is None else {"softcap": spec.softcap}
+    if spec.window is None or not causal:
+        return kind
+    if "window_size" in inspect.signature(function).parameters:
+        return kind | {"window_size": (spec.window - 1, 0)}
+    return kind | {"window_size_left": spec.window - 1, "window_size_right": 0}
+
+
 def _fa3_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
     reason = why_not_half_on_gpu(device, dtype, spec, least_sm=90, most_dim=256, on_rocm=NVIDIA_ALONE)
+    reason = reason or why_not_kind(spec, windows=True, softcaps=True)
     if reason is None and torch.cuda.get_device_capability()[0] != 9:
         return "is built for Hopper GPUs alone"
     if reason is None and import_or_none("flash_attn_interface") is None:
@@ -47,10 +71,11 @@ def _fa3_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) 
     return reason
 
 
+_forward, _backward = with_one_width(_fa3_forward, _fa3_backward)
 FLASH_ATTN_3 = Kernel(
     name="flash-attn-3",
-    forward=_fa3_forward,
-    backward=_fa3_backward,
+    forward=_forward,
+    backward=_backward,
     why_not=_fa3_why_not,
     row_shape="prefix",
 )

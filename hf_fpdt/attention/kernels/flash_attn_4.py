@@ -1,4 +1,4 @@
-"""flash-attn-4 (CuTe DSL), the fastest on Hopper; causal is bottom-right aligned."""
+"""flash-attn-4 (CuTe DSL), the fastest on Hopper; causal and windows are bottom-right aligned."""
 
 from __future__ import annotations
 
@@ -8,33 +8,57 @@ import torch
 from torch import Tensor
 
 from ..spec import AttentionSpec
-from .contract import NVIDIA_ALONE, Kernel, deterministic_argument, import_or_none, why_not_half_on_gpu
+from .contract import (
+    NVIDIA_ALONE,
+    Kernel,
+    deterministic_argument,
+    import_or_none,
+    why_not_half_on_gpu,
+    why_not_kind,
+)
+from .padding import with_one_width
 
 
 def _fa4_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     fa4 = importlib.import_module("flash_attn.cute.interface")
-    out, lse, *_ = fa4._flash_attn_fwd(q, k, v, softmax_scale=spec.scale, causal=causal, return_lse=True)
+    out, lse, *_ = fa4._flash_attn_fwd(
+        q,
+        k,
+        v,
+        softmax_scale=spec.scale,
+        causal=causal,
+        return_lse=True,
+        softcap=spec.softcap,
+        **_window(spec, causal),
+    )
     return out, lse
+
+
+def _window(spec: AttentionSpec, causal: bool) -> dict[str, int]:
+    """Keys to the left and to the right of a query's own that it sees."""
+    if spec.window is None or not causal:
+        return {}
+    return {"window_size_left": spec.window - 1, "window_size_right": 0}
 
 
 def _fa4_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     fa4 = importlib.import_module("flash_attn.cute.interface")
-    grads = fa4._flash_attn_bwd(
-        q, k, v, out, dout, lse, softmax_scale=spec.scale, causal=causal, **deterministic_argument()
-    )
+    kind = {"softcap": spec.softcap or 0.0, **_window(spec, causal), **deterministic_argument()}
+    grads = fa4._flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=spec.scale, causal=causal, **kind)
     dq, dk, dv = grads[:3]
     return dq, dk, dv
 
 
 def _fa4_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
-    reason = why_not_half_on_gpu(device, dtype, spec, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
+    reason = why_not_half_on_gpu(device, dtype, spec, least_sm=90, most_dim=256, on_rocm=NVIDIA_ALONE)
+    reason = reason or why_not_kind(spec, windows=True, softcaps=True)
     if reason is None and import_or_none("flash_attn.cute.interface") is None:
         return "the package flash-attn-4 is not installed (pip install flash-attn-4)"
     return reason
 
 
-FLASH_ATTN_4 = Kernel(
-    name="fa4", forward=_fa4_forward, backward=_fa4_backward, why_not=_fa4_why_not, row_shape="prefix"
-)
+# Two widths are its own where every query head has a key head.
+_forward, _backward = with_one_width(_fa4_forward, _fa4_backward, takes_two=lambda spec: not spec.grouped)
+FLASH_ATTN_4 = Kernel(name="fa4", forward=_forward, backward=_backward, why_not=_fa4_why_not, row_shape="prefix")

@@ -12,6 +12,7 @@ from ..spec import AttentionSpec
 from .contract import Kernel
 from .cpu import CPU
 from .cudnn import CUDNN
+from .efficient import EFFICIENT
 from .flash import FLASH
 from .flash_attn_2 import FLASH_ATTN_2
 from .flash_attn_3 import FLASH_ATTN_3
@@ -34,7 +35,7 @@ def select_kernel(name: str, device: torch.device, dtype: torch.dtype, spec: Att
 @functools.lru_cache
 def _select(name: str, device_type: str, dtype: torch.dtype, spec: AttentionSpec, deterministic: bool) -> Kernel:
     device = torch.device(device_type)
-    case = f"{device_type}, {dtype}, head_dim {spec.head_dim}{', deterministic' if deterministic else ''}"
+    case = f"{device_type}, {dtype}, {spec}{', deterministic' if deterministic else ''}"
     if name != "auto" and name not in KERNELS:
         raise ValueError(f'hf_fpdt: kernel={name!r} is not known; "auto" or one of {", ".join(KERNELS)} is expected.')
     reasons: list[str] = []
@@ -55,5 +56,5 @@ def _passed_over(reasons: list[str]) -> str:
 
 
 # "auto" takes the first that serves.
-_TABLE = (FLASH_ATTN_4, FLASH_ATTN_3, CUDNN, FLASH_ATTN_2, FLASH, CPU, MATH)
+_TABLE = (FLASH_ATTN_4, FLASH_ATTN_3, CUDNN, FLASH_ATTN_2, FLASH, EFFICIENT, CPU, MATH)
 KERNELS = MappingProxyType({kernel.name: kernel for kernel in _TABLE})

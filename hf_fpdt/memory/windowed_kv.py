@@ -1,0 +1,117 @@
+"""K and V of a layer whose queries see a window of keys: a ring of the chunks that one row reads, on the device.
+
+Nothing of the sequence is kept. A forward pass puts chunks in ascending order and lets go of those that no later row
+reads; a backward pass goes down, and asks for the chunks that a row reads beside those of the row before it. A row's
+keys are handed over side by side, so that one kernel call reads them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ..layout import Chunk, ChunkPlan, Span
+from ..numerics import accumulation_dtype
+from .streamed_kv import Pair, accumulator
+
+
+class WindowedKV:
+    """K and V by chunk, and the sums of their gradients, [B, T, G, H]; what `KVStore` is to a layer without a window.
+
+    Args:
+        plan: how the sequence is cut.
+        window: keys that a query sees, its own among them.
+
+    Raises:
+        RuntimeError: a row reads keys that were not put, or a gradient is taken twice.
+    """
+
+    resident_tokens = 0  # nothing lies where a row finds it later
+
+    def __init__(self, plan: ChunkPlan, window: int) -> None:
+        self.plan, self.window = plan, window
+        self._kv: dict[int, Pair] = {}
+        self._grads: dict[int, Pair] = {}
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """Batch, heads and the larger head dimension of K and V."""
+        k, v = next(iter(self._kv.values()))
+        return k.shape[0], k.shape[2], max(k.shape[3], v.shape[3])
+
+    def missing(self, chunk: Chunk) -> tuple[Chunk, ...]:
+        """The chunks, ascending, that the row of `chunk` reads beside its own, and that are not here."""
+        return tuple(each for each in self.plan.read_by(chunk, self.window)[:-1] if each.index not in self._kv)
+
+    def put(self, chunk: Chunk, k_BSGH: Tensor, v_BSGH: Tensor) -> None:
+        """Keep K and V of one chunk, and of the earlier ones those alone that its row reads."""
+        first = self.plan.read_by(chunk, self.window)[0].index
+        self._kv = {index: pair for index, pair in self._kv.items() if index >= first}
+        self._kv[chunk.index] = (k_BSGH.contiguous(), v_BSGH.contiguous())
+
+    def holds(self, chunk: Chunk) -> bool:
+        """Whether K and V of the chunk are here."""
+        return chunk.index in self._kv
+
+    def stream(self, spans: Sequence[Span], *, with_grads: bool = False) -> Iterator[tuple[Span, Tensor, Tensor]]:
+        """(span, K, V) of the row, which is one span, side by side on the device; they are not to be written.
+
+        Args:
+            with_grads: whether `add_grad` follows; nothing is fetched for it.
+        """
+        (span,) = spans
+        indices = range(span.start // self.plan.chunk_tokens, -(-span.stop // self.plan.chunk_tokens))
+        if not all(index in self._kv for index in indices):
+            raise RuntimeError(f"WindowedKV.stream: keys [{span.start}, {span.stop}) were not put yet.")
+        k, v = (self._together([self._kv[index][part] for index in indices], span) for part in (0, 1))
+        yield span, k, v
+
+    def _together(self, parts: list[Tensor], span: Span) -> Tensor:
+        """The keys of the span out of whole chunks."""
+        begin = span.start % self.plan.chunk_tokens
+        if len(parts) == 1:
+            return parts[0][:, begin : begin + span.stop - span.start]
+        return torch.cat([parts[0][:, begin:], *parts[1:]], dim=1)
+
+    def add_grad(self, span: Span, dk_BSGH: Tensor, dv_BSGH: Tensor) -> None:
+        """Add a row's gradients to those of its keys; the sums are fp32 (float64 for float64)."""
+        for chunk in self.plan.read_by(self.plan.chunks[(span.stop - 1) // self.plan.chunk_tokens], self.window):
+            first, last = max(span.start, chunk.start), chunk.stop
+            grads = (
+                dk_BSGH[:, first - span.start : last - span.start],
+                dv_BSGH[:, first - span.start : last - span.start],
+            )
+            self._add(chunk, first - chunk.start, grads)
+
+    def _add(self, chunk: Chunk, offset: int, grads: Pair) -> None:
+        sums = self._grads.get(chunk.index)
+        if sums is None and offset == 0:
+            self._grads[chunk.index] = accumulator(grads[0]), accumulator(grads[1])
+            return
+        if sums is None:
+            sums = self._grads[chunk.index] = _zeros(self._kv[chunk.index][0]), _zeros(self._kv[chunk.index][1])
+        for total, part in zip(sums, grads, strict=True):
+            total[:, offset:].add_(part)
+
+    def take_grad(self, chunk: Chunk) -> Pair:
+        """dK, dV of a chunk in the dtype of K, once every row that reads it was added; it is not here any more."""
+        if chunk.index not in self._grads:
+            raise RuntimeError(f"WindowedKV.take_grad: chunk {chunk.index} has no gradient, or it was taken before.")
+        dk, dv = self._grads.pop(chunk.index)
+        k, v = self._kv.pop(chunk.index)
+        return dk.to(k.dtype), dv.to(v.dtype)
+
+    def __enter__(self) -> WindowedKV:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._kv, self._grads = {}, {}
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=accumulation_dtype(like.dtype), device=like.device)
