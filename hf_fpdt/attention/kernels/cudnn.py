@@ -12,6 +12,8 @@ from ..spec import AttentionSpec
 from .contract import NVIDIA_ALONE, Kernel, aten, why_not_half_on_gpu, why_not_kind
 from .padding import with_one_width
 
+WIDE_HEADS_FROM = 91_900  # the version of torch 2.11
+
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -53,10 +55,23 @@ def _cudnn_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec
     if torch.are_deterministic_algorithms_enabled():
         return "its backward pass is not deterministic, and deterministic algorithms are asked for"
     reason = why_not_kind(spec, windows=False, softcaps=False)
-    return reason or why_not_half_on_gpu(device, dtype, spec, least_sm=90, most_dim=128, on_rocm=NVIDIA_ALONE)
+    reason = reason or why_not_half_on_gpu(device, dtype, spec, least_sm=90, most_dim=256, on_rocm=NVIDIA_ALONE)
+    if reason is None and max(spec.head_dim, spec.value_dim) > 128 and not _takes_wide_heads():
+        return f"takes heads wider than 128 on Hopper alone, from cuDNN {WIDE_HEADS_FROM} on"
+    return reason
 
 
-_forward, _backward = with_one_width(_cudnn_forward, _cudnn_backward)
+def _takes_wide_heads() -> bool:
+    """Where it was seen to be right; PyTorch's own choice of kernels waits for later versions."""
+    version = torch.backends.cudnn.version() or 0
+    return version >= WIDE_HEADS_FROM and torch.cuda.get_device_capability()[0] == 9
+
+
+def _takes_two_widths(spec: AttentionSpec) -> bool:
+    return (spec.head_dim, spec.value_dim) == (192, 128)
+
+
+_forward, _backward = with_one_width(_cudnn_forward, _cudnn_backward, _takes_two_widths)
 CUDNN = Kernel(
     name="cudnn",
     forward=_forward,
