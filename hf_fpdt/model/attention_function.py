@@ -210,13 +210,15 @@ def fpdt_mask(
 def _window_mask(batch_size: int, q_length: int, kv_length: int, ranks: int, kwargs: dict[str, Any]) -> Tensor | None:
     """A mask without storage that says which window it is for; None of one that no query reaches.
 
-    One that is local in another way than a window says nothing, and whoever uses it is refused.
+    One that is local in another way than a window says nothing, and whoever uses it is refused. A rank's part of a
+    sequence cannot be asked that: transformers' function goes by the places of its tokens, and sees no two pieces of
+    it as one document. The whole was asked when the layers were tried.
     """
     window, mask_function = kwargs["local_size"], kwargs.get("mask_function")
     if window >= kv_length * ranks and not visiting():
         return None
     mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
-    if mask_function is None or _is_window(mask_function, window):
+    if ranks > 1 or mask_function is None or _is_window(mask_function, window):
         mask.fpdt_window = window  # type: ignore[attr-defined]
     return mask
 

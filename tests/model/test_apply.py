@@ -220,13 +220,10 @@ MUSICGEN = MusicgenConfig(
     decoder={"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16},
 )
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "sliding window": (lambda: tiny("mistral", sliding_window=8), "sliding_window=None"),
-    "sliding layers": (
-        lambda: tiny("qwen2", use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention"] * 2),
-        "layers of type sliding_attention",
+    "chunked attention": (
+        lambda: tiny("llama4_text", attention="eager", num_local_experts=2, intermediate_size_mlp=48),
+        "layers of type chunked_attention",
     ),
-    "softcap": (lambda: tiny("gemma2", attention="eager", sliding_window=8, **FULL), "softcap"),
-    "sinks": (lambda: tiny("gpt_oss", attention="eager", sliding_window=8, num_local_experts=4, **FULL), "sinks"),
     "attention dropout": (lambda: tiny(attention_dropout=0.1), "attention_dropout=0.0"),
     "attention dropout by another name": (lambda: tiny("gpt2", resid_pdrop=0.0, embd_pdrop=0.0), "attn_pdrop=0.0"),
     "no attention": (lambda: without_heads(tiny("xlstm", attention="eager", num_heads=4)), "no num_attention_heads"),
@@ -338,8 +335,8 @@ def test_what_ranks_cannot_share_is_refused_for_them_alone(case: str) -> None:
 
 
 def test_every_reason_is_named_at_once() -> None:
-    model = tiny("mistral", sliding_window=8, attention_dropout=0.1)
-    with pytest.raises(NotImplementedError, match="sliding-window.*dropout"):
+    model = tiny("mixtral", output_router_logits=True, attention_dropout=0.1)
+    with pytest.raises(NotImplementedError, match="router.*dropout"):
         apply_fpdt(model, FPDTPlugin())
 
 

@@ -8,13 +8,19 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, DynamicCache, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    DynamicCache,
+    PreTrainedModel,
+    masking_utils,
+)
 
 import hf_fpdt.model.attention_function
-from hf_fpdt import apply_fpdt
-from hf_fpdt.model.attention_function import fpdt_attention, fpdt_mask
+from hf_fpdt.model.attention_function import fpdt_attention, fpdt_mask, window_of_mask
 from hf_fpdt.parallel.sharding import batch_shared_by
-from tests.helpers.models import PLUGIN, Step, assert_same_step, broken_steps, tiny, tokens, train_step
+from tests.helpers.models import Step, assert_same_step, broken_steps, tiny, tokens, train_step
 from tests.helpers.support import assert_rejects, max_error
 
 WAY_OUT = 'choose "sdpa" or "eager"'
@@ -88,13 +94,6 @@ def test_generate_gives_the_tokens_of_sdpa(mode: str, padded: bool) -> None:
     ids, mask = left_padded(3, 13)
     mask = mask if padded else torch.ones_like(mask)
     result = [generated(model, ids, attention_mask=mask, **GENERATION[mode]) for model in (ours, theirs)]
-    assert torch.equal(*result)
-
-
-def test_generate_with_a_sliding_window_gives_the_tokens_of_sdpa() -> None:
-    """Without gradients a window is exact: SDPA computes it from its mask."""
-    ids = tokens(2, 13)
-    result = [generated(tiny("mistral", attention=a, sliding_window=4), ids) for a in ("fpdt", "sdpa")]
     assert torch.equal(*result)
 
 
@@ -190,24 +189,17 @@ def test_positions_that_only_start_later_are_no_packed_documents() -> None:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 REFUSED_MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "sliding window": ("mistral", {"sliding_window": 8}, "sliding window"),
-    "softcap": ("gemma2", {"sliding_window": 64, "layer_types": ["full_attention"] * 2}, "softcap"),
-    "sinks": ("gpt_oss", {"sliding_window": 64, "num_local_experts": 4, "head_dim": 8}, "sinks"),
     "attention dropout": ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.0"),
-    "latent attention": (
-        "deepseek_v3",
-        {
-            "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-            "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-        },
-        "16 for keys and of 8 for values",
+    "chunked attention": (
+        "llama4_text",
+        {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
+        "an attention mask",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED_MODELS)
-def test_a_model_that_is_not_plain_causal_is_refused_in_training(case: str) -> None:
+def test_a_model_that_is_not_causal_attention_is_refused_in_training(case: str) -> None:
     name, config, reason = REFUSED_MODELS[case]
     model = tiny(name, attention="fpdt", dtype=torch.float32, **config)
     with pytest.raises(NotImplementedError, match=reason):
@@ -220,37 +212,60 @@ def test_a_window_longer_than_the_sequence_is_no_window() -> None:
     assert_same_step(ours, theirs)
 
 
-def test_a_window_as_long_as_the_model_is_made_for_is_refused_where_a_sequence_is_longer() -> None:
-    """Each chunk of the sequence is shorter than the window."""
-    ids = tokens(1, 37)
-    windowed: dict[str, Any] = {"max_position_embeddings": 24, "sliding_window": 24, "resid_pdrop": 0.0}
-    truth = train_step(tiny("phi3", **windowed), ids[:, :23])
-    model = tiny("phi3", **windowed)
-    apply_fpdt(model, PLUGIN)
-    assert_same_step(train_step(model, ids[:, :23]), truth)
-    with pytest.raises(NotImplementedError, match="attention_mask"):
-        train_step(model, ids)
-
-
 def test_a_window_is_compared_with_the_whole_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which a chunk, or a rank, has a part."""
     assert fpdt_mask(1, 20, 20, local_size=24) is None
     with batch_shared_by(2):
         assert fpdt_mask(1, 20, 20, local_size=40) is None
         mask = fpdt_mask(1, 20, 20, local_size=24)
-    assert mask is not None and mask.is_meta
+    assert mask is not None and mask.is_meta and window_of_mask(mask) == 24
     layer, q = tiny().model.layers[0].self_attn, torch.ones(1, 4, 8, 8)
-    monkeypatch.setattr(hf_fpdt.model.attention_function, "current_call", lambda: Mock(n_tokens=37))
-    with pytest.raises(NotImplementedError, match="sliding window of 24 over 37 keys"):
+    call = Mock(n_tokens=37, window=None)
+    monkeypatch.setattr(hf_fpdt.model.attention_function, "current_call", lambda: call)
+    with pytest.raises(NotImplementedError, match="asks for a window of 24 keys, and the mask made for it for none"):
         fpdt_attention(layer, q, q, q, None, sliding_window=24)
+    call.window = 23
+    with pytest.raises(NotImplementedError, match="asks for a window of 24 keys, and the mask made for it for 23"):
+        fpdt_attention(layer, q, q, q, None, sliding_window=24)
+    call.window = 24
+    fpdt_attention(layer, q, q, q, None, sliding_window=24)
+    assert call.attend.call_args.kwargs["spec"].window == 24
+
+
+@pytest.mark.parametrize("window", [5, 24])
+def test_a_window_is_known_where_a_rank_has_pieces_of_the_sequence(window: int) -> None:
+    """transformers' mask function looks tokens up by their place on the rank, and sees documents in the pieces."""
+    inputs, positions = torch.zeros(1, 20, 8), torch.cat([torch.arange(10), torch.arange(20, 30)])[None]
+    config = tiny("mistral", attention="fpdt", sliding_window=window).config
+    with batch_shared_by(2):
+        mask = masking_utils.create_sliding_window_causal_mask(config, inputs, None, None, positions)
+    assert window_of_mask(mask) == window
+
+
+def test_a_local_mask_that_is_no_window_is_not_taken_for_one() -> None:
+    size, no_padding = 8, torch.zeros(1, dtype=torch.long)
+    causal: Any = masking_utils.causal_mask_function
+    chunked = masking_utils.and_masks(masking_utils.chunked_overlay(size, no_padding), causal)
+    windowed = masking_utils.and_masks(masking_utils.sliding_window_overlay(size), causal)
+    longer = masking_utils.and_masks(masking_utils.sliding_window_overlay(size + 1), causal)
+    shorter = masking_utils.and_masks(masking_utils.sliding_window_overlay(size - 1), causal)
+    masks = {
+        name: fpdt_mask(1, 20, 20, local_size=size, mask_function=function)
+        for name, function in {"window": windowed, "chunks": chunked, "longer": longer, "shorter": shorter}.items()
+    }
+    assert {name: window_of_mask(mask) for name, mask in masks.items()} == {
+        "window": size, "chunks": None, "longer": None, "shorter": None,
+    }  # fmt: skip
+    layer, q = tiny().model.layers[0].self_attn, torch.ones(1, 4, 20, 8)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="an attention mask"):
+        fpdt_attention(layer, q, q, q, masks["chunks"])
 
 
 @pytest.mark.parametrize(
     ("argument", "reason"),
     [
         ({"position_bias": torch.zeros(1)}, "attention bias"),
-        ({"softcap": 30.0}, "softcap"),
-        ({"s_aux": torch.zeros(4)}, "sinks"),
+        ({"indices": torch.zeros(1, 23, 4, dtype=torch.long)}, "sparse attention"),
         ({"cu_seq_lens_q": torch.tensor([0, 23])}, "one document a sequence"),
         ({"cu_seq_lens_k": torch.tensor([0, 23])}, "one document a sequence"),
         ({"output_attentions": True}, "output_attentions off"),
@@ -287,18 +302,6 @@ def test_a_mask_that_would_fill_memory_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(hf_fpdt.model.attention_function, "MASK_BYTES_LIMIT", 100)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="Pad on the right, or shorten the input"):
         tiny(attention="fpdt")(tokens(1, 23), attention_mask=left_mask())
-
-
-@pytest.mark.parametrize("why", ["gradients on", "too large"])
-def test_a_window_whose_mask_was_not_made_is_refused_by_its_layer(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where no gradient flows: the mask has no storage, and nothing may compute with it."""
-    model = tiny("mistral", attention="fpdt", sliding_window=8).requires_grad_(False)
-    if why == "too large":
-        monkeypatch.setattr(hf_fpdt.model.attention_function, "MASK_BYTES_LIMIT", 100)
-    with torch.set_grad_enabled(why == "gradients on"):
-        for arguments in ({"use_cache": False}, {"use_cache": True}):
-            with pytest.raises(NotImplementedError, match="sliding window of 8 over 23 keys"):
-                model(tokens(1, 23), **arguments)
 
 
 def test_gradients_reach_everything_that_sdpa_trains() -> None:
