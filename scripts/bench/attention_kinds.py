@@ -3,9 +3,10 @@
     python scripts/bench/attention_kinds.py [--out FILE.csv] [--tokens 32768] [--seconds 0.3] [--only cudnn ...]
 
 Right: a row of 512 queries at the end of 1,280 keys, grouped heads where the widths are alike, bfloat16, beside
-float64; errors may be at most twice those of plain PyTorch in bfloat16. Fast: one chunk of queries over a chunk of keys
-(full), or over the keys that a window leaves; operations are those of the pairs seen. Sinks are merged into the row, so
-they cost the kernel nothing: they are checked, and not timed. A kernel that cannot serve is listed with its reason.
+float64; errors may be at most twice those of plain PyTorch in bfloat16. Fast: one chunk of queries over a chunk of
+keys (full), or over the keys that a window leaves; operations are those of the pairs seen. Sinks are merged into the
+row, so they cost the kernel nothing: they are checked, and not timed. A kernel that cannot serve is listed with its
+reason.
 """
 
 from __future__ import annotations
