@@ -85,7 +85,8 @@ class StepCollectives:
         layers: decoder layers.
         q_heads: query heads of the model; a multiple of `sp_size`.
         kv_heads: key/value heads of the model. Where `sp_size` does not divide them they are repeated until it does.
-        head_dim: elements of a head.
+        head_dim: elements of a head of queries and keys.
+        value_dim: elements of a head of values and of attention's output; 0: as many.
         batch: sequences in the batch.
         element_bytes: bytes of an element of q, k, v (2 for bf16).
         backward_layers: layers with a backward pass; None: all. Below the lowest layer that trains there is none.
@@ -106,6 +107,7 @@ class StepCollectives:
     q_heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int = 0
     batch: int = 1
     element_bytes: int = 2
     backward_layers: int | None = None
@@ -204,13 +206,15 @@ class StepCollectives:
         return tuple(Exchange(chunk.index, tensors, self._sent_bytes(chunk, tensors)) for chunk, tensors in calls)
 
     def _sent_bytes(self, chunk: Chunk, tensors: str) -> int:
-        heads = sum(
-            self.kv_heads_exchanged if name.removeprefix("d") in ("k", "v") else self.q_heads
-            for name in tensors.split()
-        )
+        width = sum(self._width(name.removeprefix("d")) for name in tensors.split())
         own_tokens = chunk.rank_stop - chunk.rank_start
-        own_bytes = self.batch * own_tokens * heads * self.head_dim * self.element_bytes
+        own_bytes = self.batch * own_tokens * width * self.element_bytes
         return own_bytes // self.sp_size * (self.sp_size - 1)
+
+    def _width(self, name: str) -> int:
+        """Elements of a token's q, k, v or out."""
+        heads = self.kv_heads_exchanged if name in ("k", "v") else self.q_heads
+        return heads * (self.head_dim if name in ("q", "k") else self.value_dim or self.head_dim)
 
 
 def _total(made: tuple[Exchange, ...]) -> Collectives:

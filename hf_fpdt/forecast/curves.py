@@ -135,7 +135,8 @@ def _work(found: PlannedStep, moment: Moment, *, full: bool) -> float:
         below_rebuilt = moment.layer + 1 < kept.layers and not kept.inputs[moment.layer + 1]
         attends = attends and not below_rebuilt
     chunk = found.step.plan.chunks[moment.chunk]
-    return chunk_work(found.step, chunk, moment.phase, attends=attends, full=full).done
+    window = found.step.windows_of_last(kept.layers)[moment.layer]
+    return chunk_work(found.step, chunk, moment.phase, attends=attends, full=full, window=window).done
 
 
 def _working(step: StepSizes, phase: Phase) -> int:
@@ -144,12 +145,15 @@ def _working(step: StepSizes, phase: Phase) -> int:
 
 
 def _resident(kv: KVBytes, moment: Moment, phase: Phase) -> int:
-    """K, V, and in backward dK, dV, of one layer on the device."""
+    """K, V, and in backward dK, dV, of one layer on the device; of one with a window the most that it has."""
     if phase == "loss":
         return 0
-    if moment.phase == "backward":
-        return 2 * (sum(kv.parts[: kv.backward_resident]) + sum(kv.grads[: kv.backward_resident]))
-    return 2 * sum(kv.parts[: min(moment.chunk + 1, kv.forward_resident)])
+    backward = moment.phase == "backward"
+    if kv.is_windowed(moment.layer):
+        return kv.backward_ring if backward else kv.forward_ring
+    if backward:
+        return kv.resident_parts.backward + kv.resident_parts.grads
+    return replace(kv, forward_resident=min(moment.chunk + 1, kv.forward_resident)).resident_parts.forward
 
 
 class Reach(NamedTuple):

@@ -180,6 +180,12 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
             f"{gpu.memory_gib:.1f}, checkpoints, K and V not counted."
         )
     host = max(0, int(HOST_USABLE * machines.host_bytes) - HOST_RESERVE) // machines.gpus
+    ring = step.kv_bytes(0).device_bytes
+    if room < ring:
+        raise MemoryError(
+            f"{n_tokens:,} tokens need {(ring - room) / GIB:.1f} GiB more of each {gpu.name} than it has, for the "
+            "keys and values that a window reaches."
+        )
     kept = room if machines.kept_bytes is None else min(room, machines.kept_bytes)
     budgets = Budgets(kept, host, machines.disk_bytes // machines.gpus)
     plan = plan_pass(training.checkpoints, step, training.model.layers, budgets, {})

@@ -17,6 +17,10 @@ NVLINK_SHARE = 0.6
 UNUSABLE_GIB = 1.8
 
 
+# Of heads: of keys and values alike, or of each.
+Width = int | tuple[int, int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GPU:
     """Rates of one kind of GPU in bfloat16.
@@ -26,7 +30,8 @@ class GPU:
         memory_gib: what a process can use of its memory, beside CUDA's context and the code of kernels.
         peak: floating-point operations a second by the data sheet, dense; what MFU is measured against.
         matmul: of large matrix products.
-        attention: forward and backward of the attention kernel, by head dimension.
+        attention: forward and backward of the attention kernel, by the width of its heads; two where values have
+            another width than keys. What is missing is reckoned from heads of 128, see `attention_rates`.
         memory: bytes a second of device memory.
         link: bytes a second from and to host memory, one way.
         peers: bytes a second to the other GPUs of its host, one way; NVLink's data sheet, less what is lost.
@@ -38,12 +43,35 @@ class GPU:
     memory_gib: float
     peak: float
     matmul: float
-    attention: Mapping[int, tuple[float, float]]
+    attention: Mapping[Width, tuple[float, float]]
     memory: float
     link: float
     peers: float
     network: float
     source: str
+
+    def attention_rates(self, head_dim: int, value_dim: int) -> tuple[float, float]:
+        """Forward and backward for heads of these widths: those of the next wider heads that there are rates of."""
+        known: Width = next((width for width in WIDTHS if head_dim <= width), WIDTHS[-1])
+        if head_dim != value_dim:
+            known = LATENT
+        return self.attention[known] if known in self.attention else _scaled(self.attention[128], known)
+
+
+# Of H100 80GB: heads of 128 and 64 from whole steps and their kernels, see docs/offload.md. Those of 256, and of 192
+# with values of 128, from one call each with flash-attn-4 4.0.0b36: 32K queries, causal, the last of 128K keys.
+WIDTHS = (64, 128, 256)
+LATENT = (192, 128)
+_H100_ATTENTION: Mapping[Width, tuple[float, float]] = MappingProxyType(
+    {128: (650e12, 594e12), 64: (539e12, 546e12), 256: (759e12, 317e12), LATENT: (704e12, 510e12)}
+)
+
+
+def _scaled(at_128: tuple[float, float], width: Width) -> tuple[float, float]:
+    """What a GPU would do if heads of that width were to it, beside heads of 128, what they are to an H100."""
+    pairs = zip(at_128, _H100_ATTENTION[width], _H100_ATTENTION[128], strict=True)
+    forward, backward = (own * other / known for own, other, known in pairs)
+    return forward, backward
 
 
 _H100 = GPU(
@@ -51,7 +79,7 @@ _H100 = GPU(
     memory_gib=80 - UNUSABLE_GIB,  # 78.4 were left in a training step, and a little differs from run to run
     peak=989e12,
     matmul=670e12,
-    attention=MappingProxyType({128: (650e12, 594e12), 64: (539e12, 546e12)}),
+    attention=_H100_ATTENTION,
     memory=3.0e12,
     link=52e9,
     peers=NVLINK_SHARE * 450e9,

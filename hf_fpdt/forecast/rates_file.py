@@ -8,10 +8,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .rates import GPU
+from .rates import GPU, LATENT, WIDTHS, Width
 
 FORMAT = 1
+# What `check --measure` measures, and what must be there; other widths may be.
 HEAD_DIMS = (64, 128)
+_NAMES = MappingProxyType({"x".join(map(str, w)) if isinstance(w, tuple) else str(w): w for w in (*WIDTHS, LATENT)})
 _TEXTS, _ATTENTION = ("name", "source"), "attention"
 
 
@@ -19,7 +21,7 @@ def save_rates(gpu: GPU, path: Path) -> None:
     """Write a GPU's rates: operations or bytes a second, and memory in GiB."""
     content: dict[str, Any] = {"hf_fpdt_rates": FORMAT}
     content |= {field.name: getattr(gpu, field.name) for field in fields(gpu)}
-    content[_ATTENTION] = {str(head_dim): list(rates) for head_dim, rates in gpu.attention.items()}
+    content[_ATTENTION] = {name: list(gpu.attention[w]) for name, w in _NAMES.items() if w in gpu.attention}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -51,14 +53,16 @@ def _value(name: str, value: Any, path: Path) -> Any:
     if name != _ATTENTION:
         return _rate(name, value, path)
     rates = value if isinstance(value, dict) else {}
-    read = {}
-    for head_dim in HEAD_DIMS:
-        pair = rates.get(str(head_dim))
+    read: dict[Width, tuple[float, float]] = {}
+    for title, width in _NAMES.items():
+        pair = rates.get(title)
+        if pair is None and width not in HEAD_DIMS:
+            continue
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(
-                f"{path}: 'attention' of head dimension {head_dim} is {pair!r}; [forward, backward] is expected."
+                f"{path}: 'attention' of head dimension {title} is {pair!r}; [forward, backward] is expected."
             )
-        read[head_dim] = (_rate(name, pair[0], path), _rate(name, pair[1], path))
+        read[width] = (_rate(name, pair[0], path), _rate(name, pair[1], path))
     return MappingProxyType(read)
 
 

@@ -14,7 +14,10 @@ gathered once more to rebuild an input is counted as in the way.
 
 from __future__ import annotations
 
-from ..plan import BACKWARD_OPERATIONS, KeptLayers, ModelSizes, StepSizes
+from collections import Counter
+
+from ..layout import seen_pairs
+from ..plan import KeptLayers, ModelSizes, StepSizes
 from .collectives import Collectives, ShardedWeights, StepCollectives
 from .rates import GPU
 
@@ -36,8 +39,9 @@ def ulysses(step: StepSizes, kept: KeptLayers) -> Collectives:
         backward   k, v again; q, out of the replay; dout, dq, dk, dv  4 N + 4 G
         rebuild    forward again, 2 N + 2 G; out alone, N, where attention's output was kept
 
-    and one part in `sp_size` stays. That attention's output was kept saves none in the replay: it is kept for a rank's
-    heads, and backward needs it for the rank's tokens, and q for its heads.
+    and one part in `sp_size` stays; v and out, and their gradients, are as wide as values. Layers with a window send
+    as much as others. That attention's output was kept saves none in the replay: it is kept for a rank's heads, and
+    backward needs it for the rank's tokens, and q for its heads.
 
     Args:
         step: of a model that trains in every layer's attention.
@@ -52,6 +56,7 @@ def ulysses(step: StepSizes, kept: KeptLayers) -> Collectives:
         q_heads=m.q_heads,
         kv_heads=m.kv_heads,
         head_dim=m.head_dim,
+        value_dim=m.value_dim,
         batch=step.batch,
         element_bytes=step.attention_bytes,
         backward_layers=kept.layers,
@@ -100,24 +105,47 @@ LOGIT_BYTES, HEAD_SUM_BYTES = 7, 12
 
 def step_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU, *, full: bool) -> float:
     """Seconds that every rank of the group computes in one step, copies to and from the host all under it."""
-    m, ranks = step.model, step.plan.sp_size
-    tokens = step.batch * step.plan.n_tokens / ranks
-    forward_rate, backward_rate = gpu.attention[128 if m.head_dim > 64 else 64]
-    attention = 2 * step.plan.n_tokens * tokens * m.q_heads * m.head_dim
-    linear = 2 * tokens * m.layer_parameters / gpu.matmul
+    m, tokens = step.model, step.batch * step.plan.n_tokens / step.plan.sp_size
+    linear = 2 * tokens * m.met_parameters / gpu.matmul
     hidden, intermediate = FULL_TRAFFIC if full else GATED_TRAFFIC if m.gated else PLAIN_TRAFFIC
     rest = tokens * (hidden * m.hidden + intermediate * m.intermediate) * step.element_bytes / gpu.memory
     passes = (FULL_PASSES if full else ADAPTER_PASSES) - _unread_share(m)
-    layer = attention / forward_rate + BACKWARD_OPERATIONS * attention / backward_rate
-    layer += passes * linear + STEP_TRAFFIC * rest
-    again = kept.attention_reruns * attention / forward_rate + kept.rebuilt * (linear + REBUILD_TRAFFIC * rest)
-    return m.layers * layer + again + _head_seconds(step, tokens, gpu, full=full)
+    rates = gpu.attention_rates(m.head_dim, m.value_dim)
+    attention = {window: _attention(step, window) for window in set(step.windows)}
+    seconds = 0.0
+    for window, layers in Counter(step.windows).items():
+        forward, backward = (operations / rate for operations, rate in zip(attention[window], rates, strict=True))
+        seconds += layers * (forward + backward + (passes * linear + STEP_TRAFFIC * rest))
+    windows = step.windows_of_last(kept.layers)
+    reruns = Counter(window for window, there in zip(windows, kept.attentions, strict=True) if not there)
+    again = sum(count * attention[window][0] for window, count in reruns.items()) / rates[0]
+    again += kept.rebuilt * (linear + REBUILD_TRAFFIC * rest)
+    return seconds + again + _head_seconds(step, tokens, gpu, full=full)
+
+
+# A kernel computes whole tiles of keys, and a window has two edges: it takes the time of so many keys more a query,
+# forward and backward. A compromise between those of one H100 (flash-attn-4 4.0.0b36, rows of 32K queries, windows of
+# 4,096, 1,024 and 128 keys, heads of 64, 128 and 256): 233 to 635 forward, 465 to 1,139 backward.
+WINDOW_EXTRA_KEYS = (500, 850)
+
+
+def _attention(step: StepSizes, window: int | None) -> tuple[float, float]:
+    """Operations that take as long as one layer's attention on every rank, forward and backward.
+
+    Without a window they are those that it makes; with one they are a few more, but never more than without.
+    """
+    m, n_tokens = step.model, step.plan.n_tokens
+    share = step.batch / step.plan.sp_size
+    every, seen = (seen_pairs(0, n_tokens, reach) for reach in (None, window))
+    extra = (0, 0) if window is None else WINDOW_EXTRA_KEYS
+    forward, backward = (share * min(every, seen + n_tokens * keys) for keys in extra)
+    return m.attention_forward(forward), m.attention_backward(backward)
 
 
 def _unread_share(m: ModelSizes) -> float:
     """Of a layer's weights, those of the products that a replay leaves out (see `linear`), for Llama and GPT-NeoX."""
     unread = m.hidden * m.intermediate + (0 if m.gated else m.hidden**2)
-    return unread / max(unread, m.layer_parameters)
+    return unread / max(unread, m.met_parameters)
 
 
 def _head_seconds(step: StepSizes, tokens: float, gpu: GPU, *, full: bool) -> float:

@@ -2,8 +2,10 @@
 
 In reading order:
 
-    sizes          bytes of a step: of a model, a layer, K and V, and what grows on the GPU
     by_layer       a configuration's sizes, layer by layer
+    model_sizes    what the arithmetic needs to know of a model
+    kv_bytes       bytes of one layer's K and V
+    sizes          bytes of a step: of a layer, K and V, and what grows on the GPU
     checkpointing  the rule of what each layer keeps for its backward pass
     tiers          the allocator: GPU, pinned host buffers, files
     rehearsal      a step played with numbers, to know its peaks before it runs
@@ -13,6 +15,7 @@ In reading order:
 """
 
 from .by_layer import (
+    AttentionSizes,
     LayersDiffer,
     attention_sizes,
     by_layer,
@@ -24,9 +27,10 @@ from .by_layer import (
     one_value,
     take_layers,
     why_no_sizes,
+    windows_of,
 )
 from .checkpointing import KeptLayers, forward_bytes
-from .operations import BACKWARD_OPERATIONS, WorkPhase, chunk_work, pass_work, strict_flops
+from .operations import BACKWARD_OPERATIONS, WorkPhase, attention_of_all, chunk_work, pass_work, strict_flops
 from .optimizers import OPTIMIZERS, state_bytes, sum_bytes
 from .placement import (
     DEVICE_MARGIN,
@@ -38,6 +42,7 @@ from .placement import (
     budgets_of,
     described,
     described_kv,
+    described_windows,
     plan_pass,
 )
 from .rehearsal import Rehearsal, pool_of_numbers
@@ -57,6 +62,7 @@ from .tiers import (
 )
 
 __all__ = [
+    "AttentionSizes",
     "Available",
     "BACKWARD_OPERATIONS",
     "Budgets",
@@ -84,12 +90,14 @@ __all__ = [
     "Tier",
     "TierAllocator",
     "WorkPhase",
+    "attention_of_all",
     "attention_sizes",
     "budgets_of",
     "by_layer",
     "chunk_work",
     "described",
     "described_kv",
+    "described_windows",
     "forward_bytes",
     "head_dims",
     "largest",
@@ -105,4 +113,5 @@ __all__ = [
     "sum_bytes",
     "take_layers",
     "why_no_sizes",
+    "windows_of",
 ]

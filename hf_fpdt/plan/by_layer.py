@@ -8,10 +8,13 @@ number here, or the reason why there is none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 NEEDED_SIZES = ("hidden_size", "num_attention_heads", "vocab_size")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+# Of a head's keys with and without positions, and of its values.
+LATENT_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+SLIDING = "sliding_attention"
 
 
 class LayersDiffer(ValueError):
@@ -43,15 +46,68 @@ def largest(config: Any, name: str) -> Any:
     return max((value for value in by_layer(config, name) if value is not None), default=None)
 
 
-def attention_sizes(config: Any) -> tuple[int, int, int]:
-    """Query heads, key/value heads and head dimension, which all layers have in common.
+class AttentionSizes(NamedTuple):
+    """Heads of attention as its kernel gets them, and their widths.
+
+    Attributes:
+        q_heads: query heads.
+        kv_heads: key/value heads.
+        head_dim: elements of a head of queries and keys.
+        value_dim: elements of a head of values and of the output.
+    """
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+def attention_sizes(config: Any) -> AttentionSizes:
+    """What all layers have in common of these.
 
     Raises:
         LayersDiffer: they have not.
     """
     heads = one_value(config, "num_attention_heads")
+    if is_latent(config):
+        # Keys and values come out of a latent for every query head; a part of the keys has positions.
+        width = one_value(config, "qk_nope_head_dim") + one_value(config, "qk_rope_head_dim")
+        return AttentionSizes(heads, heads, width, one_value(config, "v_head_dim"))
     head_dim = one_value(config, "head_dim") or one_value(config, "hidden_size") // heads
-    return heads, one_value(config, "num_key_value_heads") or heads, head_dim
+    return AttentionSizes(heads, one_value(config, "num_key_value_heads") or heads, head_dim, head_dim)
+
+
+def is_latent(config: Any) -> bool:
+    """Whether keys and values are made out of a latent (MLA): the configuration then has three widths of a head."""
+    return all(largest(config, name) for name in LATENT_SIZES)
+
+
+def latent_weights(config: Any) -> int:
+    """Weights of one layer's projections around such an attention: of queries, keys and values, and of the output.
+
+    Queries too may come out of a latent (`q_lora_rank`).
+    """
+    hidden, (heads, _, head_dim, value_dim) = one_value(config, "hidden_size"), attention_sizes(config)
+    q_rank, kv_rank = one_value(config, "q_lora_rank"), one_value(config, "kv_lora_rank")
+    rotated, plain = one_value(config, "qk_rope_head_dim"), one_value(config, "qk_nope_head_dim")
+    queries = q_rank * (hidden + heads * head_dim) if q_rank else hidden * heads * head_dim
+    keys_values = hidden * (kv_rank + rotated) + kv_rank * heads * (plain + value_dim)
+    return int(queries + keys_values + heads * value_dim * hidden)
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """Of each layer the keys that a query sees, its own among them; None: all before it.
+
+    A window that no sequence reaches is one all the same: the length decides when it runs.
+    """
+    layers, windows = config.num_hidden_layers, by_layer(config, "sliding_window")
+    if len(windows) != layers:
+        windows = windows[:1] * layers
+    if getattr(config, "use_sliding_window", True) is False:
+        return [None] * layers
+    # Without types every layer hands the window to attention.
+    kinds = getattr(config, "layer_types", None) or [SLIDING] * layers
+    return [window or None if kind == SLIDING else None for kind, window in zip(kinds, windows, strict=True)]
 
 
 def head_dims(config: Any) -> list[int]:

@@ -12,7 +12,8 @@ needed beyond what the forward pass left. Segments of one size need their own si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .sizes import LayerBytes
@@ -111,26 +112,35 @@ def _split_largest(bases: list[int], layers: int, count: int) -> None:
         bases.append(base + size // 2)
 
 
-def candidates(policy: str, layers: int, sizes: LayerBytes, budget: int, ratio: float) -> Iterator[KeptLayers]:
+def candidates(policy: str, sizes: LayerBytes, budget: int, ratios: Sequence[float]) -> Iterator[KeptLayers]:
     """Plans of a policy whose peak is within `budget`, the fastest first.
 
     Args:
         policy: a value of `FPDTPlugin.checkpoints`.
-        layers: layers with a backward pass.
         budget: bytes that all tiers hold together.
-        ratio: cost of one layer's attention forward over that of its token-wise rest.
+        ratios: of each layer with a backward pass, cost of its attention forward over that of its token-wise rest.
     """
+    layers = len(ratios)
     if policy == "segment":
         yield from _least(layers, sizes, budget)
         return
     outs = {"attention": [layers], "input": [0]}.get(policy, range(layers + 1))
     ins = [layers] if policy == "input" else range(1, layers + 1)
-    costs = sorted((ratio * (layers - n_out) + (layers - n_in), -n_in, n_out) for n_out in outs for n_in in ins)
+    # First of the layers whose attention costs most; of equals the last, whose outputs are freed first, and make room
+    # for what is rebuilt below.
+    order = sorted(range(layers), key=lambda layer: (ratios[layer], layer), reverse=True)
+    reruns = {n_out: _sum(ratios[layer] for layer in order[n_out:]) for n_out in outs}
+    costs = sorted((reruns[n_out] + (layers - n_in), -n_in, n_out) for n_out in outs for n_in in ins)
     for _, minus_n_in, n_out in costs:
-        # The last layers' outputs: they are freed first, and make room for what is rebuilt below.
-        plan = segmented(-minus_n_in, [layer >= layers - n_out for layer in range(layers)], sizes, budget)
+        kept = set(order[:n_out])
+        plan = segmented(-minus_n_in, [layer in kept for layer in range(layers)], sizes, budget)
         if plan is not None:
             yield plan
+
+
+def _sum(values: Iterable[float]) -> float:
+    """Of few different values, each times its count: what costs the same must be the same number."""
+    return sum(value * count for value, count in Counter(values).items())
 
 
 def _least(layers: int, sizes: LayerBytes, budget: int) -> Iterator[KeptLayers]:
@@ -155,7 +165,7 @@ def least_bytes(policy: str, layers: int, sizes: LayerBytes) -> int:
         # To keep no attention output never needs more: what a rebuild makes of them is held for a shorter time.
         if policy in ("segment", "auto"):
             return _without_outputs(layers, sizes, budget)
-        return candidates(policy, layers, sizes, budget, 0.0)
+        return candidates(policy, sizes, budget, (0.0,) * layers)
 
     low, high = 0, layers * (sizes.input_total + sizes.attention_total)
     while low < high:

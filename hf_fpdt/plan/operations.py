@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ..layout import Chunk
+from ..layout import Chunk, seen_pairs
 from .checkpointing import KeptLayers
 from .sizes import ModelSizes, StepSizes
 
-# The backward kernel of attention makes the scores again: five products where the forward one has two.
+# The backward kernel of attention makes the scores again: five products where the forward one has two. So it is where
+# keys and values are equally wide; see `ModelSizes.attention_backward`.
 BACKWARD_OPERATIONS = 2.5
 
 
 def strict_flops(model: ModelSizes, vocabulary: int, n_tokens: int, *, full: bool) -> float:
-    """Operations that a step on one sequence needs, none of them twice; causal attention at half.
+    """Operations that a step on one sequence needs, none of them twice; of attention the pairs that a layer sees.
 
     tokens · (4·N + 6·L·S·heads·head_dim) where adapters train, 6·N where every weight does. N are the linear weights
-    of the base model and of its head: no adapters, no embeddings.
+    of the base model and of its head: no adapters, no embeddings. The second term is causal attention, at half; a
+    layer with a window has fewer pairs, and values of another width count by it.
     """
     weights = model.layers * model.linear_weights + vocabulary * model.hidden
-    attention = 6 * model.layers * n_tokens * model.q_heads * model.head_dim
-    return n_tokens * ((6 if full else 4) * weights + attention)
+    return n_tokens * (6 if full else 4) * weights + 3 * attention_of_all(model, n_tokens)
+
+
+def attention_of_all(model: ModelSizes, n_tokens: int) -> float:
+    """Operations of attention forward, in all layers, on one sequence."""
+    windows = Counter(model.windows_at(n_tokens))
+    return sum(count * model.attention_forward(seen_pairs(0, n_tokens, window)) for window, count in windows.items())
 
 
 WorkPhase = Literal["forward", "rebuild", "backward"]
@@ -32,7 +41,7 @@ class Work:
     """Floating-point operations of one rank.
 
     Attributes:
-        done: all of them, recomputation too, causal attention at half.
+        done: all of them, recomputation too; of attention the pairs that are seen.
         strict: those that the model needs, none of them twice.
     """
 
@@ -46,44 +55,44 @@ class Work:
         return Work(self.done * times, self.strict * times)
 
 
-def chunk_work(step: StepSizes, chunk: Chunk, phase: WorkPhase, *, attends: bool, full: bool) -> Work:
+def chunk_work(
+    step: StepSizes, chunk: Chunk, phase: WorkPhase, *, attends: bool, full: bool, window: int | None = None
+) -> Work:
     """One layer's work on one chunk.
 
     Args:
         attends: whether attention runs forward in this phase.
         full: whether every weight trains, not adapters alone.
+        window: the keys that a query of the layer sees; None: all before it.
     """
     m, ranks = step.model, step.plan.sp_size
     linear = 2.0 * step.batch * (chunk.rank_stop - chunk.rank_start) * m.linear_weights
-    attention = 2.0 * step.batch * (chunk.stop**2 - chunk.start**2) * m.q_heads * m.head_dim / ranks
+    pairs = step.batch * seen_pairs(chunk.start, chunk.stop, window) / ranks
+    attention = m.attention_forward(pairs)
     if phase != "backward":
         done = linear + attention * attends
         return Work(done, done if phase == "forward" else 0.0)
     # Replay, gradients of inputs and of weights; the kernel's backward makes the scores again.
     gradients = (2 if full else 1) * linear
-    return Work(linear + gradients + BACKWARD_OPERATIONS * attention + attention * attends, gradients + 2 * attention)
+    done = linear + gradients + m.attention_backward(pairs) + attention * attends
+    return Work(done, gradients + 2 * attention)
 
 
 def pass_work(step: StepSizes, kept: KeptLayers, *, full: bool) -> Work:
-    """All layers, forward and backward."""
-    total = Work()
+    """All layers of the pass, the last ones of the model, forward and backward."""
+    windows, total = step.windows_of_last(kept.layers), Work()
+    # Layers with one window that do the same things, and how many there are.
+    alike = Counter((windows[layer], done) for layer in range(kept.layers) for done in _done(kept, layer))
     for chunk in step.plan.chunks:
-        forward, rebuilt, rebuilt_whole, backward, again = (
-            chunk_work(step, chunk, phase, attends=attends, full=full) for phase, attends in _KINDS
-        )
-        total += forward * kept.layers
-        for layer in range(kept.layers):
-            below_rebuilt = layer + 1 < kept.layers and not kept.inputs[layer + 1]
-            if below_rebuilt:
-                total += rebuilt if kept.attentions[layer] else rebuilt_whole
-            total += backward if kept.attentions[layer] or below_rebuilt else again
+        for (window, (phase, attends)), count in alike.items():
+            total += chunk_work(step, chunk, phase, attends=attends, full=full, window=window) * count
     return total
 
 
-_KINDS: tuple[tuple[WorkPhase, bool], ...] = (
-    ("forward", True),
-    ("rebuild", False),
-    ("rebuild", True),
-    ("backward", False),
-    ("backward", True),
-)
+def _done(kept: KeptLayers, layer: int) -> Iterator[tuple[WorkPhase, bool]]:
+    """What is done of a layer, and whether its attention runs forward in it."""
+    yield "forward", True
+    rebuilds = layer + 1 < kept.layers and not kept.inputs[layer + 1]
+    if rebuilds:
+        yield "rebuild", not kept.attentions[layer]
+    yield "backward", not (kept.attentions[layer] or rebuilds)

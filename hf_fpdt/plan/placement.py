@@ -5,6 +5,7 @@ Raises where a step cannot fit, with the arithmetic, instead of the kernel's out
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -77,15 +78,15 @@ def plan_pass(
     Raises:
         MemoryError: there is none; the message has the arithmetic and the ways out.
     """
-    kv, sizes = step.kv_bytes(budgets.device), step.layer_bytes()
-    rest = Budgets(
-        budgets.device - kv.device_bytes, max(0, budgets.host - _staging_bytes(budgets, sizes)), budgets.disk
-    )
+    kv, sizes = step.kv_bytes(budgets.device, layers), step.layer_bytes()
+    # What a window reaches is on the device whatever its budget.
+    device = max(0, budgets.device - kv.device_bytes)
+    rest = Budgets(device, max(0, budgets.host - _staging_bytes(budgets, sizes)), budgets.disk)
     have = have if isinstance(have, ExistingBuffers) else ExistingBuffers(have)
     room = without_kv(rest, kv, ExistingBuffers()).total if rest.host >= kv.host_buffer_bytes else -1
     if room < least_bytes(policy, layers, sizes):
         raise MemoryError(_too_much(policy, step, layers, budgets, kv))
-    for kept in candidates(policy, layers, sizes, room, step.attention_over_rest()):
+    for kept in candidates(policy, sizes, room, step.attention_costs(layers)):
         # Without regard to the buffers there are, in which ranks may differ: they must keep the same.
         found = forecast(kept, sizes, kv, rest, ExistingBuffers())
         if found is not None and have:
@@ -121,7 +122,7 @@ def _least_that_fits(policy: str, layers: int, sizes: LayerBytes, kv: KVBytes) -
     for percent in range(100, 150):
         needed = least * percent // 100
         # To keep no attention output is what "auto" does at last.
-        plans = candidates("segment" if policy == "auto" else policy, layers, sizes, needed, 0.0)
+        plans = candidates("segment" if policy == "auto" else policy, sizes, needed, (0.0,) * layers)
         if any(
             forecast(kept, sizes, kv, Budgets(0, needed + kv.host_buffer_bytes), ExistingBuffers()) for kept in plans
         ):
@@ -147,7 +148,7 @@ def described(plan: PassPlacement, step: StepSizes, budgets: Budgets) -> str:
     files = f", files {_gib(predicted.disk_bytes)}" if predicted.disk_bytes else ""
     total = _gib(peak_bytes(kept, step.layer_bytes()))
     return (
-        f"{_where_kv(plan.kv.backward_resident, step)}; keeps {kept} ({total}: {places}{files}); in backward "
+        f"{_where_kv(plan.kv, plan.kv.backward_resident, step)}; keeps {kept} ({total}: {places}{files}); in backward "
         f"{kept.attention_reruns} layers run attention again, {kept.rebuilt} run their linears once more; budgets "
         f"device {_gib(budgets.device)}, host {_gib(budgets.host)}"
     )
@@ -155,12 +156,22 @@ def described(plan: PassPlacement, step: StepSizes, budgets: Budgets) -> str:
 
 def described_kv(kv: KVBytes, step: StepSizes) -> str:
     """The same of a pass without a backward pass."""
-    return _where_kv(kv.forward_resident, step)
+    return _where_kv(kv, kv.forward_resident, step)
 
 
-def _where_kv(resident: int, step: StepSizes) -> str:
-    chunks = len(step.plan.chunks)
-    return f"{step.plan.n_tokens:,} tokens in {chunks} chunks: K, V of {resident} chunks on the device"
+def _where_kv(kv: KVBytes, resident: int, step: StepSizes) -> str:
+    windows = described_windows(step)
+    parts = [] if kv.all_windowed else [f"K, V of {resident} chunks on the device"]
+    return f"{step.plan.n_tokens:,} tokens in {len(step.plan.chunks)} chunks: {', '.join(parts + windows)}"
+
+
+def described_windows(step: StepSizes) -> list[str]:
+    """Of each window that the sequence reaches the layers that have it, the widest first; [] where none has one."""
+    counts = Counter(window for window in step.windows if window is not None)
+    layers = step.model.layers
+    return [
+        f"{count} of {layers} layers see {window:,} keys" for window, count in sorted(counts.items(), reverse=True)
+    ]
 
 
 HOST_RESERVE = 6 * GIB  # what "auto" leaves to Python, CUDA, data loaders

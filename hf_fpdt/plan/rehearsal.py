@@ -115,20 +115,20 @@ class Rehearsal:
         for chunk in self.chunks:
             if self.kept.inputs[layer]:
                 yield from self._put(layer, "input", chunk)
-            yield from self._put_kv(kv, chunk, self.kv.forward_resident)
+            yield from self._put_kv(kv, layer, chunk, self.kv.forward_resident)
             if self.kept.attentions[layer]:
                 yield from self._put(layer, "out", chunk)
                 yield from self._put(layer, "lse", chunk)
             self.look("forward", layer, chunk)
         self._close(kv)
 
-    def _put_kv(self, held: list[Slot[int]], chunk: int, resident: int) -> Iterator[bool]:
-        # The last chunk's K and V are read by its own row alone, from the device.
-        if resident <= chunk < self.chunks[-1]:
-            yield from self._hold(held, self.kv.parts[chunk])
+    def _put_kv(self, held: list[Slot[int]], layer: int, chunk: int, resident: int) -> Iterator[bool]:
+        # The last chunk's K and V are read by its own row alone, from the device; those in a window never leave it.
+        if resident <= chunk < self.chunks[-1] and not self.kv.is_windowed(layer):
+            yield from self._hold(held, self.kv.both_parts[chunk])
 
-    def _hold(self, held: list[Slot[int]], nbytes: int) -> Iterator[bool]:
-        for _ in range(2):
+    def _hold(self, held: list[Slot[int]], both: tuple[int, int]) -> Iterator[bool]:
+        for nbytes in both:
             place = self.shelves.place_kv(nbytes)
             if place is not None:
                 held.append(place)
@@ -144,7 +144,7 @@ class Rehearsal:
             missing = not self.kept.attentions[below]
             for chunk in self.chunks:
                 if missing:
-                    yield from self._put_kv(kv, chunk, self.kv.forward_resident)
+                    yield from self._put_kv(kv, below, chunk, self.kv.forward_resident)
                     yield from self._put(below, "out", chunk, rebuilt=True)
                     yield from self._put(below, "lse", chunk, rebuilt=True)
                 yield from self._put(below + 1, "input", chunk, rebuilt=True)
@@ -154,12 +154,12 @@ class Rehearsal:
     def _backward(self, layer: int) -> Iterator[bool]:
         kv: list[Slot[int]] = []
         for chunk in self.chunks[:-1]:
-            yield from self._put_kv(kv, chunk, self.kv.backward_resident)
+            yield from self._put_kv(kv, layer, chunk, self.kv.backward_resident)
         for chunk in reversed(self.chunks):
             self._take(layer, "input", "out", "lse", chunk=chunk)
-            if chunk == self.chunks[-1]:
+            if chunk == self.chunks[-1] and not self.kv.is_windowed(layer):
                 # Gradients of the row's last keys are the next row's, and never leave the device.
                 for earlier in range(self.kv.backward_resident, chunk - 1):
-                    yield from self._hold(kv, self.kv.grads[earlier])
+                    yield from self._hold(kv, self.kv.both_grads[earlier])
             self.look("backward", layer, chunk)
         self._close(kv)

@@ -1,20 +1,23 @@
 """How many bytes a training step needs: what layers would keep, K and V, and what grows on the GPU.
 
 Sizes are those of one rank. Letters: B batch, S tokens of the sequence, P ranks that share it, D hidden size, N query
-heads, G key/value heads, H head dimension.
+heads, G key/value heads, H head dimension of queries and keys.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
-from ..layout import ChunkPlan
-from ..units import page_rounded
-from .by_layer import attention_sizes, by_layer, largest, one_value
+from ..layout import ChunkPlan, first_key, seen_pairs
+from .kv_bytes import KVBytes, holds
+from .model_sizes import ModelSizes
+
+__all__ = ["DeviceItem", "KVBytes", "LayerBytes", "ModelSizes", "PHASES", "Phase", "StepSizes"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class LayerBytes:
 Phase = Literal["forward", "loss", "backward"]
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
 # What a row of the table of device memory is of: arithmetic goes by this, and never by the words of the row.
-RowKind = Literal["entry", "hidden", "resident_kv", "activations", "checkpoints", "streamed_kv", "logits"]
+RowKind = Literal["entry", "hidden", "resident_kv", "ring_kv", "activations", "checkpoints", "streamed_kv", "logits"]
 
 # Activations that one replayed chunk keeps at its peak, in elements a token: multiples of the hidden and of the
 # intermediate size, for MLPs with a gate and for plain ones; then the same over Liger's kernels. Measured in bfloat16
@@ -67,72 +70,6 @@ CHECKPOINTS_UNDER_WAY = 5
 STREAMED_SETS = 3
 # Bytes a logit: as they are, in fp32, and the gradients of both; in the kernel as they are and their gradient alone.
 LOGIT_BYTES, FUSED_LOGIT_BYTES = 12, 4
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """What the arithmetic needs to know of a model.
-
-    Attributes:
-        layers: decoder layers.
-        hidden: hidden size D.
-        intermediate: width of the MLP; of the experts that one token visits together; where layers differ, the
-            largest, by which bytes are right and operations are counted as if every layer had it.
-        q_heads, kv_heads, head_dim: attention's N, G, H.
-        rotary_dim: elements of cos and sin a token.
-        layer_parameters: all parameters of one layer.
-    """
-
-    layers: int
-    hidden: int
-    intermediate: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    rotary_dim: int
-    layer_parameters: int
-
-    @property
-    def gated(self) -> bool:
-        """Whether the MLP has three matrices (a gate), told from the number of weights."""
-        attention = 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim
-        return self.layer_parameters - attention > 2.5 * self.hidden * self.intermediate
-
-    @property
-    def linear_weights(self) -> int:
-        """Weights of the matrices of one layer that a token meets: what a strict count of operations multiplies.
-
-        The base model's: no adapters, norms or biases; of experts, those that one token visits.
-        """
-        attention = 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim
-        return attention + (3 if self.gated else 2) * self.hidden * self.intermediate
-
-    @classmethod
-    def of(cls, config: Any, *, layers: int, layer_parameters: int) -> ModelSizes:
-        """Read off a transformers text configuration.
-
-        Raises:
-            LayersDiffer: its layers differ in what is one number here; `by_layer.why_no_sizes` says so beforehand.
-        """
-        q_heads, kv_heads, head_dim = attention_sizes(config)
-        hidden = one_value(config, "hidden_size")
-        experts = largest(config, "num_experts_per_tok") or 1
-        width = largest(config, "moe_intermediate_size") if experts > 1 else None
-        width = width or largest(config, "intermediate_size") or 4 * hidden
-        # Experts that every token visits beside the chosen ones: of a width of their own, or more of the same.
-        shared = largest(config, "shared_expert_intermediate_size") if experts > 1 else None
-        shared = shared or (largest(config, "n_shared_experts") or 0) * width
-        partial = [(rope or {}).get("partial_rotary_factor") or 1.0 for rope in by_layer(config, "rope_parameters")]
-        return cls(
-            layers=layers,
-            hidden=hidden,
-            intermediate=experts * width + shared,
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            rotary_dim=int(head_dim * max(partial)),
-            layer_parameters=layer_parameters,
-        )
 
 
 @dataclass(frozen=True)
@@ -203,41 +140,80 @@ class StepSizes:
         tokens = [self.batch * (chunk.stop - chunk.start) for chunk in self.plan.chunks]
         return LayerBytes(
             inputs=tuple(n // self._ranks * m.hidden * self.element_bytes for n in tokens),
-            outs=tuple(n * heads * m.head_dim * self.attention_bytes for n in tokens),
+            outs=tuple(n * heads * m.value_dim * self.attention_bytes for n in tokens),
             lses=tuple(n * heads * self._sum_bytes for n in tokens),
         )
 
-    def kv_bytes(self, device_budget: int) -> KVBytes:
-        """K and V by chunk, with as many chunks on the device as the budget holds, in either pass."""
-        width = self.kv_heads * self.model.head_dim
-        tokens = [self.batch * (chunk.stop - chunk.start) for chunk in self.plan.chunks]
-        parts = tuple(n * width * self.attention_bytes for n in tokens)
-        grads = tuple(n * width * self._sum_bytes for n in tokens)
-        both = [part + grad for part, grad in zip(parts, grads, strict=True)]
-        return KVBytes(parts, grads, _holds(parts, device_budget), _holds(both, device_budget))
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer of the model the keys that a query sees; None: all before it, in a sequence of this length."""
+        return self.model.windows_at(self.plan.n_tokens)
 
-    def attention_over_rest(self) -> float:
-        """Operations of a layer's causal attention forward over those of all its linears."""
-        attention = 2 * self.plan.n_tokens * self.model.q_heads * self.model.head_dim
-        return attention / (2 * max(1, self.model.layer_parameters))
+    def windows_of_last(self, layers: int) -> tuple[int | None, ...]:
+        """The same of a pass with so many layers: the last ones of the model."""
+        return self.windows[self.model.layers - layers :]
+
+    def kv_bytes(self, device_budget: int, layers: int | None = None) -> KVBytes:
+        """K and V by chunk, with as many chunks on the device as the budget holds, in either pass.
+
+        Args:
+            layers: those of the pass, the last ones of the model; None: all.
+        """
+        m, tokens = self.model, [self.batch * (chunk.stop - chunk.start) for chunk in self.plan.chunks]
+        keys, values = self.kv_heads * m.head_dim, self.kv_heads * m.value_dim
+        windows = self.windows_of_last(m.layers if layers is None else layers)
+        reached = {window for window in windows if window is not None}
+        kv = KVBytes(
+            parts=tuple(n * keys * self.attention_bytes for n in tokens),
+            grads=tuple(n * keys * self._sum_bytes for n in tokens),
+            forward_resident=len(tokens),
+            backward_resident=len(tokens),
+            value_parts=tuple(n * values * self.attention_bytes for n in tokens),
+            value_grads=tuple(n * values * self._sum_bytes for n in tokens),
+            windowed=tuple(window is not None for window in windows) if reached else (),
+            forward_ring=max((self.ring_bytes(window, backward=False) for window in reached), default=0),
+            backward_ring=max((self.ring_bytes(window, backward=True) for window in reached), default=0),
+        )
+        return kv if kv.all_windowed else holds(kv, device_budget)
+
+    def ring_bytes(self, window: int, *, backward: bool) -> int:
+        """The most that a layer with such a window has of K and V on the device in one pass; on the host it has none.
+
+        Those of the chunks that a row reads, in backward with their gradients, and the keys in reach side by side, as
+        the kernel reads them: in forward a row that reads its own chunk alone has them so already.
+        """
+        width = self.batch * self.kv_heads * (self.model.head_dim + self.model.value_dim)
+        held_bytes, most = self.attention_bytes + self._sum_bytes * backward, 0
+        for chunk in self.plan.chunks:
+            first = first_key(chunk.start, window)
+            held = chunk.stop - first // self.plan.chunk_tokens * self.plan.chunk_tokens
+            copied = chunk.stop - first if backward or held > chunk.stop - chunk.start else 0
+            most = max(most, held * held_bytes + copied * self.attention_bytes)
+        return width * most
+
+    def attention_costs(self, layers: int) -> tuple[float, ...]:
+        """Of the last so many layers, operations of attention forward over those of all the layer's linears."""
+        n_tokens, linear = self.plan.n_tokens, 2 * max(1, self.model.layer_parameters)
+        windows = self.windows_of_last(layers)
+        costs = {
+            window: self.model.attention_forward(seen_pairs(0, n_tokens, window)) / n_tokens / linear
+            for window in set(windows)
+        }
+        return tuple(costs[window] for window in windows)
 
     def device_rows(self, kv: KVBytes) -> Iterator[DeviceItem]:
         """The table: what lies on the device beside weights, optimizer and checkpoints, and when."""
-        unit = self.unit
-        forward, backward = kv.forward_resident, kv.backward_resident
+        unit, resident = self.unit, kv.resident_parts
         yield from self._entry_rows()
         yield DeviceItem("hidden", "a layer's input and output", ("forward",), 2 * unit, True)
-        yield DeviceItem(
-            "resident_kv", "K, V of one layer, resident chunks", ("forward",), 2 * sum(kv.parts[:forward]), True
-        )
+        yield DeviceItem("resident_kv", "K, V of one layer, resident chunks", ("forward",), resident.forward, True)
         yield DeviceItem("hidden", "last hidden states, normed, and their gradient", ("loss",), 3 * unit, True)
         yield DeviceItem("hidden", "gradients of a layer's output and input", ("backward",), 2 * unit, True)
-        yield DeviceItem(
-            "resident_kv", "K, V of one layer, resident chunks", ("backward",), 2 * sum(kv.parts[:backward]), True
-        )
-        yield DeviceItem(
-            "resident_kv", "dK, dV of one layer, resident chunks", ("backward",), 2 * sum(kv.grads[:backward]), True
-        )
+        yield DeviceItem("resident_kv", "K, V of one layer, resident chunks", ("backward",), resident.backward, True)
+        yield DeviceItem("resident_kv", "dK, dV of one layer, resident chunks", ("backward",), resident.grads, True)
+        if kv.windowed:
+            yield DeviceItem("ring_kv", "K, V in reach of a window", ("forward",), kv.forward_ring, False)
+            yield DeviceItem("ring_kv", "K, V, dK, dV in reach of a window", ("backward",), kv.backward_ring, False)
         yield from self._chunk_rows(kv)
 
     def _entry_rows(self) -> Iterator[DeviceItem]:
@@ -257,7 +233,7 @@ class StepSizes:
         tokens = self.batch * (chunk.rank_stop - chunk.rank_start)
         unit = tokens * m.hidden * self.element_bytes
         replay = max(self._mlp_bytes(tokens), self._attention_bytes(tokens))
-        streamed = 2 * (kv.parts[0] + kv.grads[0]) if kv.backward_resident < len(kv.parts) else 0
+        streamed = sum(kv.both_parts[0] + kv.both_grads[0]) if kv.backward_resident < len(kv.parts) else 0
         yield DeviceItem("activations", "a chunk's activations", ("forward",), replay // 2, False)
         yield DeviceItem("activations", "a replayed chunk's activations", ("backward",), replay, False)
         yield DeviceItem("checkpoints", "checkpoints under way", ("backward",), CHECKPOINTS_UNDER_WAY * unit, False)
@@ -276,15 +252,16 @@ class StepSizes:
 
     def _attention_bytes(self, tokens: int) -> int:
         m, (hidden, query, kv) = self.model, ATTENTION_COPIES
-        heads = query * m.q_heads + 2 * kv * self.kv_heads * self._ranks
-        return int(tokens * (hidden * m.hidden * self.element_bytes + heads * m.head_dim * self.attention_bytes))
+        width = max(m.head_dim, m.value_dim)  # of queries; K and V of each its own
+        heads = query * m.q_heads + (m.head_dim + m.value_dim) / width * kv * self.kv_heads * self._ranks
+        return int(tokens * (hidden * m.hidden * self.element_bytes + heads * width * self.attention_bytes))
 
     def working_bytes(self, kv: KVBytes, *, checkpoints_elsewhere: bool = True, resident: bool = False) -> int:
         """The most that the table's rows take together in any phase.
 
         Args:
             checkpoints_elsewhere: whether checkpoints come from the host or a file, so that some are under way.
-            resident: count resident K, V, dK, dV too.
+            resident: count K, V, dK, dV that stay on the device too: `KVBytes.device_bytes`.
         """
         return max(
             self.phase_bytes(kv, phase, checkpoints_elsewhere=checkpoints_elsewhere, resident=resident)
@@ -295,54 +272,11 @@ class StepSizes:
         self, kv: KVBytes, phase: Phase, *, checkpoints_elsewhere: bool = True, resident: bool = False
     ) -> int:
         """What the table's rows take together in one phase; the arguments are those of `working_bytes`."""
-        left_out = {"resident_kv": not resident, "checkpoints": not checkpoints_elsewhere}
-        rows = (row for row in self.device_rows(kv) if not left_out.get(row.kind, False))
-        return sum(row.nbytes for row in rows if phase in row.phases)
-
-
-def _holds(parts: tuple[int, ...] | list[int], budget: int) -> int:
-    """How many of the first parts, each twice, fit in the budget."""
-    count, total = 0, 0
-    while count < len(parts) and total + 2 * parts[count] <= budget:
-        total += 2 * parts[count]
-        count += 1
-    return count
-
-
-@dataclass(frozen=True)
-class KVBytes:
-    """Bytes of one layer's K (as many of V) and of its fp32 gradient, by chunk, and how many chunks the device holds.
-
-    Attributes:
-        parts: K of each chunk.
-        grads: dK of each chunk.
-        forward_resident: chunks on the device in a forward pass, from the first.
-        backward_resident: chunks on the device, with their gradients, in a backward pass.
-    """
-
-    parts: tuple[int, ...]
-    grads: tuple[int, ...]
-    forward_resident: int
-    backward_resident: int
-
-    @property
-    def device_bytes(self) -> int:
-        """The most that one layer's K, V, dK, dV take on the device, but for what is under way."""
-        backward = sum(self.parts[: self.backward_resident]) + sum(self.grads[: self.backward_resident])
-        return 2 * max(sum(self.parts[: self.forward_resident]), backward)
-
-    @property
-    def host_bytes(self) -> int:
-        """The most that one layer's K, V, dK, dV take on the host."""
-        last = len(self.parts) - 1
-        forward = sum(self.parts[self.forward_resident : last])
-        # The last streamed gradients never leave the device, see `StreamedKV`.
-        backward = sum(self.parts[self.backward_resident : last]) + sum(self.grads[self.backward_resident : last - 1])
-        return 2 * max(forward, backward)
-
-    @property
-    def host_buffer_bytes(self) -> int:
-        """Their buffers, in whole pages: those of a backward pass, which serve the forward pass too."""
-        last = len(self.parts) - 1
-        streamed = self.parts[self.backward_resident : last] + self.grads[self.backward_resident : max(0, last - 1)]
-        return 2 * sum(map(page_rounded, streamed))
+        sums: Counter[RowKind] = Counter()
+        for row in self.device_rows(kv):
+            sums[row.kind] += row.nbytes * (phase in row.phases)
+        # One layer runs at a time: one with a window, or one without.
+        in_layer = max(sums.pop("resident_kv"), sums.pop("ring_kv", 0))
+        if not checkpoints_elsewhere:
+            del sums["checkpoints"]
+        return sums.total() + in_layer * resident

@@ -24,6 +24,7 @@ MODEL = ModelSizes(
     rotary_dim=128,
     layer_parameters=218_112_000,
 )
+WINDOWED = replace(MODEL, windows=(4096, 4096, 4096, None) * 2)
 TRAINING = Training(
     model=MODEL,
     weights=Weights(total=2_800_000_000, trained=40_000_000, largest_trained=2_000_000, outside=1_050_000_000),
@@ -37,6 +38,12 @@ SMALL = replace(GPUS["h100"], memory_gib=44.0)
 CASES = {
     "all on the device": (TRAINING, ONE, 131_072),
     "on the host, K and V too": (TRAINING, replace(ONE, gpu=SMALL, host_bytes=96 * GIB), 1_000_000),
+    "windows": (replace(TRAINING, model=WINDOWED), replace(ONE, gpu=SMALL, host_bytes=96 * GIB), 1_000_000),
+    "windows alone": (
+        replace(TRAINING, model=replace(MODEL, windows=(4096,) * LAYERS)),
+        replace(ONE, gpu=SMALL, host_bytes=24 * GIB),
+        524_288,
+    ),
     "inputs rebuilt": (TRAINING, replace(ONE, gpu=SMALL, host_bytes=24 * GIB), 524_288),
     "in files": (TRAINING, replace(ONE, gpu=SMALL, host_bytes=24 * GIB, disk_bytes=200 * GIB), 524_288),
     "two GPUs, every weight": (
@@ -62,6 +69,8 @@ def test_cases_are_what_they_are_called() -> None:
     assert forecast["all on the device"].host_bytes == 0 and forecast["in files"].disk_bytes > 0
     assert plans["on the host, K and V too"].kv.host_bytes > 0
     assert plans["inputs rebuilt"].kept.rebuilt > 0
+    assert plans["windows"].kv.host_bytes > 0 == plans["windows alone"].kv.host_buffer_bytes
+    assert not any(moment.host_kv for moment in moments(fit(*CASES["windows alone"])))
 
 
 def test_the_largest_of_every_item_is_the_plans(found: PlannedStep) -> None:
@@ -94,7 +103,7 @@ def test_time_goes_on_to_the_seconds_of_the_plan(found: PlannedStep) -> None:
     curve = curve_of(found)
     assert curve.seconds[-1] == pytest.approx(found.seconds)
     assert all(earlier < later for earlier, later in pairwise(curve.seconds))
-    assert 0.15 * found.seconds < curve.backward_from < 0.4 * found.seconds, "backward is the larger part"
+    assert 0.15 * found.seconds < curve.backward_from < 0.42 * found.seconds, "backward is the larger part"
     assert len(curve.seconds) == len(moments(found)) + 1, "the loss is a moment of its own"
     for values in (*curve.device.values(), *curve.host.values()):
         assert len(values) == len(curve.seconds)

@@ -6,6 +6,7 @@ several ranks: they count them in processes that train anyway.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.parallel.group import SequenceParallelGroup
 from hf_fpdt.plan.sizes import StepSizes
 from tests.forecast.test_rates import H100, LLAMA_8B, kept
+from tests.helpers.support import assert_rejects
 
 ALL = kept(32, 32, 32)
 
@@ -39,6 +41,28 @@ def test_a_known_step() -> None:
     assert ulysses(step(2**17, 2), ALL).sent_bytes == sent == 64_424_509_440
     seconds = sent / (0.6 * 450e9) + 2 * 2.4 * sent / 3.0e12
     assert ulysses_seconds(step(2**17, 2), ALL, H100) == pytest.approx(seconds) == pytest.approx(0.342, abs=1e-3)
+
+
+def assert_widths(sent_bytes: Callable[[StepSizes], int]) -> None:
+    """Keys of 192 elements and values of 128: q, k, dq, dk, and v, out, dv, dout."""
+    model = replace(LLAMA_8B, kv_heads=32, head_dim=192, value_dim=128, windows=(4096,) * 16 + (None,) * 16)
+    own = 32 * 2**17 // 2 * 2 // 2  # bytes of an element of a rank's tokens in all layers, to the other rank
+    forward, backward = 32 * (2 * 192 + 2 * 128), 32 * (2 * 192 + 2 * 128) * 2
+    assert sent_bytes(replace(step(2**17, 2), model=model)) == own * (forward + backward)
+
+
+def test_what_is_as_wide_as_values_is_exchanged_so() -> None:
+    def sent(sizes: StepSizes) -> int:
+        return ulysses(sizes, ALL).sent_bytes
+
+    assert_widths(sent)
+    assert_rejects(
+        assert_widths,
+        {
+            "all as wide as keys": lambda sizes: sent(replace(sizes, model=replace(sizes.model, value_dim=192))),
+            "all as wide as values": lambda sizes: sent(replace(sizes, model=replace(sizes.model, head_dim=128))),
+        },
+    )
 
 
 def test_layers_that_run_again_exchange_again() -> None:

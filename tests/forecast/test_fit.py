@@ -60,6 +60,31 @@ def test_long_steps_reach_what_was_predicted(name: str) -> None:
     assert found.seconds == pytest.approx(seconds, rel=0.05)
 
 
+WINDOWS = replace(LLAMA_8B, windows=(4096,) * 32)
+
+
+def test_a_model_of_windows_alone_reaches_further_with_the_same_memory() -> None:
+    narrower = replace(TRAINING, chunk_tokens=65_536)
+    mixed = replace(LLAMA_8B, windows=(4096, 4096, 4096, None) * 8)
+    found = [fit(replace(narrower, model=model), ONE, 2**19) for model in (LLAMA_8B, mixed, WINDOWS)]
+    assert [f.seconds for f in found] == sorted((f.seconds for f in found), reverse=True)
+    lengths = [longest(replace(narrower, model=model), ONE) for model in (LLAMA_8B, WINDOWS)]
+    assert lengths[0] is not None and lengths[1] is not None
+    assert lengths[1].step.plan.n_tokens > lengths[0].step.plan.n_tokens
+    assert lengths[1].plan.kv.host_bytes == 0 and dict(lengths[1].device)[Use.KV] == lengths[1].plan.kv.backward_ring
+
+
+def test_a_ring_that_a_gpu_has_no_room_for_is_refused() -> None:
+    wide = replace(TRAINING, model=replace(LLAMA_8B, windows=(500_000,) * 32))
+    needed = dict(fit(wide, ONE, 2**19).device)[Use.KV]
+    rest = sum(size for use, size in fit(wide, ONE, 2**19).device if use not in (Use.KV, Use.CHECKPOINTS))
+    gpus = [replace(ONE.gpu, memory_gib=(rest + needed + more) / GIB) for more in (2**20, -(2**20))]
+    plenty = replace(ONE, host_bytes=1024 * GIB)
+    assert fit(wide, replace(plenty, gpu=gpus[0]), 2**19)
+    with pytest.raises(MemoryError, match="keys and values that a window reaches"):
+        fit(wide, replace(plenty, gpu=gpus[1]), 2**19)
+
+
 def test_gradients_come_as_checkpoints_go() -> None:
     """Of every weight: with all gradients the last layer's checkpoints, or all checkpoints and one layer's sums."""
     weights = replace(LORA, trained=LORA.total, optimizer="sgd")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from hf_fpdt.forecast.rates import GPUS, peak_of
-from hf_fpdt.forecast.seconds import step_seconds
+from hf_fpdt.forecast.seconds import WINDOW_EXTRA_KEYS, step_seconds
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.plan.checkpointing import KeptLayers
 from hf_fpdt.plan.operations import strict_flops
@@ -80,6 +81,107 @@ def test_strict_flops_do_not_count_adapters_or_norms() -> None:
 )
 def test_the_peak_is_that_of_a_known_gpu(name: str, known: bool) -> None:
     assert peak_of(name) == (GPUS["h100" if "H100" in name else "a100-80"].peak if known else None)
+
+
+def test_heads_have_the_rate_of_their_width() -> None:
+    rates = dict(H100.attention)
+    for widths, known in {(32, 32): 64, (64, 64): 64, (96, 96): 128, (128, 128): 128, (192, 192): 256}.items():
+        assert H100.attention_rates(*widths) == rates[known], widths
+    assert H100.attention_rates(512, 512) == rates[256] and H100.attention_rates(192, 128) == rates[192, 128]
+    a100 = GPUS["a100-80"]
+    (forward, backward), (known_forward, known_backward) = a100.attention[128], rates[128]
+    expected = (forward * 704e12 / known_forward, backward * 510e12 / known_backward)
+    assert a100.attention_rates(192, 128) == pytest.approx(expected)
+
+
+WINDOWED = [
+    # Rows of 32K queries on one H100, flash-attn-4 4.0.0b36: head dimension, window, TFLOP/s forward and backward.
+    (128, 4096, 615, 485),
+    (128, 1024, 455, 350),
+    (256, 1024, 569, 218),
+    (128, 128, 109, 60),
+    (64, 128, 99, 71),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "window", "forward", "backward"), WINDOWED)
+def test_windows_take_what_was_measured_within_a_third(
+    head_dim: int, window: int, forward: float, backward: float
+) -> None:
+    """Attention's seconds alone, of a model without linears; the keys before the first query left out."""
+    model = ModelSizes(1, 0, 0, 32, 8, head_dim, 1, 1, windows=(window,))
+
+    def check(extra: tuple[float, float]) -> None:
+        for measured, rate, more in zip(
+            (forward, backward), H100.attention_rates(head_dim, head_dim), extra, strict=True
+        ):
+            assert rate * window / (window + more) / 1e12 == pytest.approx(measured, rel=0.36)
+
+    check(WINDOW_EXTRA_KEYS)
+    if window == 128:
+        assert_rejects(check, {"as fast as full rows": (0, 0), "one tile": (128, 128)})
+    sizes, keeps = step(model, 2**20, 0), kept(1, 1, 1)
+    found = step_seconds(sizes, keeps, H100, full=False)
+    seconds = [
+        model.attention_forward(2**20 * (window + WINDOW_EXTRA_KEYS[0])),
+        model.attention_backward(2**20 * (window + WINDOW_EXTRA_KEYS[1])),
+    ]
+    rates = H100.attention_rates(head_dim, head_dim)
+    assert found == pytest.approx(seconds[0] / rates[0] + seconds[1] / rates[1], rel=0.01)
+
+
+def test_a_step_s_seconds_are_those_of_its_layers() -> None:
+    """Layers with and without a window one by one, their attention run again or not; none slower for its window."""
+    mixed = replace(LLAMA_8B, layers=4, windows=(4096, None, 128, 2**16))
+
+    def check(seconds: Callable[..., float]) -> None:
+        for outs in ((True,) * 4, (True, False, False, True)):
+            keeps = KeptLayers((True,) * 4, outs)
+            alone = [
+                seconds(
+                    step(replace(LLAMA_8B, layers=1, windows=(window,)), 2**17, 0),
+                    KeptLayers((True,), (out,)),
+                    H100,
+                    full=False,
+                )
+                for window, out in zip(mixed.windows, outs, strict=True)
+            ]
+            assert step_seconds(step(mixed, 2**17, 0), keeps, H100, full=False) == pytest.approx(sum(alone))
+
+    check(step_seconds)
+    assert_rejects(
+        check,
+        {
+            "windows forgotten": lambda sizes, *a, **k: step_seconds(
+                replace(sizes, model=replace(sizes.model, windows=())), *a, **k
+            )
+        },
+    )
+    lengths = [128, 4096, 2**15, 2**17 - 1, 2**17, None]
+    times = [
+        step_seconds(step(replace(LLAMA_8B, layers=1, windows=(w,)), 2**17, 0), kept(1, 1, 1), H100, full=False)
+        for w in lengths
+    ]
+    assert times == sorted(times) and times[-1] == times[-2] == pytest.approx(times[-3], rel=0.001) != times[0]
+
+
+def test_a_pass_over_the_last_layers_runs_their_attention_again() -> None:
+    mixed = replace(LLAMA_8B, layers=4, windows=(None, None, 128, 128))
+    sizes = step(mixed, 2**17, 0)
+    last = [step_seconds(sizes, kept(2, 2, outs), H100, full=False) for outs in (2, 0)]
+    first = [
+        step_seconds(
+            replace(sizes, model=replace(mixed, windows=mixed.windows[::-1])), kept(2, 2, outs), H100, full=False
+        )
+        for outs in (2, 0)
+    ]
+    assert last[0] == pytest.approx(first[0]) and 0 < last[1] - last[0] < (first[1] - first[0]) / 50
+
+
+def test_experts_that_no_token_visits_take_no_time() -> None:
+    idle = replace(LLAMA_8B, idle_width=10**6, layer_parameters=218_112_000 + 3 * 4096 * 10**6)
+    times = [step_seconds(step(model, 2**17, 0), kept(32, 32, 32), H100, full=True) for model in (LLAMA_8B, idle)]
+    assert times[0] == times[1]
 
 
 def test_ranks_that_share_a_sequence_share_its_time() -> None:

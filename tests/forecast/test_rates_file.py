@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,18 @@ def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
     assert read == GPUS[name] and dict(read.attention) == dict(GPUS[name].attention)
 
 
+def test_a_file_without_the_wider_heads_is_read_and_they_are_reckoned(tmp_path: Path) -> None:
+    """As versions before them wrote it, and as `check --measure` does."""
+    path, known = tmp_path / "gpu.json", GPUS["h100"]
+    slower = {width: (forward / 2, backward / 4) for width, (forward, backward) in known.attention.items()}
+    save_rates(replace(known, attention={width: slower[width] for width in (64, 128)}), path)
+    assert set(json.loads(path.read_text())["attention"]) == {"64", "128"}
+    read = read_rates(path)
+    assert set(read.attention) == {64, 128}
+    for head_dim, value_dim, width in ((256, 256, 256), (192, 128, (192, 128)), (64, 64, 64)):
+        assert read.attention_rates(head_dim, value_dim) == pytest.approx(slower[width])
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -31,6 +44,8 @@ def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
         ({"name": 3}, "'name' is 3, a text"),
         ({"attention": {"64": [1, 2]}}, "head dimension 128 is None"),
         ({"attention": {"64": [1, "x"], "128": [1, 2]}}, "'attention' is 'x'"),
+        ({"attention": {"64": [1, 2], "128": [1, 2], "256": 3}}, "head dimension 256 is 3"),
+        ({"attention": {"64": [1, 2], "128": [1, 2], "192x128": [0, 1]}}, "'attention' is 0"),
     ],
 )
 def test_a_file_that_is_not_one_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:

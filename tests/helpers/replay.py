@@ -20,8 +20,12 @@ def replayed(
     frees = {False: sorted(size for size, count in have.items() for _ in range(count)), True: list[int]()}
     mades = {False: list(frees[False]), True: list[int]()}
     last = len(kv.parts) - 1
-    of_kv = kv.parts[kv.backward_resident : last] + kv.grads[kv.backward_resident : max(0, last - 1)]
-    limits = {False: max(0, budgets.host - 2 * sum(map(page_rounded, of_kv))), True: budgets.host}
+    widths = {"K": kv.parts, "V": kv.value_parts or kv.parts, "dK": kv.grads, "dV": kv.value_grads or kv.grads}
+    of_kv = [n for name in ("K", "V") for n in widths[name][kv.backward_resident : last]]
+    of_kv += [n for name in ("dK", "dV") for n in widths[name][kv.backward_resident : max(0, last - 1)]]
+    windowed = kv.windowed or (False,) * kept.layers
+    reserved = 0 if all(windowed) else sum(map(page_rounded, of_kv))
+    limits = {False: max(0, budgets.host - reserved), True: budgets.host}
     used, most = Counter[str](), Counter[str]()
     there: dict[tuple[int, str, int], tuple[str, int, int]] = {}
     chunks, put_bytes = len(sizes.inputs), 0
@@ -71,10 +75,10 @@ def replayed(
                 tiers = ["host", "device", "disk"]
         put((layer, name, chunk), nbytes, tiers)
 
-    def put_kv(chunk: int, resident: int) -> None:
+    def put_kv(layer: int, chunk: int, resident: int) -> None:
         for name in ("K", "V"):
-            if resident <= chunk < chunks - 1:
-                put((-1, name, chunk), kv.parts[chunk], ["host"])
+            if resident <= chunk < chunks - 1 and not windowed[layer]:
+                put((-1, name, chunk), widths[name][chunk], ["host"])
 
     def drop_kv() -> None:
         for key in [key for key in there if key[0] == -1]:
@@ -85,7 +89,7 @@ def replayed(
             if keeps_input:
                 keep(layer, "input", chunk, above)
             if not above or keeps_row:
-                put_kv(chunk, kv.forward_resident)
+                put_kv(layer, chunk, kv.forward_resident)
             for name in ("out", "lse") if keeps_row else ():
                 keep(layer, name, chunk, above)
             if above:
@@ -94,13 +98,13 @@ def replayed(
 
     def backward(layer: int) -> None:
         for chunk in range(chunks - 1):
-            put_kv(chunk, kv.backward_resident)
+            put_kv(layer, chunk, kv.backward_resident)
         for chunk in reversed(range(chunks)):
             for name in ("input", "out", "lse"):
                 take((layer, name, chunk))
             for earlier in range(kv.backward_resident, chunks - 2) if chunk == chunks - 1 else ():
-                for name in ("dK", "dV"):
-                    put((-1, name, earlier), kv.grads[earlier], ["host"])
+                for name in () if windowed[layer] else ("dK", "dV"):
+                    put((-1, name, earlier), widths[name][earlier], ["host"])
         drop_kv()
 
     try:

@@ -16,6 +16,16 @@ PARAMETERS = {
     "llama-70b": 70_553_706_496,
     "qwen3-32b": 32_762_123_264,
     "neox-6.9b": 6_857_302_016,
+    "gpt-oss-20b": 20_914_757_184,
+    "gemma3-27b": 27_009_346_304,
+    "olmo3-7b": 7_298_011_136,
+    "mistral-7b": 7_241_732_096,
+    "deepseek-v2-lite": 15_706_484_224,
+}
+THETAS = {
+    **dict.fromkeys(("llama-8b", "llama-1b", "llama-70b", "olmo3-7b"), 500_000.0),
+    "qwen3-32b": 1_000_000.0,
+    "gpt-oss-20b": 150_000.0,
 }
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 80}
 
@@ -24,6 +34,9 @@ def shrunken(name: str) -> PreTrainedConfig:
     """Two thin layers of the shape's architecture."""
     config: Any = with_layers(SHAPES[name](), 2)
     grouped = {"num_key_value_heads": 2, "head_dim": 8} if "neox" not in name else {}
+    latent = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+    few = {"moe_intermediate_size": 24, "n_routed_experts": 8, "first_k_dense_replace": 1, **latent}
+    grouped |= {**few, "num_key_value_heads": 4} if "deepseek" in name else {}
     for key, value in {**SMALL, **grouped}.items():
         setattr(config, key, value)
     return config
@@ -39,14 +52,19 @@ def test_parameter_count_is_the_published_one(name: str) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_take_sequences_of_millions(name: str) -> None:
     config: Any = SHAPES[name]()
-    assert config.max_position_embeddings == 2 * 1024**2 and config.rope_parameters["rope_type"] == "default"
+    ropes = config.rope_parameters if "rope_type" not in config.rope_parameters else {"all": config.rope_parameters}
+    assert config.max_position_embeddings == 2 * 1024**2 and {rope["rope_type"] for rope in ropes.values()} == {
+        "default"
+    }
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_random_model_has_a_finite_loss_and_the_gradients_asked_for(name: str, lora: bool) -> None:
     model = build_random(shrunken(name), "cpu", torch.bfloat16, lora)
-    assert model.training and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    # Transformers has DeepSeek's routers in fp32, whatever is asked for.
+    routers = {p for key, p in model.named_parameters() if ".mlp.gate." in key}
+    assert model.training and {p.dtype for p in set(model.parameters()) - routers} == {torch.bfloat16}
     ids = torch.randint(0, SMALL["vocab_size"], (1, 24))
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
@@ -58,12 +76,11 @@ def test_random_model_has_a_finite_loss_and_the_gradients_asked_for(name: str, l
 @pytest.mark.parametrize("name", SHAPES)
 def test_random_model_keeps_rope_in_fp32(name: str) -> None:
     model = build_random(shrunken(name), "cpu", torch.bfloat16, lora=False)
-    buffers = {key: buffer for key, buffer in model.named_buffers() if key.endswith("rotary_emb.inv_freq")}
-    (inv_freq,) = buffers.values()
+    buffers = {key: buffer for key, buffer in model.named_buffers() if key.endswith("inv_freq") and "orig" not in key}
+    (inv_freq,) = buffers.values()  # the first two layers of Gemma and OLMo are of one kind
     rotated = 8 // 4 if name.startswith("neox") else 8
-    theta = {"llama": 500_000.0, "qwen3": 1_000_000.0}.get(name.partition("-")[0], 10_000.0)
     assert inv_freq.dtype == torch.float32
-    assert torch.allclose(inv_freq, theta ** -(torch.arange(0, rotated, 2) / rotated))
+    assert torch.allclose(inv_freq, THETAS.get(name, 10_000.0) ** -(torch.arange(0, rotated, 2) / rotated))
 
 
 def test_layers_are_cut_with_their_kinds() -> None:

@@ -143,8 +143,8 @@ def test_the_least_is_exactly_the_threshold(policy: str) -> None:
     for _ in range(20):
         layers, sizes = rng.randrange(1, 12), sizes_of(rng, 2)
         least = least_bytes(policy, layers, sizes)
-        assert next(candidates(policy, layers, sizes, least, 1.0), None) is not None
-        assert next(candidates(policy, layers, sizes, least - 1, 1.0), None) is None
+        assert next(candidates(policy, sizes, least, (1.0,) * layers), None) is not None
+        assert next(candidates(policy, sizes, least - 1, (1.0,) * layers), None) is None
 
 
 def test_candidates_come_fastest_first_and_within_budget() -> None:
@@ -153,27 +153,27 @@ def test_candidates_come_fastest_first_and_within_budget() -> None:
         for _ in range(15):
             layers, sizes = rng.randrange(1, 10), sizes_of(rng, 2)
             budget = least_bytes(policy, layers, sizes) + rng.randrange(layers * sizes.input_total)
-            plans = list(candidates(policy, layers, sizes, budget, ratio))
+            plans = list(candidates(policy, sizes, budget, (ratio,) * layers))
             costs = [ratio * plan.attention_reruns + plan.rebuilt for plan in plans]
             assert plans and costs == sorted(costs)
             assert all(simulated_peak(plan, sizes) <= budget and plan.inputs[0] for plan in plans)
 
 
 def first(policy: str, layers: int, sizes: LayerBytes, budget: int, ratio: float = 1.0) -> KeptLayers:
-    return next(candidates(policy, layers, sizes, budget, ratio))
+    return next(candidates(policy, sizes, budget, (ratio,) * layers))
 
 
 def test_policies_keep_what_they_say() -> None:
     rng, plenty = random.Random(4), 10**9
     for layers in range(1, 12):
         sizes, every, none = sizes_of(rng, 2), (True,) * layers, (False,) * layers
-        assert list(candidates("input", layers, sizes, plenty, 1.0)) == [KeptLayers(every, none)]
-        assert all(plan.attentions == every for plan in candidates("attention", layers, sizes, plenty, 1.0))
+        assert list(candidates("input", sizes, plenty, (1.0,) * layers)) == [KeptLayers(every, none)]
+        assert all(plan.attentions == every for plan in candidates("attention", sizes, plenty, (1.0,) * layers))
         for policy in ("attention", "auto"):
             assert first(policy, layers, sizes, plenty) == KeptLayers(every, every), (
                 "nothing is run again where all fits"
             )
-        (segment,) = candidates("segment", layers, sizes, plenty, 1.0)
+        (segment,) = candidates("segment", sizes, plenty, (1.0,) * layers)
         assert segment.attentions == none
         assert simulated_peak(segment, sizes) == least_bytes("segment", layers, sizes)
 

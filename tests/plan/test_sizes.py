@@ -166,8 +166,8 @@ def test_chunks_are_resident_up_to_the_last_byte_of_the_budget() -> None:
 
 def test_attention_outweighs_the_linears_of_llama_8b_from_about_53k_tokens() -> None:
     # A layer's linears: 2 operations a weight and token. Causal attention: 2 N H S a token.
-    assert llama_step(n_tokens=53_250).attention_over_rest() == pytest.approx(1.0, rel=1e-3)
-    assert llama_step().attention_over_rest() == pytest.approx(2 * 128 * K * 4096 / (2 * 218_112_000))
+    assert llama_step(n_tokens=53_250).attention_costs(2) == pytest.approx((1.0, 1.0), rel=1e-3)
+    assert llama_step().attention_costs(1) == pytest.approx((2 * 128 * K * 4096 / (2 * 218_112_000),))
 
 
 def test_where_the_mlp_is_narrow_the_peak_is_in_attention() -> None:

@@ -134,6 +134,10 @@ def random_step(rng: random.Random) -> tuple[KeptLayers, LayerBytes, KVBytes, Bu
     lengths = [part] * (chunks - 1) + [min(last, part)]
     scaled = [tuple(n * factor // 4 for n in lengths) for factor in (4, 6, 1, 2, 4)]
     kv = KVBytes(scaled[3], scaled[4], rng.randrange(chunks + 1), rng.randrange(chunks + 1))
+    if rng.random() < 0.5:
+        kv = replace(kv, value_parts=scaled[2], value_grads=scaled[3])  # values half as wide as keys
+    if rng.random() < 0.5:
+        kv = replace(kv, windowed=tuple(rng.random() < 0.7 for _ in range(layers)))
     sizes = LayerBytes(*scaled[:3])
     total = layers * (sizes.input_total + sizes.attention_total)
     budgets = Budgets(rng.randrange(total), rng.randrange(3 * total // 2) + 4 * PAGE, rng.choice((0, total)))
@@ -158,6 +162,9 @@ def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.Monke
         {
             "gradients forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, grads=(0,) * len(kv.grads)), *a),
             "K, V forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, parts=(0,) * len(kv.parts)), *a),
+            "values as wide as keys": lambda k, s, kv, *a: forecast(k, s, replace(kv, value_parts=()), *a),
+            "gradients of values too": lambda k, s, kv, *a: forecast(k, s, replace(kv, value_grads=()), *a),
+            "windows forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, windowed=()), *a),
             "lse forgotten": lambda k, s, *a: forecast(k, replace(s, lses=(0,) * len(s.lses)), *a),
             "buffers that exist forgotten": lambda k, s, kv, budgets, _: forecast(k, s, kv, budgets, NONE),
         },

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ...plan import BACKWARD_OPERATIONS, ModelSizes, strict_flops
+from ...plan import BACKWARD_OPERATIONS, ModelSizes, attention_of_all, strict_flops
 
 # Keys beyond these change the kernel's rate by less than it varies.
 MOST_KEYS = 131_072
@@ -73,8 +73,8 @@ class Trained:
         return kernel + 2 * n_tokens * products / rates.matmul
 
     def _attention(self, n_tokens: int) -> float:
-        """Operations of all layers' causal attention, forward."""
-        return 2.0 * self.sizes.layers * n_tokens**2 * self.sizes.q_heads * self.sizes.head_dim
+        """Operations of all layers' attention, forward, of the pairs that they see."""
+        return attention_of_all(self.sizes, n_tokens)
 
     def figures(
         self, n_tokens: int, seconds: float, peak: float | None, rates: Rates | None, gpus: int = 1

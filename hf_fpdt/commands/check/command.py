@@ -168,7 +168,7 @@ def _print_refused(model: str, reasons: list[str]) -> None:
 
 def _findings(tiny: TinyModel, device: Device) -> Iterator[Finding]:
     """Of every kernel that is here: attention alone, and a step of the model."""
-    heads, kv_heads, head_dim = attention_sizes(tiny.config)
+    heads, kv_heads, head_dim, _ = attention_sizes(tiny.config)
     for kernel in kernels_here(device, training_dtype(device), head_dim):
         dtype = check_dtype(kernel, device, head_dim)
         if dtype is not None:

@@ -30,7 +30,7 @@ from ...forecast import (
     with_memory,
 )
 from ...model import training_of_model, why_refused
-from ...plan import OPTIMIZERS
+from ...plan import OPTIMIZERS, described_windows
 from ...units import GIB
 from ..check.compare import why_refused_tiny
 from ..options import (
@@ -189,6 +189,7 @@ def _draw(options: argparse.Namespace, training: Training, machines: Machines, f
     tokens_planned, host_gib = found.step.plan.n_tokens, machines.host_bytes / GIB
     name = options.model or options.shape or DEFAULT_SHAPE
     title = f"{name}, {tokens_planned:,} tokens on {machines.gpus} x {machines.gpu.name}"
+    title = ", ".join([title, *described_windows(found.step)])
     with mistakes(OSError):
         draw_plan(
             options.plot,

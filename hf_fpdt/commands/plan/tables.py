@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...forecast import Machines, More, PlannedStep, Use, machine_bytes
-from ...plan import KeptLayers
+from ...plan import KeptLayers, described_windows
 from ...units import GIB
 
 
@@ -37,6 +37,10 @@ def as_json(found: PlannedStep, helps: Mapping[More, int], least: PlannedStep | 
         "attention_outputs_kept": kept.attentions.count(True),
         "layers": kept.layers,
         "resident_chunks": kv.backward_resident,
+        "windows": list(found.step.windows) if any(found.step.windows) else [],
+        "ring_bytes": max(kv.forward_ring, kv.backward_ring),
+        "key_dim": found.step.model.head_dim,
+        "value_dim": found.step.model.value_dim,
         "longest_with": {more.value: tokens for more, tokens in helps.items()},
         **({} if least is None else {"least_host_bytes": least.host, "seconds_with_least": least.seconds}),
     }
@@ -88,6 +92,7 @@ def plan_tables(
     yield from ("", _step(found))
     if found.step.plan.sp_size > 1:
         yield from _between_gpus(found)
+    yield from map(Text, heads_lines(found))
     yield Text(machines.gpu.source, style="italic")
     yield from ("", _memory(found, machines), "", _layers(found.plan.kept))
     if least is not None:
@@ -115,7 +120,7 @@ def _step(found: PlannedStep) -> Table:
         f"{found.strict_mfu:.3f}",
         f"{found.copy_seconds:,.1f} s, {100 * found.copy_seconds / computing:.1f} %",
         f"{len(plan.chunks)} x {plan.chunk_tokens:,}",
-        f"{found.plan.kv.backward_resident} of {len(plan.chunks)}",
+        "in windows" if found.plan.kv.all_windowed else f"{found.plan.kv.backward_resident} of {len(plan.chunks)}",
     )
     return table
 
@@ -125,6 +130,17 @@ def _between_gpus(found: PlannedStep) -> Iterator[Text]:
     yield Text(f"exchanges between GPUs: {found.exchange_seconds:,.1f} s of the step, in which nothing is computed")
     if found.gather_seconds:
         yield Text(f"weights and gradients between GPUs: {found.gather_seconds:,.1f} s under the computation")
+
+
+def heads_lines(found: PlannedStep) -> Iterator[str]:
+    """What is not plain of attention: layers with a window, what one of them has on a GPU, values of another width."""
+    kv, model = found.plan.kv, found.step.model
+    if windows := described_windows(found.step):
+        yield ", ".join(windows)
+        ring = max(kv.forward_ring, kv.backward_ring)
+        yield f"of their keys and values each GPU has what one row reads, {ring / GIB:,.2f} GiB, and the hosts none"
+    if model.value_dim != model.head_dim:
+        yield f"heads of {model.head_dim} for queries and keys, of {model.value_dim} for values"
 
 
 def _time(seconds: float) -> str:

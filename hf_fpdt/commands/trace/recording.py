@@ -49,7 +49,7 @@ class Recording:
             NotImplementedError: none does; every reason is named.
             LayersDiffer: the model's layers have heads of different sizes.
         """
-        _, _, head_dim = attention_sizes(self.config.get_text_config())
+        head_dim = attention_sizes(self.config.get_text_config()).head_dim
         return select_kernel(self.plugin.kernel, torch.device(DEVICE), DTYPE, AttentionSpec.plain(head_dim)).name
 
     def about(self) -> dict[str, str]:

@@ -1,0 +1,143 @@
+"""What the arithmetic needs to know of a model, read off its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .by_layer import attention_sizes, by_layer, is_latent, largest, latent_weights, one_value, windows_of
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What the arithmetic needs to know of a model.
+
+    Attributes:
+        layers: decoder layers.
+        hidden: hidden size D.
+        intermediate: width of the MLP; of the experts that one token visits together; where layers differ, the
+            largest, by which bytes are right and operations are counted as if every layer had it.
+        q_heads, kv_heads, head_dim: attention's N, G, and H of queries and keys.
+        rotary_dim: elements of cos and sin a token, of all kinds of layers together.
+        layer_parameters: all parameters of one layer.
+        value_dim: elements of a head of values; 0: as many as of keys.
+        windows: of each layer the keys that a query sees, its own among them, None: all before it; (): of every layer.
+        latent_weights: of the projections around attention where keys and values come out of a latent (MLA).
+        idle_width: width of all experts of a layer that one token does not visit.
+
+    Raises:
+        ValueError: there are windows, but not one for each layer.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    layer_parameters: int
+    value_dim: int = 0
+    windows: tuple[int | None, ...] = ()
+    latent_weights: int = 0
+    idle_width: int = 0
+
+    def __post_init__(self) -> None:
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(
+                f"ModelSizes(windows={self.windows}): one for each of {self.layers} layers is expected, or ()."
+            )
+        if not self.value_dim:
+            object.__setattr__(self, "value_dim", self.head_dim)
+
+    def window(self, layer: int) -> int | None:
+        """The keys that a query sees in a layer; None: all before it."""
+        return self.windows[layer] if self.windows else None
+
+    def windows_at(self, n_tokens: int) -> tuple[int | None, ...]:
+        """Of each layer; None too where a sequence of so many tokens does not reach its window."""
+        windows = self.windows or (None,) * self.layers
+        return tuple(None if window is None or window >= n_tokens else window for window in windows)
+
+    def attention_forward(self, pairs: float) -> float:
+        """Operations of one layer's attention, forward, on so many pairs of a query and a key: two products."""
+        return 2.0 * pairs * self.q_heads * (self.head_dim + self.value_dim)
+
+    def attention_backward(self, pairs: float) -> float:
+        """The same of its backward kernel: five products, as it makes the scores again."""
+        return 2.0 * pairs * self.q_heads * (3 * self.head_dim + 2 * self.value_dim)
+
+    @property
+    def _attention_weights(self) -> int:
+        return self.latent_weights or 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has three matrices (a gate), told from the number of weights."""
+        width = self.intermediate + self.idle_width
+        return self.layer_parameters - self._attention_weights > 2.5 * self.hidden * width
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of the matrices of one layer that a token meets: what a strict count of operations multiplies.
+
+        The base model's: no adapters, norms or biases; of experts, those that one token visits.
+        """
+        return self._attention_weights + (3 if self.gated else 2) * self.hidden * self.intermediate
+
+    @property
+    def met_parameters(self) -> int:
+        """All parameters of one layer, adapters too, but for those of experts that a token does not visit."""
+        return self.layer_parameters - (3 if self.gated else 2) * self.hidden * self.idle_width
+
+    @classmethod
+    def of(cls, config: Any, *, layers: int, layer_parameters: int) -> ModelSizes:
+        """Read off a transformers text configuration.
+
+        Raises:
+            LayersDiffer: its layers differ in what is one number here; `by_layer.why_no_sizes` says so beforehand.
+        """
+        heads, hidden = attention_sizes(config), one_value(config, "hidden_size")
+        width, visited, others = _experts(config)
+        width = width or largest(config, "intermediate_size") or 4 * hidden
+        # Experts that every token visits beside the chosen ones: of a width of their own, or more of the same.
+        shared = largest(config, "shared_expert_intermediate_size") if visited > 1 else None
+        shared = shared or (largest(config, "n_shared_experts") or 0) * width
+        return cls(
+            layers=layers,
+            hidden=hidden,
+            intermediate=visited * width + shared,
+            q_heads=heads.q_heads,
+            kv_heads=heads.kv_heads,
+            head_dim=heads.head_dim,
+            rotary_dim=_rotary_dim(config, heads.head_dim),
+            layer_parameters=layer_parameters,
+            value_dim=heads.value_dim,
+            windows=_windows(config, layers),
+            latent_weights=latent_weights(config) if is_latent(config) else 0,
+            idle_width=others * width,
+        )
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    """One for each layer of the model, whatever the configuration says of their number; () where none has one."""
+    windows = (*windows_of(config), *(None,) * layers)[:layers]
+    return windows if any(windows) else ()
+
+
+def _experts(config: Any) -> tuple[int | None, int, int]:
+    """(their width if it is one of their own, how many one token visits, how many it does not)."""
+    visited = largest(config, "num_experts_per_tok") or 1
+    width = largest(config, "moe_intermediate_size") if visited > 1 else None
+    count = max(largest(config, name) or 0 for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return width, visited, max(0, count - visited) if visited > 1 else 0
+
+
+def _rotary_dim(config: Any, head_dim: int) -> int:
+    """Of cos and sin; each kind of layers may have its own."""
+    if is_latent(config):
+        return int(one_value(config, "qk_rope_head_dim"))
+    ropes = [rope or {} for rope in by_layer(config, "rope_parameters")]
+    partial = max(rope.get("partial_rotary_factor") or 1.0 for rope in ropes)
+    kinds = set(getattr(config, "layer_types", None) or ()) & {kind for rope in ropes for kind in rope}
+    return int(head_dim * partial) * max(1, len(kinds))
