@@ -132,7 +132,13 @@ def new_parser(
 def add_model(group: argparse._MutuallyExclusiveGroup) -> None:
     """MODEL or --shape, as `config_of` reads them."""
     group.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder whose configuration is taken")
-    group.add_argument("--shape", choices=list(SHAPES), help=f"a known model's sizes (default: {DEFAULT_SHAPE})")
+    known = ", ".join(SHAPES)
+    group.add_argument(
+        "--shape",
+        choices=list(SHAPES),
+        metavar="SHAPE",
+        help=f"a known model's sizes: {known} (default: {DEFAULT_SHAPE})",
+    )
 
 
 def config_of(options: argparse.Namespace, *, layers: int | None) -> PreTrainedConfig:

@@ -152,7 +152,7 @@ class LayerRun:
     def advance(self, phase: WorkPhase, chunk: Chunk, *, attends: bool = True) -> None:
         """One chunk of a pass with a backward pass was handed to the device; see `work.chunk_work`."""
         if self.layer.progress is not None and self.checkpoint is not None:
-            work = chunk_work(self.step, chunk, phase, attends=attends, full=self.full)
+            work = chunk_work(self.step, chunk, phase, attends=attends, full=self.full, window=self.window)
             what = f"{phase} layer {self.index + 1}/{self.step.model.layers}"
             what += f" chunk {chunk.index + 1}/{len(self.plan.chunks)}"
             self.layer.progress.advance(work.done, work.strict, what)

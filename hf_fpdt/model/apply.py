@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,9 +73,13 @@ def apply_fpdt(
         raise NotImplementedError(
             f"hf_fpdt: FPDT cannot run {type(target).__name__} with sp_size above 1: {'; '.join(reasons)}."
         )
-    handle = FPDTHandle(target, layers, _settings(target, layers, plugin, group))
+    settings = _settings(target, layers, plugin, group)
+    handle = FPDTHandle(target, layers, settings)
     try:
-        try_layers(target)
+        if try_layers(target):
+            # The masks that the model made are what its layers go by, whatever its configuration says.
+            windows: Any = tuple(layer._fpdt_window for layer in layers)
+            settings.sizes = replace(settings.sizes, windows=windows)
     except NotImplementedError as error:
         handle.remove()
         why = str(error).removeprefix("hf_fpdt: ")
@@ -82,17 +87,18 @@ def apply_fpdt(
     return handle
 
 
-def try_layers(model: PreTrainedModel) -> None:
+def try_layers(model: PreTrainedModel) -> bool:
     """A pass of the model over a few random tokens that tries each layer, and runs none.
 
-    Where it cannot be (weights without memory, a model that takes more than token ids) layers are tried at their
-    first step.
+    Returns:
+        Whether there was one. Where it cannot be (weights without memory, a model that takes more than token ids)
+        layers are tried at their first step.
 
     Raises:
         NotImplementedError: the model, or one of its layers, cannot be run in chunks.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        return
+        return False
     text, device = model.config.get_text_config(), next(model.parameters()).device
     tokens = min(TRIAL_TOKENS, largest(text, "max_position_embeddings") or TRIAL_TOKENS)
     generator = torch.Generator().manual_seed(0)
@@ -104,7 +110,8 @@ def try_layers(model: PreTrainedModel) -> None:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             logger.debug("hf_fpdt: layers will be tried at the first step: %s", error)
-            return
+            return False
+    return True
 
 
 @contextmanager

@@ -68,6 +68,7 @@ class ChunkedLayer(nn.Module):
     _fpdt_settings: Settings
     _fpdt_layer: Layer
     _fpdt_class: Any
+    _fpdt_window: int | None  # keys that a query sees, by the mask that the model made when layers were tried
     _fpdt_looks: set[tuple[object, ...]]  # those that passed a trial
     _fpdt_checkpointing: bool | None  # None: never asked for, on this instance
 
@@ -95,7 +96,10 @@ class ChunkedLayer(nn.Module):
         _check_arguments(arguments, hidden, self._fpdt_layer.name)
         with self._fpdt_settings.store.one_thread.entered(self._fpdt_layer.name):
             self._fpdt_try(hidden, arguments, window)
-            return hidden if visiting() else self._fpdt_in_chunks(hidden, arguments, window)
+            if visiting():
+                self._fpdt_window = window
+                return hidden
+            return self._fpdt_in_chunks(hidden, arguments, window)
 
     def _fpdt_in_chunks(self, hidden: Tensor, arguments: dict[str, Any], window: int | None) -> Tensor:
         settings, parameters = self._fpdt_settings, list(self.parameters())
@@ -103,6 +107,7 @@ class ChunkedLayer(nn.Module):
             fuse_layer(self, self._fpdt_layer.raw_forward, settings)
         # What the pass keeps where is settled before its first layer is entered; see `CheckpointStore.pass_of`.
         step, store, placed = settings.step(hidden), settings.store, (hidden.device, self._fpdt_layer.is_sharded)
+        _check_window(window, step.windows[self._fpdt_layer.index], self._fpdt_layer.name)
         wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *parameters))
         model_pass = store.pass_of(self._fpdt_layer.index, step, *placed) if wants_grad else None
         run = LayerRun(
@@ -137,7 +142,7 @@ def enter_layer(layer: Any, settings: Settings, index: int) -> None:
     original: Any = type(layer)
     checkpointing = layer.__dict__.pop("gradient_checkpointing", None)
     layer.__class__ = _chunked_class(original)
-    layer._fpdt_settings, layer._fpdt_looks = settings, set()
+    layer._fpdt_settings, layer._fpdt_looks, layer._fpdt_window = settings, set(), None
     layer._fpdt_layer = Layer(
         name=f"layer {index} ({original.__name__})",
         index=index,
@@ -217,6 +222,16 @@ def _check_arguments(arguments: dict[str, Any], hidden: Tensor, name: str) -> No
             why = _why_not_sliced(key, tensor, n_tokens) if isinstance(tensor, Tensor) else None
             if why is not None:
                 raise NotImplementedError(f"hf_fpdt: {name} got {key!r} of shape {tuple(tensor.shape)}: {why}")
+
+
+def _check_window(asked: int | None, planned: int | None, name: str) -> None:
+    """Refuse a window that no memory was planned for."""
+    if asked != planned:
+        raise NotImplementedError(
+            f"hf_fpdt: the mask that {name} got is for a window of {asked or 'no'} keys, and memory was planned for "
+            f"one of {planned or 'no'} keys, as the model's masks or its configuration said when FPDT was applied. "
+            "Apply it again after such a change."
+        )
 
 
 def _why_not_sliced(key: str, value: Tensor, n_tokens: int) -> str | None:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from ...attention import KERNELS, AttentionSpec
 from ...forecast import GPU, save_rates
 from ...model import why_refused
-from ...plan import attention_sizes, head_dims
+from ...plan import attention_sizes
 from ..accuracy import FACTOR
 from ..measure import link_rates, measured
 from ..options import (
@@ -37,6 +38,7 @@ from .compare import (
     check_attention,
     check_dtype,
     kernels_here,
+    kinds_of,
     training_dtype,
 )
 
@@ -85,8 +87,8 @@ def check(options: argparse.Namespace) -> int:
     architecture, reasons = _refusals(config)
     print(f"machine   {_machine(device)}")
     text = config.get_text_config()
-    for head_dim in head_dims(text):
-        _print_kernels(device, head_dim)
+    for kind in kinds_of(text):
+        _print_kernels(device, kind)
     name = f"{options.model or f'the {options.shape or DEFAULT_SHAPE} shape'} ({architecture})"
     if reasons:
         _print_refused(name, reasons)
@@ -116,14 +118,21 @@ def _machine(device: Device) -> str:
     return f"{where}; torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def _print_kernels(device: Device, head_dim: int) -> None:
+def _print_kernels(device: Device, kind: AttentionSpec) -> None:
     dtype = training_dtype(device)
-    reasons = kernels_here(device, dtype, head_dim)
+    reasons = kernels_here(device, dtype, kind)
     auto = next((name for name, reason in reasons.items() if reason is None), None)
-    print(f"kernels   for {_short(dtype)}, heads of {head_dim}")
+    print(f"kernels   for {_short(dtype)}, {_kind(kind)}")
     for name, reason in reasons.items():
         serves = 'yes, and what "auto" takes' if name == auto else "yes"
         print(f"  {name:{NAME_WIDTH}} {reason or serves}")
+
+
+def _kind(spec: AttentionSpec) -> str:
+    heads = f"heads of {spec.head_dim}"
+    heads += "" if spec.value_dim == spec.head_dim else f" for keys and of {spec.value_dim} for values"
+    heads += "" if spec.window is None else f", a window of {spec.window:,} keys"
+    return heads + ("" if spec.softcap is None else f", softcap {spec.softcap:g}")
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -167,14 +176,14 @@ def _print_refused(model: str, reasons: list[str]) -> None:
 
 
 def _findings(tiny: TinyModel, device: Device) -> Iterator[Finding]:
-    """Of every kernel that is here: attention alone, and a step of the model."""
-    heads, kv_heads, head_dim, _ = attention_sizes(tiny.config)
-    for kernel in kernels_here(device, training_dtype(device), head_dim):
-        dtype = check_dtype(kernel, device, head_dim)
+    """Of every kernel that serves each kind of its layers: attention alone, by kind, and a step of the model."""
+    heads, kinds = attention_sizes(tiny.config), kinds_of(tiny.config)
+    for kernel in KERNELS:
+        dtype = check_dtype(kernel, device, kinds)
         if dtype is not None:
-            alone = check_attention(kernel, dtype, (heads, kv_heads), head_dim, device)
-            yield alone
-            if alone.ratio != float("inf"):
+            alone = [check_attention(kernel, dtype, (heads.q_heads, heads.kv_heads), kind, device) for kind in kinds]
+            yield next((finding for finding in alone if not finding.passed), max(alone, key=lambda each: each.ratio))
+            if all(finding.ratio != float("inf") for finding in alone):
                 yield tiny.check(kernel, dtype)
 
 
@@ -224,9 +233,10 @@ def rates_lines(gpu: GPU, link: tuple[float, float]) -> list[str]:
     """
     lines = [f"rates     {gpu.name}, {gpu.memory_gib:.1f} GiB free"]
     lines.append(f"  matrix products       {gpu.matmul / 1e12:8.1f} TFLOP/s")
-    for head_dim, (forward, backward) in gpu.attention.items():
+    for width, (forward, backward) in gpu.attention.items():
+        name = "/".join(map(str, width)) if isinstance(width, tuple) else str(width)
         rates = f"{forward / 1e12:8.1f} TFLOP/s forward, {backward / 1e12:.1f} backward"
-        lines.append(f"  attention, heads {head_dim:4} {rates}")
+        lines.append(f"  attention, heads {name:4} {rates}")
     lines.append(f"  device memory         {gpu.memory / 1e9:8,.0f} GB/s")
     lines.append(f"  link, pinned memory   {link[0] / 1e9:8.1f} GB/s to the GPU, {link[1] / 1e9:.1f} back")
     return lines

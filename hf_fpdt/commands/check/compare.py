@@ -6,7 +6,7 @@ Both are measured against the same computation in float64; `commands.accuracy` h
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ...attention import KERNELS, AttentionSpec, attention, peaked_qkv
 from ...config import FPDTPlugin
 from ...engine import attend_whole
 from ...model import apply_fpdt, build_random
+from ...plan import attention_sizes, head_dims, largest, why_no_sizes, windows_of
 from ..accuracy import LOSS, Tensors, Worst, errors, worst_of_run
 from ..options import plain
 from .tiny_config import VOCABULARY, shrunk
@@ -54,9 +55,28 @@ class Finding:
         return Worst(self.worst, self.ratio).passed
 
 
-def kernels_here(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
+def kinds_of(config: Any) -> list[AttentionSpec]:
+    """The kinds of attention in a text configuration's layers, each once; sinks make none, any kernel has them."""
+    if why_no_sizes(config):
+        return [AttentionSpec.plain(head_dim) for head_dim in head_dims(config)]
+    heads, kv_heads, head_dim, value_dim = attention_sizes(config)
+    softcap = largest(config, "attn_logit_softcapping")
+    return [
+        AttentionSpec(
+            scale=head_dim**-0.5,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            grouped=heads != kv_heads,
+            window=window,
+            softcap=softcap,
+        )
+        for window in dict.fromkeys(windows_of(config))
+    ]
+
+
+def kernels_here(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> dict[str, str | None]:
     """By kernel, why it cannot serve; None where it can. In the order in which "auto" looks."""
-    return {name: kernel.why_not(device, dtype, AttentionSpec.plain(head_dim)) for name, kernel in KERNELS.items()}
+    return {name: kernel.why_not(device, dtype, spec) for name, kernel in KERNELS.items()}
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
@@ -64,25 +84,29 @@ def training_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def check_dtype(kernel: str, device: torch.device, head_dim: int) -> torch.dtype | None:
-    """The widest dtype that the kernel takes, for errors stand out most there; None where it serves in none."""
-    takes, spec = KERNELS[kernel].why_not, AttentionSpec.plain(head_dim)
-    return next((t for t in (torch.float32, torch.bfloat16) if takes(device, t, spec) is None), None)
+def check_dtype(kernel: str, device: torch.device, kinds: Sequence[AttentionSpec]) -> torch.dtype | None:
+    """The widest dtype that the kernel takes for all kinds, for errors stand out most there; None where in none."""
+    why_not, widest = KERNELS[kernel].why_not, (torch.float32, torch.bfloat16)
+    return next((dtype for dtype in widest if not any(why_not(device, dtype, spec) for spec in kinds)), None)
 
 
 # -- attention alone --------------------------------------------------------------------------------------------------
 
 
-def check_attention(kernel: str, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, device: Any) -> Finding:
+def check_attention(
+    kernel: str, dtype: torch.dtype, heads: tuple[int, int], spec: AttentionSpec, device: Any
+) -> Finding:
     """The kernel's output and gradients on inputs whose softmax is peaked.
 
     Args:
         heads: query and key/value heads.
     """
-    n = ATTENTION_TOKENS
-    qkv = [x.to(device) for x in peaked_qkv(1, n, n, *heads, head_dim, dtype)]
-    dout = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    scale = head_dim**-0.5
+    n, width = ATTENTION_TOKENS, max(spec.head_dim, spec.value_dim)
+    q, k, v = (x.to(device) for x in peaked_qkv(1, n, n, *heads, width, dtype))
+    qkv = [q[..., : spec.head_dim], k[..., : spec.head_dim], v[..., : spec.value_dim]]
+    shape = (*q.shape[:3], spec.value_dim)
+    dout = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    kind: dict[str, Any] = {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
 
     def run(attend: Attend, to: torch.dtype) -> Tensors:
         leaves = [x.to(to).requires_grad_() for x in qkv]
@@ -91,22 +115,27 @@ def check_attention(kernel: str, dtype: torch.dtype, heads: tuple[int, int], hea
         return dict(zip(("output", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
 
     def by_hand(*leaves: Tensor) -> Tensor:
-        return attention(*leaves, scale=scale)[0]
+        return attention(*leaves, **kind)[0]
 
     try:
-        ours = run(functools.partial(attend_whole, scale=scale, kernel=kernel), dtype)
+        ours = run(functools.partial(attend_whole, **kind, kernel=kernel), dtype)
     except RuntimeError as error:  # what kernels raise that do not run on this GPU
         found = Worst(" ".join(str(error).split()), float("inf"))
     else:
         truth = run(by_hand, torch.float64)
-        plain = _less_accurate(run(by_hand, dtype), run(functools.partial(_sdpa, scale=scale), dtype), truth)
+        plain = run(by_hand, dtype)
+        if spec.softcap is None:  # which PyTorch has not
+            plain = _less_accurate(plain, run(functools.partial(_sdpa, spec=spec), dtype), truth)
         found = worst_of_run(ours, plain, truth)
     return Finding(kernel=kernel, what="attention", dtype=dtype, worst=found.name, ratio=found.ratio)
 
 
-def _sdpa(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, scale: float) -> Tensor:
+def _sdpa(q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, *, spec: AttentionSpec) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BSNH, k_BTGH, v_BTGH))
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    mask = None if spec.window is None else seen.triu(1 - spec.window)
+    how: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": spec.scale, "enable_gqa": True}
+    return scaled_dot_product_attention(q, k, v, **how).transpose(1, 2)
 
 
 def _less_accurate(a: Tensors, b: Tensors, truth: Tensors) -> Tensors:

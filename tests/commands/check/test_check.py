@@ -24,12 +24,14 @@ from hf_fpdt.commands.check.compare import TinyModel, check_attention
 from hf_fpdt.commands.main import main
 from hf_fpdt.forecast.rates import GPUS
 from hf_fpdt.forecast.rates_file import read_rates, save_rates
-from tests.model.test_model_zoo import GEMMA4, LATENT, ROUTED
+from tests.model.test_model_zoo import GEMMA4, ROUTED
 
 CPU = torch.device("cpu")
 NEOX = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "rotary_pct": 0.5}
 GROUPED = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 GROUPED |= {"intermediate_size": 128, "num_hidden_layers": 2}
+LATENT = {"num_key_value_heads": 4, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16}
+LATENT |= {"num_hidden_layers": 2, "q_lora_rank": 16, "first_k_dense_replace": 1, "num_experts_per_tok": 2}
 
 
 @pytest.fixture
@@ -81,6 +83,9 @@ def test_the_command_says_that_a_llama_is_right_here(folder: Callable[..., str])
         ("apertus", GROUPED),  # has parameters of one number
         ("gemma4_text", {**GROUPED, **GEMMA4}),  # its layers' head dimension is not to be read off the whole
         ("qwen3_moe", {**GROUPED, "num_experts": 16, "moe_intermediate_size": 32}),
+        ("mistral", {**GROUPED, "sliding_window": 4096}),
+        ("gpt_oss", {**GROUPED, "num_local_experts": 4}),
+        ("deepseek_v3", {**NEOX, **ROUTED, **LATENT}),
     ],
 )
 def test_supported_models_are_right_here(
@@ -88,6 +93,18 @@ def test_supported_models_are_right_here(
 ) -> None:
     status, out, _ = run(capsys, folder(name, **config))
     assert status == 0 and "is supported" in out and out.count(" right  ") == 4, out
+
+
+def test_kernels_are_named_for_each_kind_of_attention(
+    folder: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Softcap is what `math` alone does here; a window has a line of its own."""
+    config = {**GROUPED, "sliding_window": 64, "head_dim": 16, "attn_logit_softcapping": 30.0}
+    status, out, _ = run(capsys, folder("gemma2", **config))
+    assert status == 0 and "right with every kernel that is here: math" in out, out
+    for kind in ("heads of 16, a window of 64 keys, softcap 30", "heads of 16, softcap 30"):
+        assert f"kernels   for float32, {kind}\n" in out
+    assert "does no softcap (30.0)" in out
 
 
 # Not supported -------------------------------------------------------------------------------------------------------
@@ -99,10 +116,7 @@ def test_supported_models_are_right_here(
         ("bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 2}, "ignores the attention registry"),
         ("gemma4_text", {**GROUPED, "layer_types": ["sliding_attention", "full_attention"]}, "differ in head_dim"),
         ("xlstm", {"hidden_size": 64, "num_heads": 4, "num_hidden_layers": 2}, "has no num_attention_heads"),
-        ("mistral", {**GROUPED, "sliding_window": 4096}, "load it with sliding_window=None"),
-        ("gpt_oss", {**GROUPED, "num_local_experts": 4}, "sinks"),
-        # Shows when the layers run.
-        ("deepseek_v3", {**NEOX, **ROUTED, **LATENT, "num_key_value_heads": 4}, "heads of 16 for keys and of 8"),
+        ("llama4_text", {**GROUPED, "layer_types": ["chunked_attention"] * 2}, "layers of type chunked_attention"),
     ],
 )
 def test_an_unsupported_model_ends_with_1_and_its_reason(
@@ -189,9 +203,12 @@ def test_both_comparisons_find_a_broken_kernel_by_themselves(
     broken: Any, dtype: torch.dtype, with_kernel: Callable[[str, Any], None]
 ) -> None:
     tiny = TinyModel(AutoConfig.for_model("llama", **GROUPED), CPU)
-    assert check_attention("math", dtype, (4, 2), 16, CPU).passed and tiny.check("math", dtype).passed
+    assert (
+        check_attention("math", dtype, (4, 2), AttentionSpec.plain(16), CPU).passed
+        and tiny.check("math", dtype).passed
+    )
     with_kernel("math", broken)
-    assert not check_attention("math", dtype, (4, 2), 16, CPU).passed
+    assert not check_attention("math", dtype, (4, 2), AttentionSpec.plain(16), CPU).passed
     assert not tiny.check("math", dtype).passed
 
 
