@@ -226,7 +226,7 @@ def rates_lines(gpu: GPU, link: tuple[float, float]) -> list[str]:
     lines.append(f"  matrix products       {gpu.matmul / 1e12:8.1f} TFLOP/s")
     for head_dim, (forward, backward) in gpu.attention.items():
         rates = f"{forward / 1e12:8.1f} TFLOP/s forward, {backward / 1e12:.1f} backward"
-        lines.append(f"  attention, heads {head_dim:4} {rates}")
+        lines.append(f"  attention, heads {head_dim!s:>4} {rates}")
     lines.append(f"  device memory         {gpu.memory / 1e9:8,.0f} GB/s")
     lines.append(f"  link, pinned memory   {link[0] / 1e9:8.1f} GB/s to the GPU, {link[1] / 1e9:.1f} back")
     return lines
