@@ -236,7 +236,7 @@ def rates_lines(gpu: GPU, link: tuple[float, float]) -> list[str]:
     for width, (forward, backward) in gpu.attention.items():
         name = "/".join(map(str, width)) if isinstance(width, tuple) else str(width)
         rates = f"{forward / 1e12:8.1f} TFLOP/s forward, {backward / 1e12:.1f} backward"
-        lines.append(f"  attention, heads {name:4} {rates}")
+        lines.append(f"  attention, heads {name:>4} {rates}")
     lines.append(f"  device memory         {gpu.memory / 1e9:8,.0f} GB/s")
     lines.append(f"  link, pinned memory   {link[0] / 1e9:8.1f} GB/s to the GPU, {link[1] / 1e9:.1f} back")
     return lines

@@ -138,7 +138,7 @@ def heads_lines(found: PlannedStep) -> Iterator[str]:
     if windows := described_windows(found.step):
         yield ", ".join(windows)
         ring = max(kv.forward_ring, kv.backward_ring)
-        yield f"of their keys and values each GPU has what one row reads, {ring / GIB:,.2f} GiB, and the hosts none"
+        yield f"of their K and V a GPU holds what one row reads: {ring / GIB:,.2f} GiB; hosts hold none"
     if model.value_dim != model.head_dim:
         yield f"heads of {model.head_dim} for queries and keys, of {model.value_dim} for values"
 

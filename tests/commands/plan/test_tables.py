@@ -59,7 +59,7 @@ def test_the_numbers_are_the_plan_s(planned: tuple[PlannedStep, Machines]) -> No
         f"{found.strict_mfu:.3f}",
         f"{found.copy_seconds:,.1f} s, {100 * found.copy_seconds / found.seconds:.1f} %",
         f"{len(plan.chunks)} x 32,768",
-        f"{found.plan.kv.backward_resident} of {len(plan.chunks)}",
+        "in windows" if found.plan.kv.all_windowed else f"{found.plan.kv.backward_resident} of {len(plan.chunks)}",
     ] in rows
     assert f"{plan.n_tokens:,} tokens on {machines.gpus} x H100 80GB, " in text and machines.gpu.source in text
     sizes = [sum(size for _, size in found.device), found.host, forecast.disk_bytes][: 3 if machines.disk_bytes else 2]
@@ -95,6 +95,32 @@ def test_hosts_hold_k_v_and_checkpoints() -> None:
     assert hosts["K, V, dK, dV"] == pytest.approx(streamed, abs=0.06)
     assert hosts["checkpoints"] == pytest.approx(found.host / GIB - streamed, abs=0.06)
     assert hosts["available"] == 96.0
+
+
+def test_windows_are_told_and_what_one_layer_holds_of_them() -> None:
+    for name, lines in {
+        "all on the device": [],
+        "windows": ["6 of 8 layers see 4,096 keys"],
+        "windows alone": ["8 of 8 layers see 4,096 keys"],
+    }.items():
+        found, machines = fit(*CASES[name]), CASES[name][1]
+        text, told = text_of(Group(*plan_tables(found, machines, {}))), as_json(found, {})
+        ring = max(found.plan.kv.forward_ring, found.plan.kv.backward_ring)
+        assert [line for line in text.splitlines() if " layers see " in line] == lines
+        assert (f"what one row reads: {ring / GIB:.2f} GiB; hosts hold none" in text) == bool(lines)
+        assert told["ring_bytes"] == ring and (ring > 0) == bool(lines)
+        assert told["windows"] == ([] if not lines else list(found.step.windows))
+        assert (found.plan.kv.device_bytes == ring) == (name == "windows alone")
+
+
+def test_heads_of_two_widths_are_told() -> None:
+    training, machines, n_tokens = CASES["all on the device"]
+    model = replace(training.model, head_dim=192, value_dim=128, kv_heads=32)
+    for sizes, line in ((model, "heads of 192 for queries and keys, of 128 for values"), (training.model, None)):
+        found = fit(replace(training, model=sizes), machines, n_tokens)
+        text = text_of(Group(*plan_tables(found, machines, {})))
+        assert [each for each in text.splitlines() if each.startswith("heads of")] == ([line] if line else [])
+        assert (as_json(found, {})["key_dim"], as_json(found, {})["value_dim"]) == (sizes.head_dim, 128)
 
 
 def test_json_keeps_its_keys_whatever_the_tables_say() -> None:
