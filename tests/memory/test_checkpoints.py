@@ -22,7 +22,7 @@ from tests.helpers.stores import CPU, NO_LIMIT, TINY, FakeRun, checkpoint_store,
 from tests.helpers.support import assert_rejects
 
 # Entries of whole pages, but for lse.
-WIDE = replace(TINY, hidden=512, head_dim=128)
+WIDE = replace(TINY, hidden=512, head_dim=128, value_dim=0)
 STEP = step_of(20, 8, model=WIDE)
 CHUNKS = STEP.plan.chunks
 SIZES = STEP.layer_bytes()
