@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,3 +118,10 @@ def _together(sizes: Mapping[str, float]) -> float:
 
 def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.double()))
+
+
+def in_double(model: Any) -> Any:
+    """The model itself, in float64: the truth that others are measured against."""
+    if model.config._experts_implementation not in (None, "eager"):
+        model.set_experts_implementation("eager")  # the others have no float64
+    return model.double()

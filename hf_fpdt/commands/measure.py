@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..attention import AttentionSpec, Kernel, select_kernel
 from ..forecast import GPU, HEAD_DIMS, gpu_named
+from ..layout import seen_pairs
 from ..memory import PinnedMemory, Transfers, device_bytes_available
 from ..plan import BACKWARD_OPERATIONS
 from ..units import GIB
@@ -96,9 +97,10 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> floa
 
 def attention_rates(device: torch.device, dtype: torch.dtype, head_dim: int, sizes: Sizes) -> tuple[float, float]:
     """Operations a second forward and backward of the kernel that "auto" takes, on a full square of grouped heads."""
-    kernel = select_kernel("auto", device, dtype, AttentionSpec.plain(head_dim))
+    spec = AttentionSpec.plain(head_dim)
+    kernel = select_kernel("auto", device, dtype, spec)
     n = min(sizes.tokens, kernel.row_tokens)
-    return row_rates(kernel, QueryRow(Q_HEADS, KV_HEADS, head_dim, n, n, causal=False), device, dtype, sizes.seconds)
+    return row_rates(kernel, QueryRow(Q_HEADS, KV_HEADS, spec, n, n, causal=False), device, dtype, sizes.seconds)
 
 
 @dataclass(frozen=True)
@@ -107,16 +109,18 @@ class QueryRow:
 
     q_heads: int
     kv_heads: int
-    head_dim: int
+    spec: AttentionSpec
     queries: int
     keys: int
     causal: bool
 
     @property
     def operations(self) -> float:
-        """Of its forward pass."""
-        hidden = self.queries * (self.queries - 1) // 2 if self.causal else 0
-        return 4.0 * (self.queries * self.keys - hidden) * self.q_heads * self.head_dim
+        """Of its forward pass, of the pairs that are seen."""
+        pairs = float(self.queries * self.keys)
+        if self.causal:
+            pairs = seen_pairs(self.keys - self.queries, self.keys, self.spec.window)
+        return 2.0 * pairs * self.q_heads * (self.spec.head_dim + self.spec.value_dim)
 
 
 def row_rates(
@@ -124,12 +128,13 @@ def row_rates(
 ) -> tuple[float, float]:
     """Operations a second forward and backward of one call on random tensors."""
 
-    def normal(tokens: int, heads: int) -> Tensor:
-        return torch.randn(1, tokens, heads, row.head_dim, device=device, dtype=dtype)
+    def normal(tokens: int, heads: int, width: int) -> Tensor:
+        return torch.randn(1, tokens, heads, width, device=device, dtype=dtype)
 
-    q, dout = normal(row.queries, row.q_heads), normal(row.queries, row.q_heads)
-    k, v = normal(row.keys, row.kv_heads), normal(row.keys, row.kv_heads)
-    how: dict[str, Any] = {"causal": row.causal, "spec": AttentionSpec.of(q, k, v, row.head_dim**-0.5)}
+    spec = row.spec
+    q, dout = (normal(row.queries, row.q_heads, width) for width in (spec.head_dim, spec.value_dim))
+    k, v = (normal(row.keys, row.kv_heads, width) for width in (spec.head_dim, spec.value_dim))
+    how: dict[str, Any] = {"causal": row.causal, "spec": replace(spec, grouped=row.q_heads != row.kv_heads)}
     out, lse = kernel.forward(q, k, v, **how)
     forward = rate_of(row.operations, lambda: kernel.forward(q, k, v, **how), device, seconds)
     again = BACKWARD_OPERATIONS * row.operations

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ...attention import AttentionSpec, select_kernel
+from ...layout import seen_pairs
 from ...model import training_of
-from ...plan import ModelSizes
+from ...plan import ModelSizes, largest, windows_of
 from ..measure import QueryRow, rate_of, row_rates
 from .figures import keys_of
 from .job import Job
@@ -26,26 +30,63 @@ def measure_ceiling(job: Job) -> dict[str, Any]:
     Raises:
         NotImplementedError: no attention kernel serves.
     """
+    config = config_of(job)
     sizes = training_of(config_of(job, most_layers=1), lora=False).model
+    kinds = Counter(_kinds(config.get_text_config(), sizes))
     lengths = sorted({keys_of(n_tokens) for n_tokens in job.tokens})
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
-    kernel = select_kernel("auto", device, dtype, AttentionSpec.plain(sizes.head_dim))
-    attention = {str(keys): attention_rates(sizes, keys, device, dtype) for keys in lengths}
+    kernels = dict.fromkeys(select_kernel("auto", device, dtype, kind).name for kind in kinds)
+    attention = {str(keys): attention_rates(sizes, kinds, keys, device, dtype) for keys in lengths}
     return {
-        "kernel": kernel.name,
+        "kernel": ", ".join(kernels),
         "attention": attention,
         "matmul": matmul_rate(sizes, min(ROW_TOKENS, max(lengths)), device, dtype),
     }
 
 
-def attention_rates(sizes: ModelSizes, keys: int, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Forward and backward of a row of up to 32K queries, the last of `keys` keys.
+def _kinds(text: Any, sizes: ModelSizes) -> Iterator[AttentionSpec]:
+    """The attention of each layer of a text configuration."""
+    softcap = largest(text, "attn_logit_softcapping")
+    for window in windows_of(text):
+        yield AttentionSpec(
+            scale=sizes.head_dim**-0.5,
+            head_dim=sizes.head_dim,
+            value_dim=sizes.value_dim,
+            window=window,
+            softcap=softcap,
+        )
 
-    Where the kernel's causal masks are not aligned to the last key, every query sees every key; the rate is the same.
+
+def attention_rates(
+    sizes: ModelSizes, kinds: Mapping[AttentionSpec, int], keys: int, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Forward and backward over all layers of a sequence of so many keys, each kind measured by itself.
+
+    A row has up to 32K queries, the last of `keys` keys, or of those that a window leaves.
+
+    Args:
+        kinds: how many layers have which attention.
     """
-    kernel = select_kernel("auto", device, dtype, AttentionSpec.plain(sizes.head_dim))
-    queries, causal = min(keys, ROW_TOKENS), kernel.row_shape == "prefix"
-    row = QueryRow(sizes.q_heads, sizes.kv_heads, sizes.head_dim, queries, keys, causal)
+    operations, forward_s, backward_s = 0.0, 0.0, 0.0
+    for kind, layers in kinds.items():
+        spec = kind if kind.window is not None and kind.window < keys else replace(kind, window=None)
+        forward, backward = _kind_rates(sizes, spec, keys, device, dtype)
+        work = layers * sizes.attention_forward(seen_pairs(0, keys, spec.window))
+        operations, forward_s, backward_s = operations + work, forward_s + work / forward, backward_s + work / backward
+    return operations / forward_s, operations / backward_s
+
+
+def _kind_rates(
+    sizes: ModelSizes, spec: AttentionSpec, keys: int, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Where a kernel's causal masks are not aligned to the last key, every query sees every key; the rate is equal."""
+    kernel = select_kernel("auto", device, dtype, spec)
+    queries = min(keys, ROW_TOKENS)
+    if spec.window is not None:
+        keys, causal = min(keys, queries + spec.window - 1), True
+    else:
+        causal = kernel.row_shape == "prefix"
+    row = QueryRow(sizes.q_heads, sizes.kv_heads, spec, queries, keys, causal)
     return row_rates(kernel, row, device, dtype, SECONDS[device.type])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...labels import IGNORE_INDEX
-from ..accuracy import FACTOR, LOSS, Tensors, Worst, errors, least_of_dtype, worst
+from ..accuracy import FACTOR, LOSS, Tensors, Worst, errors, in_double, least_of_dtype, worst
 from .job import Job
 from .models import config_of, model_of, tokens_of
 from .ranks import whole
@@ -50,7 +50,7 @@ def check(stack: Stack, job: Job) -> Worst:
     labels = ids.clone()
     labels[:, :IGNORED_TOKENS] = IGNORE_INDEX
     # Before the stack, which may change classes of the whole process.
-    truth = results(Stack(), copy.deepcopy(model).double(), ids, labels)
+    truth = results(Stack(), in_double(copy.deepcopy(model)), ids, labels)
     naive = errors(results(Stack(), copy.deepcopy(model), ids, labels), truth)
     stack.prepare(model, Pieces(most_tokens=N_TOKENS // PIECES))
     # FSDP2 is not to be had without an optimizer.

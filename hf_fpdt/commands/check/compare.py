@@ -19,7 +19,7 @@ from ...config import FPDTPlugin
 from ...engine import attend_whole
 from ...model import apply_fpdt, build_random
 from ...plan import attention_sizes, head_dims, largest, why_no_sizes, windows_of
-from ..accuracy import LOSS, Tensors, Worst, errors, worst_of_run
+from ..accuracy import LOSS, Tensors, Worst, errors, in_double, worst_of_run
 from ..options import plain
 from .tiny_config import VOCABULARY, shrunk
 
@@ -188,8 +188,8 @@ class TinyModel:
         """Loss and gradients, of plain eager attention where no kernel is named."""
         model: Any = build_random(self.config, self.device, dtype, False)
         model.set_attn_implementation("eager")
-        if dtype == torch.float64 and model.config._experts_implementation not in (None, "eager"):
-            model.set_experts_implementation("eager")  # the others have no float64
+        if dtype == torch.float64:
+            model = in_double(model)
         _draw(model)
         if kernel is not None:
             # All on the host, so that the copies are checked too.

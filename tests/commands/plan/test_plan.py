@@ -102,9 +102,9 @@ def test_mistakes_end_with_status_2_and_without_a_traceback(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("qwen3_5_text", "layers of type linear_attention are not full attention"),
+        ("qwen3_5_text", "layers of type linear_attention are neither full attention nor a window"),
         ("gemma4_text", "its layers differ in head_dim (256, 512)"),
-        ("deepseek_v3", "heads of 192 for keys and of 128 for values"),  # as a trial of its layers finds
+        ("deepseek_v32", "layers of type indexed_attention"),
     ],
 )
 def test_what_fpdt_refuses_to_train_is_not_planned(
