@@ -81,6 +81,9 @@ def test_the_command_says_that_a_llama_is_right_here(folder: Callable[..., str])
         ("apertus", GROUPED),  # has parameters of one number
         ("gemma4_text", {**GROUPED, **GEMMA4}),  # its layers' head dimension is not to be read off the whole
         ("qwen3_moe", {**GROUPED, "num_experts": 16, "moe_intermediate_size": 32}),
+        ("mistral", {**GROUPED, "sliding_window": 4096}),
+        ("gpt_oss", {**GROUPED, "num_local_experts": 4}),
+        ("deepseek_v3", {**NEOX, **ROUTED, **LATENT, "num_key_value_heads": 4}),
     ],
 )
 def test_supported_models_are_right_here(
@@ -99,10 +102,8 @@ def test_supported_models_are_right_here(
         ("bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 2}, "ignores the attention registry"),
         ("gemma4_text", {**GROUPED, "layer_types": ["sliding_attention", "full_attention"]}, "differ in head_dim"),
         ("xlstm", {"hidden_size": 64, "num_heads": 4, "num_hidden_layers": 2}, "has no num_attention_heads"),
-        ("mistral", {**GROUPED, "sliding_window": 4096}, "load it with sliding_window=None"),
-        ("gpt_oss", {**GROUPED, "num_local_experts": 4}, "sinks"),
         # Shows when the layers run.
-        ("deepseek_v3", {**NEOX, **ROUTED, **LATENT, "num_key_value_heads": 4}, "heads of 16 for keys and of 8"),
+        ("diffllama", GROUPED, "calls its attention function twice"),
     ],
 )
 def test_an_unsupported_model_ends_with_1_and_its_reason(
