@@ -28,7 +28,7 @@ from tests.helpers.kinds import (
     windows_of,
     with_adapters,
 )
-from tests.helpers.models import CHUNK, PLUGIN, Step, assert_same_step, taken_step, tokens, train_step
+from tests.helpers.models import CHUNK, PLUGIN, Step, assert_same_step, taken_step, tiny, tokens, train_step
 from tests.helpers.support import assert_rejects, max_error
 
 IDS = tokens(2, 37)
@@ -324,3 +324,18 @@ def test_a_windows_mask_by_another_way_is_refused() -> None:
     mask = fpdt_mask(1, 37, 37, local_size=WINDOW)
     with calling(TrialCall()), pytest.raises(NotImplementedError, match="an attention mask"):
         fpdt_attention(nn.Module(), q, q, q, mask)
+
+
+GEMMA3N: dict[str, Any] = {
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 80, "laurel_rank": 4, "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9, "activation_sparsity_pattern": [0.0, 0.0],
+}  # fmt: skip
+
+
+def test_hidden_states_of_four_dimensions_are_refused_before_any_step() -> None:
+    """Gemma 3n has several of each token: the second axis is the batch."""
+    model = tiny("gemma3n_text", attention="eager", **GEMMA3N)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("self_attn.q_proj" in name)
+    with pytest.raises(NotImplementedError, match=r"hidden states of shape \(4, 1, 48, 32\)"):
+        apply_fpdt(model, PLUGIN)
