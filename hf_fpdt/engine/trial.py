@@ -53,10 +53,8 @@ DROPOUTS = frozenset(
 class TrialCall(Call):
     """Attention of each token to itself alone; it depends on q, k and v."""
 
-    n_tokens = 2**62  # any window is shorter
-
-    def __init__(self, window: int | None = None) -> None:
-        self.calls, self.window = 0, window
+    def __init__(self, window: int | None = None, n_tokens: int = 2**62) -> None:
+        self.calls, self.window, self.n_tokens = 0, window, n_tokens
 
     def attend(
         self,
@@ -138,7 +136,8 @@ class LayerTrials:
         device = hidden_BSD.device
         with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device_of(hidden_BSD):
             trial = _Trial(layer, forward, _first_tokens(arguments, hidden_BSD, tokens), hidden_BSD, tokens)
-            trial.window = window
+            # In a visit every window is in the mask; in a step those alone that are shorter than the sequence.
+            trial.window, trial.keys = window, 2**62 if visiting() else hidden_BSD.shape[1]
             with (
                 untouched_random_state(device),
                 Autocast.now(device).again(),
@@ -195,6 +194,7 @@ class _Trial:
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.draws = False
         self.window: int | None = None
+        self.keys = 2**62
         self.tolerance = UNITS * _unit(layer.parameters(), like_BSD)
 
     def why_not(self) -> str | None:
@@ -229,7 +229,7 @@ class _Trial:
         if chunk is not None:
             kwargs = {name: tokens_of(value, chunk, self.plan) for name, value in kwargs.items()}
         self.start.restore()
-        with calling(call := TrialCall(self.window)):
+        with calling(call := TrialCall(self.window, self.keys)):
             y_BSD = hidden_states_of(self.forward(x_BSD, **kwargs))
         if call.calls != 1:
             how = "calls its attention function twice" if call.calls else "never calls its attention function"

@@ -43,7 +43,11 @@ class WindowedKV:
         return k.shape[0], k.shape[2], max(k.shape[3], v.shape[3])
 
     def missing(self, chunk: Chunk) -> tuple[Chunk, ...]:
-        """The chunks, ascending, that the row of `chunk` reads beside its own, and that are not here."""
+        """The chunks, ascending, that the row of `chunk` reads beside its own, and that are not here.
+
+        A backward pass asks on its way down: later chunks, which no row reads any more, are let go of.
+        """
+        self._kv = {index: pair for index, pair in self._kv.items() if index <= chunk.index}
         return tuple(each for each in self.plan.read_by(chunk, self.window)[:-1] if each.index not in self._kv)
 
     def put(self, chunk: Chunk, k_BSGH: Tensor, v_BSGH: Tensor) -> None:

@@ -59,7 +59,8 @@ def fpdt_attention(
     call = current_call()
     _refuse(module, dropout, kwargs)
     window = window_of_mask(attention_mask)
-    if attention_mask is not None and window is None:
+    # A layer is given its window beside the call: a mask that reaches attention there came by another way.
+    if attention_mask is not None and (window is None or call is not None):
         _refuse_mask_in_training(attention_mask, query, key, value)
         return _under_mask(module, query, key, value, attention_mask, scaling, kwargs)
     if call is None and query.shape[2] == 1 and kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
@@ -110,7 +111,7 @@ def _under_mask(
 
     Args:
         query, key, value: [B, N or G, S or T, H].
-        mask: [B, 1, S, T], True where a query sees a key.
+        mask: [B, 1, S, T], True where a query sees a key, or numbers to be added to scores.
     """
     softcap, sinks_N = kwargs.get("softcap"), kwargs.get("s_aux")
     if softcap is None and sinks_N is None:
@@ -118,7 +119,9 @@ def _under_mask(
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query.float() @ key.float().transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask[:, :, :, : key.shape[2]], torch.finfo(scores.dtype).min)
+    mask = mask[:, :, :, : key.shape[2]]
+    bool_mask = mask.dtype == torch.bool
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if bool_mask else scores + mask
     if sinks_N is not None:
         column = sinks_N.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)

@@ -216,6 +216,10 @@ def _no_caches(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _check_arguments(arguments: dict[str, Any], hidden: Tensor, name: str) -> None:
     """Refuse what a chunk cannot be given a part of: masks, and tensors whose token axis is not where it should be."""
+    if hidden.dim() != 3:
+        raise NotImplementedError(
+            f"hf_fpdt: {name} got hidden states of shape {tuple(hidden.shape)}; [batch, tokens, width] is expected."
+        )
     n_tokens = hidden.shape[1]
     for key, value in arguments.items():
         for tensor in value if isinstance(value, (tuple, list)) else (value,):

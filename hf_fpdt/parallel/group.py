@@ -42,30 +42,29 @@ class SequenceParallelGroup:
         """This rank's piece for all heads → the whole chunk for this rank's heads; one exchange for all `parts`.
 
         Args:
-            parts_BSNH: [B, S/P, heads, H] each, S/P and H the same in all; heads a multiple of P.
+            parts_BSNH: [B, S/P, heads, H] each, S/P the same in all; heads a multiple of P.
 
         Returns:
             [B, S, heads/P, H] each.
         """
         if self.size == 1:
             return parts_BSNH
-        heads = [part.shape[2] // self.size for part in parts_BSNH]
-        # One copy: each part by rank, then all of them side by side, [P, B, S/P, heads, H].
-        by_rank = torch.cat([part.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4) for part in parts_BSNH], dim=3)
-        received_PBsNH = self._exchange(by_rank)
-        whole_BSNH = received_PBsNH.transpose(0, 1).flatten(1, 2)
-        return whole_BSNH.split(heads, dim=2)
+        by_rank = [part.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4) for part in parts_BSNH]
+        # One copy: each part by rank, then all of them side by side, [P, B, S/P, heads · H]; MLA has two widths.
+        received = self._exchange(torch.cat([part.flatten(3) for part in by_rank], dim=3))
+        whole = received.transpose(0, 1).flatten(1, 2)
+        return _parted(whole, [part.shape[3:] for part in by_rank])
 
     def heads_to_seq(self, *parts_BSNH: Tensor) -> tuple[Tensor, ...]:
         """The inverse of `seq_to_heads`: [B, S, heads/P, H] each → [B, S/P, heads, H] each."""
         if self.size == 1:
             return parts_BSNH
-        heads = [part.shape[2] for part in parts_BSNH]
-        together = parts_BSNH[0] if len(parts_BSNH) == 1 else torch.cat(parts_BSNH, dim=2)
-        by_rank = together.unflatten(1, (self.size, -1))  # [B, P, S/P, heads, H]
-        received_PBsNH = self._exchange(by_rank.transpose(0, 1))
-        pieces = received_PBsNH.permute(1, 2, 0, 3, 4).split(heads, dim=3)  # [B, S/P, P, heads, H] each
-        return tuple(piece.flatten(2, 3) for piece in pieces)
+        flat = [part.flatten(2) for part in parts_BSNH]
+        together = flat[0] if len(flat) == 1 else torch.cat(flat, dim=2)
+        by_rank = together.unflatten(1, (self.size, -1))  # [B, P, S/P, heads · H]
+        received = self._exchange(by_rank.transpose(0, 1))
+        pieces = _parted(received.permute(1, 2, 0, 3), [part.shape[2:] for part in parts_BSNH])
+        return tuple(piece.flatten(2, 3) for piece in pieces)  # from [B, S/P, P, heads, H]
 
     def _exchange(self, by_rank: Tensor) -> Tensor:
         """Row r of dimension 0 goes to rank r; row r of the result came from it."""
@@ -110,6 +109,12 @@ class SequenceParallelGroup:
         """How often a key/value head is repeated so that P ranks get equal shares that fit their query heads."""
         check_heads(q_heads, self.size)
         return math.lcm(kv_heads, self.size) // kv_heads
+
+
+def _parted(together: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """Parts that lie side by side in the last dimension, that of each in two: (heads, H)."""
+    parts = together.split([math.prod(shape) for shape in shapes], dim=-1)
+    return tuple(part.unflatten(-1, tuple(shape)) for part, shape in zip(parts, shapes, strict=True))
 
 
 def check_heads(q_heads: int, sp_size: int) -> None:

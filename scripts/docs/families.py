@@ -26,7 +26,7 @@ from typing import cast
 
 import torch
 import transformers
-from family_trial import ERROR, EXACT, LATE, NOT_TRIED, REFUSED, VERDICTS, WITHOUT_WINDOW, WRONG, Verdict, tried
+from family_trial import ERROR, EXACT, LATE, NOT_TRIED, REFUSED, VERDICTS, WRONG, Verdict, tried
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # Children begin with torch and transformers imported.
@@ -41,8 +41,7 @@ OF_ONE_CLASS = (
     (r"^layer \d+ \(\w+\)", "a layer"),
     (r'^attn_implementation="fpdt"( in \w+)?: ', ""),
     (r' Otherwise choose "sdpa" or "eager".$', ""),
-    (r" \(window \d+\)| of shape \([\d, ]+\)", ""),
-    (r"heads of \d+ for keys and of \d+ for values", "heads of different widths for keys and values"),
+    (r" of shape \([\d, ]+\)", ""),
     (r"^the forward of \w+", "its forward"),
     (r" You can install it.*(?=\)$)", ""),
 )
@@ -53,12 +52,12 @@ Every causal language model of transformers {version}, by model type, on a CPU w
 
     {command}
 
-Of each a tiny model is made from its default configuration (few layers, small sizes, dropout off) with random weights.
-It trains one step of 37 tokens plainly and one with FPDT in chunks of 8; loss and every gradient are compared in
-float64, of which transformers computes norms, rotary embeddings and the loss in fp32. FPDT knows no family by name:
-the model and its configuration decide, so **a checkpoint may differ from its family's default**, by a window, by other
-kinds of layers, by dropout. `hf-fpdt check NAME` asks your checkpoint, prints every reason (here is the first),
-and compares on your machine.
+Of each a tiny model is made from its default configuration (few layers, small sizes, windows of 40 tokens at most,
+dropout off) with random weights. It trains one step of 53 tokens plainly and one with FPDT in chunks of 8; loss and
+every gradient are compared in float64, of which transformers computes norms, rotary embeddings and the loss in fp32.
+FPDT knows no family by name: the model and its configuration decide, so **a checkpoint may differ from its family's
+default**, by a window, by other kinds of layers, by dropout. `hf-fpdt check NAME` asks your checkpoint, prints every
+reason (here is the first), and compares on your machine.
 """
 
 
@@ -170,8 +169,7 @@ def _refused_rows(verdicts: Sequence[Verdict]) -> str:
     """A row for each first reason, the one with the most families first."""
     families: dict[str, list[str]] = {}
     for v in verdicts:
-        note = f" ({WITHOUT_WINDOW})" if WITHOUT_WINDOW in v.reasons else ""
-        families.setdefault(_general(v.reasons[0]), []).append(f"`{v.family}`{note}")
+        families.setdefault(_general(v.reasons[0]), []).append(f"`{v.family}`")
     rows = sorted(families.items(), key=lambda row: (-len(row[1]), row[0]))
     lines = ["| because | model types |", "|---|---|"]
     return "\n".join([*lines, *(f"| {reason} | {', '.join(names)} |" for reason, names in rows), ""])

@@ -1,7 +1,8 @@
 """One family of models, tried: a tiny model of its default configuration trains a step plainly and with FPDT.
 
-The step has 37 tokens in chunks of 8, so that the last chunk is ragged, and weights that give attention peaks. Loss
-and every gradient are compared, in float64 where the model runs in it.
+The step has 53 tokens in chunks of 8, so that the last chunk is ragged and windows (40 at most) are shorter than the
+sequence, and weights that give attention peaks. Loss and every gradient are compared, in float64 where the model runs
+in it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hf_fpdt.model.apply import why_refused
 from hf_fpdt.model.refusals import ATTENTION_DROPOUTS
 from hf_fpdt.plan.by_layer import by_layer
 
-TOKENS, CHUNK, LOSS_CHUNK = 37, 8, 6
+TOKENS, CHUNK, LOSS_CHUNK = 53, 8, 6
 MOST_PARAMETERS = 100_000_000
 # A float64 model of transformers has norms, rotary embeddings and loss in fp32, and a routed one may round there.
 TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 2e-5}
@@ -34,7 +35,6 @@ WEIGHT_GAIN = 2.0
 
 EXACT, REFUSED, LATE, NOT_TRIED = "exact", "refused", "refused at the first step", "not tried"
 WRONG, ERROR = "WRONG", "error in a step"
-WITHOUT_WINDOW = "exact with sliding_window=None"
 VERDICTS = (EXACT, REFUSED, LATE, NOT_TRIED, WRONG, ERROR)
 
 _EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}
@@ -123,7 +123,7 @@ def _tried(verdict: Verdict) -> Verdict:
         return _without_tiny(verdict, _said(error))
     verdict = replace(verdict, settings=_settings(verdict.family, config))
     if refused:
-        return replace(verdict, verdict=REFUSED, reasons=(*refused, *_without_window(verdict, config, refused)))
+        return replace(verdict, verdict=REFUSED, reasons=tuple(refused))
     return _compared(verdict, config)
 
 
@@ -136,19 +136,6 @@ def _without_tiny(verdict: Verdict, why: str) -> Verdict:
     if refused:
         return replace(verdict, verdict=REFUSED, reasons=tuple(refused))
     return replace(verdict, reasons=(f"no tiny model of it can be made ({why})",))
-
-
-def _without_window(verdict: Verdict, config: Any, refused: list[str]) -> Iterator[str]:
-    """Where a window is the only reason and the advice is to leave it out: what becomes of that."""
-    if len(refused) != 1 or "sliding_window=None" not in refused[0]:
-        return
-    try:
-        config = copy.deepcopy(config)
-        config.get_text_config().sliding_window = None
-    except Exception:
-        return  # it must have one
-    if _compared(verdict, config).verdict == EXACT:
-        yield WITHOUT_WINDOW
 
 
 def _compared(verdict: Verdict, config: Any) -> Verdict:

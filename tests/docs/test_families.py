@@ -15,23 +15,34 @@ from hf_fpdt.attention.kernels import table as kernels
 from tests.helpers import app_support  # noqa: F401  puts scripts/docs on the path
 
 import families  # isort: skip
-from family_trial import EXACT, LATE, NOT_TRIED, REFUSED, WITHOUT_WINDOW, WRONG, Verdict, tried  # isort: skip
+from family_trial import EXACT, LATE, NOT_TRIED, REFUSED, WRONG, Verdict, tried  # isort: skip
 
 VERDICTS = [
     Verdict("llama", "Llama", EXACT, error=1.2e-7, how="float64"),
-    Verdict("mistral", "Mistral", REFUSED, ("a window (window 40) | is not served", WITHOUT_WINDOW)),
-    Verdict("moshi", "Moshi", REFUSED, ("a window (window 3) | is not served",)),
+    Verdict("beam", "Beam", REFUSED, ("an argument of shape (1, 48) | is not cut",)),
+    Verdict("moshi", "Moshi", REFUSED, ("an argument of shape (2, 3) | is not cut",)),
     Verdict("gone", "Gone", NOT_TRIED, ("its process ended with -9",)),
 ]
 
 
-def test_an_exact_family_and_one_with_a_window() -> None:
-    llama = tried("llama", "LlamaForCausalLM")
-    assert llama.verdict == EXACT and llama.how == "float64" and 0 < (llama.error or 0) < 1e-6, llama
-    mistral = tried("mistral", "MistralForCausalLM")
-    assert (
-        mistral.verdict == REFUSED and "sliding-window" in mistral.reasons[0] and mistral.reasons[-1] == WITHOUT_WINDOW
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_an_exact_family_and_one_with_a_window(family: str) -> None:
+    found = tried(family, f"{family.title()}ForCausalLM")
+    assert found.verdict == EXACT and found.how == "float64" and 0 < (found.error or 0) < 1e-6, found
+
+
+def test_a_refused_family_says_why() -> None:
+    found = tried("diffllama", "DiffLlamaForCausalLM")
+    assert found.verdict == REFUSED and "calls its attention function twice" in found.reasons[0], found
+
+
+def test_a_window_that_is_not_the_mask_s_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is longer than the window."""
+    monkeypatch.setattr(
+        "hf_fpdt.model.layers.window_of_mask", lambda mask: None if mask is None else mask.fpdt_window + 1
     )
+    monkeypatch.setattr("hf_fpdt.model.attention_function._agreed_window", lambda _, masked, *__: masked)
+    assert tried("mistral", "MistralForCausalLM").verdict == WRONG
 
 
 @pytest.mark.parametrize("factor", [1 + 1e-4, 1.05])
@@ -70,7 +81,7 @@ def test_the_command_writes_both_files_and_ends_with_1_for_a_wrong_one(
     assert len(json.loads(rows.read_text())["families"]) == 5
     text = table.read_text()
     assert "| `llama` | `Llama` | 1e-07 |" in text and families.COMMAND in text
-    assert f"| a window \\| is not served | `mistral` ({WITHOUT_WINDOW}), `moshi` |" in text
+    assert "| an argument \\| is not cut | `beam`, `moshi` |" in text
     assert "| its process ended with -9 | `gone` |" in text and (f"## {WRONG} (1)" in text) == (status == 1)
 
 

@@ -195,6 +195,7 @@ def test_keys_and_values_of_another_layer_are_refused() -> None:
         apply_fpdt(model, PLUGIN)
 
 
+LATENT: Config = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 # What only shows when the layers are tried.
 REFUSED_BY_TRIAL: dict[str, tuple[Config, str]] = {
     "diffllama": ({}, "layer 0 .* calls its attention function twice"),

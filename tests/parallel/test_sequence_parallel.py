@@ -234,6 +234,9 @@ def _round_trip(rank: int, world: int) -> None:
     assert [x.shape for x in heads] == [(2, 6 * world, n // world, 5) for n in (8, 4, 4)]
     for part, back in zip(parts, group.heads_to_seq(*heads), strict=True):
         assert torch.equal(part, back)
+    latent = [torch.randn(2, 6, 8, width, generator=torch.Generator().manual_seed(rank)) for width in (12, 12, 8)]
+    for part, back in zip(latent, group.heads_to_seq(*group.seq_to_heads(*latent)), strict=True):
+        assert torch.equal(part, back), "values of another width than keys"
     # Rank 0's first piece stands first in every rank's chunk, for that rank's heads.
     first = torch.randn(shapes[0], generator=torch.Generator().manual_seed(0))
     n = 8 // world

@@ -117,6 +117,8 @@ def test_kernels_are_named_for_each_kind_of_attention(
         ("gemma4_text", {**GROUPED, "layer_types": ["sliding_attention", "full_attention"]}, "differ in head_dim"),
         ("xlstm", {"hidden_size": 64, "num_heads": 4, "num_hidden_layers": 2}, "has no num_attention_heads"),
         ("llama4_text", {**GROUPED, "layer_types": ["chunked_attention"] * 2}, "layers of type chunked_attention"),
+        # Shows when the layers run.
+        ("diffllama", GROUPED, "calls its attention function twice"),
     ],
 )
 def test_an_unsupported_model_ends_with_1_and_its_reason(
