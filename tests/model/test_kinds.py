@@ -328,7 +328,8 @@ def test_a_windows_mask_by_another_way_is_refused() -> None:
 
 GEMMA3N: dict[str, Any] = {
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 80, "laurel_rank": 4, "num_kv_shared_layers": 0,
-    "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9, "activation_sparsity_pattern": [0.0, 0.0],
+    "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9,
+    "activation_sparsity_pattern": [0.0, 0.0],
 }  # fmt: skip
 
 
