@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import hf_fpdt.engine.layer_run
 from hf_fpdt.memory.windowed_kv import WindowedKV
@@ -32,7 +32,7 @@ _LATENT: Config = {
     "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
     "v_head_dim": 8, "head_dim": 4,
 }  # fmt: skip
-FAMILIES: Mapping[str, Config] = {
+_FAMILIES: Mapping[str, Config] = {
     "afmoe": {**_ALTERNATING, **_EXPERTS, "num_experts": 4, "num_dense_layers": 1},
     "cohere2": _ALTERNATING,
     "deepseek_v2": {**_LATENT, **_ROUTED, "q_lora_rank": None},
@@ -62,6 +62,8 @@ FAMILIES: Mapping[str, Config] = {
     "starcoder2": {"sliding_window": WINDOW, "residual_dropout": 0.0, "embedding_dropout": 0.0},
     "vaultgemma": {**_ALTERNATING, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
 }  # fmt: skip
+# Not every release of transformers that is served has all of them.
+FAMILIES = {name: config for name, config in _FAMILIES.items() if name in CONFIG_MAPPING}
 # Draws random numbers in training mode, for tokens by their place.
 EVALUATED = {"phimoe"}
 
