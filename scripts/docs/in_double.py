@@ -24,6 +24,7 @@ def in_double() -> Iterator[None]:
         for owner, names in CASTS:
             for name in names:
                 patches.enter_context(patch.object(owner, name, _wide(getattr(owner, name))))
+        patches.enter_context(patch.object(Tensor, "__matmul__", _widened(Tensor.__matmul__)))
         yield
 
 
@@ -36,5 +37,15 @@ def _wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if function.__name__ == "float" or (not kept and not options and (args or kwargs)):
             return x
         return function(x, *kept, **options)
+
+    return call
+
+
+def _widened(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of frequencies in float64 and positions, which are whole numbers cast to fp32."""
+
+    def call(a: Tensor, b: Tensor) -> Tensor:
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        return product(a.to(dtype), b.to(dtype)) if torch.float64 in (a.dtype, b.dtype) else product(a, b)
 
     return call
