@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh dev
 
-TESTS=(tests/model/test_apply.py tests/model/test_fused.py tests/model/test_attention_function.py tests/model/test_model.py tests/model/test_model_zoo.py)
+TESTS=(tests/model/test_apply.py tests/model/test_fused.py tests/model/test_attention_function.py tests/model/test_model.py tests/model/test_model_zoo.py
+       tests/model/test_kinds.py)
 TESTS+=(tests/training/test_trainer.py tests/engine/test_trial.py)
 
 version_of() { # what pip would take for a requirement such as "transformers<6"

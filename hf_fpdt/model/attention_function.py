@@ -193,6 +193,8 @@ def fpdt_mask(
     ranks = ranks_of_batch()
     if ranks > 1 and attention_mask is None:
         # transformers takes the gaps in a rank's position_ids for packed documents
+        if _looks_ahead(batch_size, q_length, kwargs):
+            raise NotImplementedError(f'hf_fpdt: attn_implementation="{NAME}": {_why_no_mask(None, False, 0)}')
         return _window_mask(batch_size, q_length, kv_length, ranks, kwargs) if window else None
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset
     plain = allow_is_causal_skip and aligned
@@ -226,6 +228,15 @@ def _window_mask(batch_size: int, q_length: int, kv_length: int, ranks: int, kwa
     return mask
 
 
+def _looks_ahead(batch_size: int, tokens: int, kwargs: dict[str, Any]) -> bool:
+    """Whether some token of a rank's part sees the one after it, as those of an image do."""
+    if kwargs.get("mask_function") is None or tokens < 2:
+        return False
+    rows, queries = (torch.arange(count, device=kwargs.get("device")) for count in (batch_size, tokens - 1))
+    seen = kwargs["mask_function"](rows[:, None], torch.tensor(0), queries, queries + 1)
+    return bool(torch.as_tensor(seen).any())
+
+
 def _is_window(mask_function: Callable[..., Any], window: int) -> bool:
     """Whether a query sees the last `window` keys; chunked attention sees those of its own chunk alone."""
     query, *keys = (torch.tensor(place) for place in (window, 0, 1, window))
@@ -252,7 +263,7 @@ def _padded_on_the_right_at_most(mask_BT: Tensor | None, q_length: int, kv_lengt
 
 def _why_no_mask(mask_BT: Tensor | None, full: bool, needed_bytes: int) -> str | None:
     what = "padding that is not on the right alone" if full and mask_BT is not None else "a mask other than causal"
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or ranks_of_batch() > 1:
         return (
             f"{what} (left padding, sliding windows, position_ids that restart as in packed documents) is not "
             "supported with gradients on. Pad on the right with label -100 and give one document a sequence; where "

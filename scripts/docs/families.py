@@ -54,10 +54,10 @@ Every causal language model of transformers {version}, by model type, on a CPU w
 
 Of each a tiny model is made from its default configuration (few layers, small sizes, windows of 40 tokens at most,
 dropout off) with random weights. It trains one step of 53 tokens plainly and one with FPDT in chunks of 8; loss and
-every gradient are compared in float64, of which transformers computes norms, rotary embeddings and the loss in fp32.
-FPDT knows no family by name: the model and its configuration decide, so **a checkpoint may differ from its family's
-default**, by a window, by other kinds of layers, by dropout. `hf-fpdt check NAME` asks your checkpoint, prints every
-reason (here is the first), and compares on your machine.
+every gradient are compared in float64, transformers' own casts to fp32 left out. FPDT knows no family by name: the
+model and its configuration decide, so **a checkpoint may differ from its family's default**, by a window, by other
+kinds of layers, by dropout. `hf-fpdt check NAME` asks your checkpoint, prints every reason (here is the first), and
+compares on your machine.
 """
 
 

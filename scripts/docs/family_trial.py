@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from in_double import in_double
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
@@ -26,8 +27,8 @@ from hf_fpdt.plan.by_layer import by_layer
 
 TOKENS, CHUNK, LOSS_CHUNK = 53, 8, 6
 MOST_PARAMETERS = 100_000_000
-# A float64 model of transformers has norms, rotary embeddings and loss in fp32, and a routed one may round there.
-TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 2e-5}
+# In float64 throughout.
+TOLERANCES: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 2e-5}
 # No gradient is measured against less than this share of the largest one: the bias of a key projection is rounding.
 FLOOR = 1e-3
 SECONDS = 60
@@ -109,7 +110,7 @@ def tried(family: str, architecture: str) -> Verdict:
     """What FPDT does with a family; whatever a model raises becomes a verdict."""
     verdict = Verdict(family, architecture, NOT_TRIED)
     try:
-        with _limited(SECONDS):
+        with _limited(SECONDS), in_double():
             return _tried(verdict)
     except TooLong:
         return replace(verdict, reasons=(f"takes more than {SECONDS} seconds",))
@@ -219,7 +220,8 @@ def _settings(family: str, config: Any) -> str:
     notes = [f"its own {name}" if isinstance(value, dict) else f"{name}={value!r}" for name, value in tweaks]
     default = _default(family).get_text_config()
     notes += [f"{name}=0.0" for name in ATTENTION_DROPOUTS if any(by_layer(default, name))]
-    if any(by_layer(text, "sliding_window")) and "full_attention" in (getattr(text, "layer_types", None) or ()):
+    kinds = getattr(text, "layer_types", None) or ()
+    if any(by_layer(text, "sliding_window")) and kinds and "sliding_attention" not in kinds:
         notes.append("no layer has the window that it may have")
     return ", ".join(notes)
 

@@ -364,6 +364,48 @@ def test_a_kernel_says_what_it_does_not_serve(case: str) -> None:
     assert KERNELS["math"].why_not(device, torch.bfloat16, spec) is None
 
 
+WIDE = asked(head_dim=256, value_dim=256)
+LATENT = asked(head_dim=192)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("capability", "served", "refused"),
+    [
+        ((9, 0), [WIDE, replace(WIDE, window=9, softcap=9.0), LATENT, replace(LATENT, grouped=True)], []),
+        (
+            (10, 0),
+            [asked(window=9, softcap=9.0), WIDE, LATENT],
+            [replace(WIDE, window=9), replace(WIDE, softcap=9.0), replace(LATENT, grouped=True), asked(head_dim=160)],
+        ),
+        ((12, 0), [asked(window=9, softcap=9.0)], [WIDE, LATENT]),
+    ],
+    ids=["Hopper", "Blackwell", "consumer Blackwell"],
+)
+def test_flash_attn_4_differs_by_gpu(
+    capability: tuple[int, int],
+    served: list[AttentionSpec],
+    refused: list[AttentionSpec],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    case = torch.device("cuda"), torch.bfloat16
+    assert [KERNELS["fa4"].why_not(*case, spec) for spec in served] == [None] * len(served)
+    assert all("on this GPU" in (KERNELS["fa4"].why_not(*case, spec) or "") for spec in refused)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_kernels_that_are_deterministic_in_part_say_where_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    case = torch.device("cuda"), torch.bfloat16
+    assert KERNELS["flash-attn-3"].why_not(*case, LATENT) is None
+    assert "not deterministic" in (KERNELS["flash-attn-3"].why_not(*case, WIDE) or "")
+    assert "not deterministic" in (KERNELS["efficient"].why_not(*case, WIDE) or "")
+    assert KERNELS["fa4"].why_not(*case, WIDE) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (12, 0))
+    assert "not deterministic" in (KERNELS["fa4"].why_not(*case, asked()) or "")
+
+
 def test_the_cpu_kernel_has_no_softcap_and_math_takes_over() -> None:
     spec = asked(softcap=7.0, window=5)
     assert KERNELS["cpu"].why_not(torch.device("cpu"), torch.float32, spec) == "does no softcap (7.0)"

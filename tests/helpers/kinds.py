@@ -1,9 +1,9 @@
-"""Tiny models with windows, sinks, softcap and latent attention, and the mode in which they are float64 throughout."""
+"""Tiny models with windows, sinks, softcap and latent attention, and `in_double`: float64 throughout."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,11 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import hf_fpdt.engine.layer_run
 from hf_fpdt.memory.windowed_kv import WindowedKV
+from tests.helpers import app_support  # noqa: F401  puts scripts/docs on the path
 from tests.helpers.models import Step, tiny, train_step
+
+from in_double import in_double as in_double  # isort: skip
 
 Config = dict[str, Any]
 WINDOW = 9
@@ -29,7 +32,7 @@ _LATENT: Config = {
     "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
     "v_head_dim": 8, "head_dim": 4,
 }  # fmt: skip
-FAMILIES: Mapping[str, Config] = {
+_FAMILIES: Mapping[str, Config] = {
     "afmoe": {**_ALTERNATING, **_EXPERTS, "num_experts": 4, "num_dense_layers": 1},
     "cohere2": _ALTERNATING,
     "deepseek_v2": {**_LATENT, **_ROUTED, "q_lora_rank": None},
@@ -59,6 +62,8 @@ FAMILIES: Mapping[str, Config] = {
     "starcoder2": {"sliding_window": WINDOW, "residual_dropout": 0.0, "embedding_dropout": 0.0},
     "vaultgemma": {**_ALTERNATING, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
 }  # fmt: skip
+# Not every release of transformers that is served has all of them.
+FAMILIES = {name: config for name, config in _FAMILIES.items() if name in CONFIG_MAPPING}
 # Draws random numbers in training mode, for tokens by their place.
 EVALUATED = {"phimoe"}
 
@@ -107,35 +112,6 @@ def with_adapters(model: PreTrainedModel, dropout: float = 0.0) -> nn.Module:
     for sinks in sinks_of(peft):
         sinks.requires_grad_()
     return peft
-
-
-@contextmanager
-def in_double() -> Iterator[None]:
-    """Inside, casts to fp32 leave float64 alone: norms, softmax, routers, rotary embeddings and the loss have them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensor, "float", _wide(Tensor.float, narrows=True))
-        for owner, name in (
-            (Tensor, "to"),
-            (Tensor, "type"),
-            (Tensor, "softmax"),
-            (torch, "softmax"),
-            (nn.functional, "softmax"),
-        ):
-            patch.setattr(owner, name, _wide(getattr(owner, name)))
-        yield
-
-
-def _wide(function: Callable[..., Tensor], *, narrows: bool = False) -> Callable[..., Tensor]:
-    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if x.dtype != torch.float64:
-            return function(x, *args, **kwargs)
-        kept = tuple(arg for arg in args if arg is not torch.float32)
-        options = {name: value for name, value in kwargs.items() if value is not torch.float32}
-        if narrows or (not kept and not options and (args or kwargs)):
-            return x
-        return function(x, *kept, **options)
-
-    return call
 
 
 def dropped(model: PreTrainedModel) -> PreTrainedModel:

@@ -242,6 +242,21 @@ def test_a_window_is_known_where_a_rank_has_pieces_of_the_sequence(window: int) 
     assert window_of_mask(mask) == window
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_tokens_of_an_image_that_see_one_another_are_refused_on_ranks(gradients: bool) -> None:
+    """The pieces of a rank are taken for documents, so nothing else says that the mask is not causal."""
+    inputs, positions = torch.zeros(2, 20, 8), torch.cat([torch.arange(10), torch.arange(20, 30)]).expand(2, -1)
+    config = tiny("mistral", attention="fpdt", sliding_window=5).config
+    image = torch.full((2, 20), -1)
+    for make in (masking_utils.create_causal_mask, masking_utils.create_sliding_window_causal_mask):
+        image[1] = -1
+        with batch_shared_by(2):
+            make(config, inputs, None, None, positions, block_sequence_ids=image)
+            image[1, 4:7] = 0
+            with torch.set_grad_enabled(gradients), pytest.raises(NotImplementedError, match="other than causal"):
+                make(config, inputs, None, None, positions, block_sequence_ids=image)
+
+
 def test_a_local_mask_that_is_no_window_is_not_taken_for_one() -> None:
     size, no_padding = 8, torch.zeros(1, dtype=torch.long)
     causal: Any = masking_utils.causal_mask_function

@@ -58,6 +58,9 @@ def _ddp(rank: int, world: int, runs: list[Run]) -> None:
             loss = wrapped(**own_batch(sp, rank, TOKENS)).loss
             loss.backward()
             check(case, window, world // sp, wrapped, loss)
+            with torch.no_grad():
+                evaluated = wrapped.eval()(**own_batch(sp, rank, TOKENS)).loss
+            assert relative_error(evaluated, loss.detach()) < TOLERANCE, f"{case}, window {window}: in evaluation"
 
 
 HOST: dict[str, Any] = {"device_budget_gib": 0, "host_budget_gib": 1}

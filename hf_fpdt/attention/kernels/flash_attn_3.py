@@ -66,6 +66,8 @@ def _fa3_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) 
     reason = reason or why_not_kind(spec, windows=True, softcaps=True)
     if reason is None and torch.cuda.get_device_capability()[0] != 9:
         return "is built for Hopper GPUs alone"
+    if reason is None and max(spec.head_dim, spec.value_dim) > 192 and torch.are_deterministic_algorithms_enabled():
+        return "its backward pass at head_dim 256 is not deterministic, and deterministic algorithms are asked for"
     if reason is None and import_or_none("flash_attn_interface") is None:
         return "the package flash-attn 3 (flash_attn_interface) is not installed"
     return reason

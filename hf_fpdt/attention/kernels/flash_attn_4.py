@@ -54,9 +54,22 @@ def _fa4_backward(
 def _fa4_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
     reason = why_not_half_on_gpu(device, dtype, spec, least_sm=90, most_dim=256, on_rocm=NVIDIA_ALONE)
     reason = reason or why_not_kind(spec, windows=True, softcaps=True)
+    reason = reason or _blackwell_why_not(spec, torch.cuda.get_device_capability()[0])
     if reason is None and import_or_none("flash_attn.cute.interface") is None:
         return "the package flash-attn-4 is not installed (pip install flash-attn-4)"
     return reason
+
+
+def _blackwell_why_not(spec: AttentionSpec, major: int) -> str | None:
+    """By the tables of flash-attn-4 4.0.0b36: beyond 128 its backward pass there has two kernels of one width each."""
+    widths = spec.head_dim, spec.value_dim
+    if major >= 12 and torch.are_deterministic_algorithms_enabled():
+        return "its backward pass is not deterministic on this GPU, and deterministic algorithms are asked for"
+    if major < 10 or max(widths) <= 128:
+        return None
+    latent = widths == (192, 128) and not spec.grouped
+    wide = widths == (256, 256) and spec.window is None and spec.softcap is None
+    return None if major < 12 and (latent or wide) else f"does not train {spec} on this GPU"
 
 
 # Two widths are its own where every query head has a key head.
