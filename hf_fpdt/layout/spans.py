@@ -27,7 +27,10 @@ def first_key(query: int, window: int | None) -> int:
 
 
 def seen_pairs(start: int, stop: int, window: int | None) -> float:
-    """Pairs of a query of [start, stop) and a key that it sees, half a pair for its own."""
+    """Pairs of a query of [start, stop) and a key that it sees.
+
+    Its own key is half a pair while the window is not full, as in half a square; then a query has `window` pairs.
+    """
 
     def before(query: int) -> float:
         full = query if window is None else min(query, window)

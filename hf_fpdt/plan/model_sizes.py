@@ -24,6 +24,7 @@ class ModelSizes:
         windows: of each layer the keys that a query sees, its own among them, None: all before it; (): of every layer.
         latent_weights: of the projections around attention where keys and values come out of a latent (MLA).
         idle_width: width of all experts of a layer that one token does not visit.
+        experts: chosen experts that one token visits; 0: there are none to choose.
 
     Raises:
         ValueError: there are windows, but not one for each layer.
@@ -41,6 +42,7 @@ class ModelSizes:
     windows: tuple[int | None, ...] = ()
     latent_weights: int = 0
     idle_width: int = 0
+    experts: int = 0
 
     def __post_init__(self) -> None:
         if self.windows and len(self.windows) != self.layers:
@@ -116,6 +118,7 @@ class ModelSizes:
             windows=_windows(config, layers),
             latent_weights=latent_weights(config) if is_latent(config) else 0,
             idle_width=others * width,
+            experts=visited if visited > 1 else 0,
         )
 
 
