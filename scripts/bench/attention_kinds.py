@@ -76,7 +76,7 @@ def main() -> None:
 def _native_cudnn() -> Kernel:
     """cuDNN beyond what our table asks of it: is it right at these widths, and fast?"""
     return Kernel(
-        name="cudnn, any width",
+        name="cudnn-any-width",
         forward=_cudnn_forward,
         backward=_cudnn_backward,
         why_not=lambda device, dtype, spec: "no window, no softcap" if spec.window or spec.softcap else None,
