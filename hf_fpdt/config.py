@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-KERNEL_NAMES = ("auto", "fa4", "flash-attn-3", "flash-attn-2", "cudnn", "flash", "cpu", "math")
+KERNEL_NAMES = ("auto", "fa4", "flash-attn-3", "flash-attn-2", "cudnn", "flash", "efficient", "cpu", "math")
 CHECKPOINT_POLICIES = ("auto", "attention", "input", "segment")
 
 

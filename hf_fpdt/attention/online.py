@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..layout import Span, first_key, row_spans
+from ..layout import Block, Span, first_key, row_spans
 from ..numerics import accumulation_dtype
 from .kernels.contract import MAX_ELEMENTS, Kernel
 from .sinks import with_sinks
@@ -107,7 +107,7 @@ def kernel_spans(
     """The calls for the row with that diagonal over the keys of `store`, none over the kernels' 32-bit limit.
 
     Args:
-        diagonal: key positions of the row's first query and one past its last.
+        diagonal: key positions of the row's first query and one past its last; of one row of `layout.query_rows`.
         unit_tokens: keys a call, where the kernel wants pairs, and of streamed keys.
         window: keys a query sees; then one call has all that the row's queries see, and no other.
         most_tokens: keys a call takes at most, without a window.
@@ -116,6 +116,12 @@ def kernel_spans(
         NotImplementedError: a window is too long for one call.
     """
     indexed = MAX_ELEMENTS // math.prod(store.kv_shape)
+    if isinstance(window, Block):
+        # As if the sequence began with the block; its keys lie side by side.
+        first = first_key(diagonal[0], window)
+        row = diagonal[0] - first, diagonal[1] - first
+        spans = row_spans(*row, shape=kernel.row_shape, unit_tokens=unit_tokens, max_tokens=min(indexed, most_tokens))
+        return tuple(Span(span.start + first, span.stop + first, span.causal) for span in spans)
     if window is not None:
         span = Span(first_key(diagonal[0], window), diagonal[1], True)
         if span.stop - span.start > indexed:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..layout import Block
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
@@ -45,13 +47,13 @@ class AttentionSpec:
         window: int | None = None,
         softcap: float | None = None,
     ) -> AttentionSpec:
-        """Of these tensors."""
+        """Of these tensors. Blocks are rows of their own, of which a kernel knows nothing."""
         return cls(
             scale=scale,
             head_dim=q_BSNH.shape[-1],
             value_dim=v_BTGH.shape[-1],
             grouped=q_BSNH.shape[2] != k_BTGH.shape[2],
-            window=window,
+            window=None if isinstance(window, Block) else window,
             softcap=softcap,
         )
 

@@ -18,7 +18,7 @@ In reading order:
 
 from .calls import current_call
 from .layer import run_layer
-from .layer_run import Layer, LayerRun
+from .layer_run import Layer, LayerRun, cache_argument
 from .layer_state import is_fsdps, look_of
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
@@ -35,6 +35,7 @@ __all__ = [
     "StepProgress",
     "TRIAL_TOKENS",
     "attend_whole",
+    "cache_argument",
     "chunked_loss",
     "current_call",
     "is_fsdps",

@@ -23,7 +23,7 @@ from ..attention import (
     select_kernel,
     sinks_gradient,
 )
-from ..layout import Chunk, ChunkPlan, Span
+from ..layout import Chunk, Span, query_rows
 from ..parallel import repeat_heads, sum_repeated_heads
 from .layer_run import LayerKV, LayerRun
 
@@ -87,16 +87,6 @@ class AttentionReached(BaseException):
     """Ends a layer's forward once k and v are known; BaseException, so that no handler of the model catches it."""
 
 
-def tokens_of(value: Any, chunk: Chunk, plan: ChunkPlan) -> Any:
-    """The chunk's part of one layer argument: tensors with a token axis (dimension 1, or the only one) are sliced."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(tokens_of(item, chunk, plan) for item in value)
-    n_tokens = plan.n_tokens // plan.sp_size
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[min(1, value.dim() - 1)] != n_tokens:
-        return value
-    return value[chunk.rank_slice] if value.dim() == 1 else value[:, chunk.rank_slice]
-
-
 class AttentionCall(Call):
     """The attention of one chunk inside one layer; `attend` is called by the registered function.
 
@@ -158,18 +148,28 @@ class AttentionCall(Call):
         self.store.put(self.chunk, *kv)
 
     def row_forward(self) -> tuple[Tensor, Tensor]:
-        """(out, lse) of this chunk's queries over the chunks 0..i of the store."""
-        kernel, spans = self._calls()
-        return forward_row(kernel, self.q, self.store.stream(spans), spec=self.spec, sinks_N=self.sinks_N)
+        """(out, lse) of this chunk's queries over the keys that they see of the store."""
+        kernel, rows = self._calls()
+        parts = [
+            forward_row(kernel, self.q[:, queries], self.store.stream(spans), spec=self.spec, sinks_N=self.sinks_N)
+            for queries, spans in rows
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)
 
     def row_backward(self, d_leaf_BSNH: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """Gradients of `qkv` for the rank's own tokens, complete if every later chunk's row was done before.
 
         Those of sinks are of this row and of this rank's heads alone: they add up over rows and ranks.
         """
-        kernel, spans = self._calls(BACKWARD_CALL_TOKENS)
+        kernel, rows = self._calls(BACKWARD_CALL_TOKENS)
         (dout,) = self.run.layer.group.seq_to_heads(d_leaf_BSNH)
-        dq = backward_row(kernel, dout, self.q, row, self.store, spans, spec=self.spec)
+        parts = [
+            backward_row(kernel, dout[:, at], self.q[:, at], _of_row(row, at), self.store, spans, spec=self.spec)
+            for at, spans in rows
+        ]
+        dq = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         dq, dk, dv = self.run.layer.group.heads_to_seq(dq, *self.store.take_grad(self.chunk))
         d_qkv = dq, sum_repeated_heads(dk, self.repeats), sum_repeated_heads(dv, self.repeats)
         return d_qkv if self.sinks_N is None else (*d_qkv, self._d_sinks(dout, row, self.sinks_N))
@@ -180,11 +180,18 @@ class AttentionCall(Call):
         d_sinks[self.run.layer.group.own_heads(len(d_sinks))] = sinks_gradient(dout, row, sinks_N)
         return d_sinks
 
-    def _calls(self, most_tokens: int = 2**62) -> tuple[Kernel, Sequence[Span]]:
+    def _calls(self, most_tokens: int = 2**62) -> tuple[Kernel, list[tuple[slice, Sequence[Span]]]]:
+        """The kernel, and of each row its place among the chunk's queries and its spans of keys."""
         kernel = select_kernel(self.run.layer.kernel, self.q.device, self.q.dtype, self.spec)
-        diagonal, unit = (self.chunk.start, self.chunk.stop), self.run.plan.chunk_tokens
-        window = self.spec.window
-        return kernel, kernel_spans(kernel, diagonal, unit, self.store, window=window, most_tokens=most_tokens)
+        first, unit, window = self.chunk.start, self.run.plan.chunk_tokens, self.window
+        rows = query_rows(first, self.chunk.stop, window)
+        spans = [kernel_spans(kernel, row, unit, self.store, window=window, most_tokens=most_tokens) for row in rows]
+        return kernel, [(slice(row[0] - first, row[1] - first), each) for row, each in zip(rows, spans, strict=True)]
+
+
+def _of_row(row: tuple[Tensor, Tensor], queries: slice) -> tuple[Tensor, Tensor]:
+    """(out, lse) of some of the queries; kernels want lse in one piece."""
+    return row[0][:, queries], row[1][:, :, queries].contiguous()
 
 
 class CaptureCall(AttentionCall):
@@ -230,3 +237,26 @@ class ReplayCall(AttentionCall):
         self.leaf = self.run.layer.group.heads_to_seq(self.row[0])[0].detach().requires_grad_()
         self.unread = frozenset({"rest"})  # y is wanted for its graph alone
         return self.leaf
+
+
+class TrialCall(Call):
+    """Attention of each token to itself alone; it depends on q, k and v."""
+
+    def __init__(self, window: int | None = None, n_tokens: int = 2**62) -> None:
+        self.calls, self.window, self.n_tokens = 0, window, n_tokens
+
+    def attend(
+        self,
+        q_BSNH: Tensor,
+        k_BSGH: Tensor,
+        v_BSGH: Tensor,
+        *,
+        spec: AttentionSpec,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
+        """Output [B, S, N, H of V]."""
+        self.calls += 1
+        k, v = (x.repeat_interleave(q_BSNH.shape[2] // x.shape[2], dim=2) for x in (k_BSGH, v_BSGH))
+        scores = (q_BSNH * k).sum(-1, keepdim=True).mul(spec.scale)
+        scores = scores if sinks_N is None else scores - sinks_N[:, None]
+        return scores.sigmoid() * v

@@ -34,7 +34,6 @@ from .calls import (
     ReplayCall,
     calling,
     hidden_states_of,
-    tokens_of,
 )
 from .gradients import GradientSums
 from .layer_run import LayerKV, LayerRun
@@ -102,9 +101,8 @@ class _ChunkedLayer(torch.autograd.Function):
 
 def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall) -> Tensor:
     """The layer's own forward on one chunk, its attention done by `call`."""
-    kwargs = {key: tokens_of(value, chunk, run.plan) for key, value in run.kwargs.items()}
     with calling(call):
-        y_BSD = hidden_states_of(run.layer.forward(x_BSD, **kwargs))
+        y_BSD = hidden_states_of(run.layer.forward(x_BSD, **run.arguments_of(chunk)))
     if call.qkv is None:
         raise RuntimeError(
             f"hf_fpdt: {run.layer.name} never called its attention function this time, so cutting it in chunks is not "

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ..attention import AttentionSpec
 from ..layout import Chunk, ChunkPlan
-from .calls import Call, calling, hidden_states_of, tokens_of
+from .calls import TrialCall, calling, hidden_states_of
 from .gradients import GradientSums
+from .layer_run import PlaceCache, asks_for_place, tokens_of
 from .layer_state import Buffers, build_of
 from .replay_state import Autocast, RandomState, untouched_random_state
 
@@ -48,29 +48,6 @@ INPUT_SIZE, ADAPTER_SIZE = 0.3, 0.02
 DROPOUTS = frozenset(
     (functional.dropout, functional.alpha_dropout, functional.feature_alpha_dropout, torch.dropout, torch.dropout_)
 )
-
-
-class TrialCall(Call):
-    """Attention of each token to itself alone; it depends on q, k and v."""
-
-    def __init__(self, window: int | None = None, n_tokens: int = 2**62) -> None:
-        self.calls, self.window, self.n_tokens = 0, window, n_tokens
-
-    def attend(
-        self,
-        q_BSNH: Tensor,
-        k_BSGH: Tensor,
-        v_BSGH: Tensor,
-        *,
-        spec: AttentionSpec,
-        sinks_N: Tensor | None = None,
-    ) -> Tensor:
-        """Output [B, S, N, H of V]."""
-        self.calls += 1
-        k, v = (x.repeat_interleave(q_BSNH.shape[2] // x.shape[2], dim=2) for x in (k_BSGH, v_BSGH))
-        scores = (q_BSNH * k).sum(-1, keepdim=True).mul(spec.scale)
-        scores = scores if sinks_N is None else scores - sinks_N[:, None]
-        return scores.sigmoid() * v
 
 
 class _NoDropout(TorchFunctionMode):
@@ -107,10 +84,10 @@ class LayerTrials:
     """The trials of one model: layers that are built alike are tried once.
 
     Attributes:
-        passed: what the layers were built like that passed.
+        passed: what the layers were built like that passed, and the argument through which they ask for their place.
     """
 
-    passed: set[tuple[object, ...]] = field(default_factory=set)
+    passed: dict[tuple[object, ...], str | None] = field(default_factory=dict)
 
     def check(
         self,
@@ -119,6 +96,7 @@ class LayerTrials:
         hidden_BSD: Tensor,
         arguments: Mapping[str, Any],
         window: int | None = None,
+        cache: str | None = None,
     ) -> str | None:
         """Why the layer cannot be run in chunks; None if it can.
 
@@ -128,6 +106,7 @@ class LayerTrials:
             hidden_BSD: what it is given; only its kind is looked at.
             arguments: its other arguments for those tokens.
             window: the keys that a query sees, by the mask that the model makes for the layer.
+            cache: the argument that the layer calls its cache.
         """
         build = (window, *build_of(layer))
         tokens = min(hidden_BSD.shape[1], TRIAL_TOKENS)
@@ -144,10 +123,14 @@ class LayerTrials:
                 trial.awake_adapters(),
                 _NoDropout(),
             ):
-                reason = trial.why_not()
+                reason = trial.why_not(cache)
         if reason is None:
-            self.passed.add(build)
+            self.passed[build] = trial.place
         return reason
+
+    def place_argument(self, layer: nn.Module, window: int | None) -> str | None:
+        """The argument through which a layer that passed asks for its place; None of one that does not ask."""
+        return self.passed.get((window, *build_of(layer)))
 
 
 def mixes_tokens(function: Callable[[Tensor], Tensor], hidden_BSD: Tensor) -> bool:
@@ -194,13 +177,15 @@ class _Trial:
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.draws = False
         self.window: int | None = None
+        self.place: str | None = None
         self.keys = 2**62
         self.tolerance = UNITS * _unit(layer.parameters(), like_BSD)
 
-    def why_not(self) -> str | None:
-        """The first reason found."""
+    def why_not(self, cache: str | None) -> str | None:
+        """The first reason found; `place` is known then."""
         before = Buffers(self.layer)
         try:
+            self.place = cache if cache and asks_for_place(cache, self.with_cache) else None
             self.draws = self._draws()
             reason = self._why_not_alone()
             for _ in range(DRAWS if reason is None and not self.draws else 0):
@@ -228,6 +213,8 @@ class _Trial:
         kwargs = self.kwargs if kwargs is None else kwargs
         if chunk is not None:
             kwargs = {name: tokens_of(value, chunk, self.plan) for name, value in kwargs.items()}
+        if self.place is not None:
+            kwargs = {**kwargs, self.place: PlaceCache(0 if chunk is None else chunk.start)}
         self.start.restore()
         with calling(call := TrialCall(self.window, self.keys)):
             y_BSD = hidden_states_of(self.forward(x_BSD, **kwargs))
@@ -235,6 +222,11 @@ class _Trial:
             how = "calls its attention function twice" if call.calls else "never calls its attention function"
             raise NotImplementedError(f"it {how}; FPDT drives one call in each layer")
         return y_BSD
+
+    def with_cache(self, cache: Mapping[str, PlaceCache]) -> None:
+        """The layer on all tokens, with a cache."""
+        with torch.no_grad():
+            self.run(self.draw(), kwargs={**self.kwargs, **cache})
 
     def _draws(self) -> bool:
         """Whether the layer draws random numbers beside dropout: other ones for a chunk than for the whole."""
@@ -260,7 +252,7 @@ class _Trial:
                     "what it computes for one token depends on other tokens beside those that attention reads"
                     f"{self._where(x, changed, kept)}"
                 )
-        if self.draws:
+        if self.draws or self.place is not None:
             return None  # by place
         with torch.no_grad():
             y_shifted = self.run(x.roll(SHIFT, 1), kwargs=self._shifted(self.kwargs)).roll(-SHIFT, 1)

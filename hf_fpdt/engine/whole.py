@@ -18,7 +18,7 @@ from ..attention import (
     select_kernel,
     sinks_gradient,
 )
-from ..layout import Span
+from ..layout import Span, query_rows
 from ..memory import KVStore
 from .replay_state import Autocast
 
@@ -40,7 +40,7 @@ def attend_whole(
         q_BSNH: queries [B, S, N, H]; S may be less than T (a prompt continued on a cache).
         k_BTGH, v_BTGH: keys and values [B, T, G, H], G a divisor of N; values may have another H.
         scale: factor of the scores before softmax.
-        window: keys that a query sees, its own among them; None: all before it.
+        window: keys that a query sees, its own among them; None: all before it. A `layout.Block`: those of its block.
         softcap: bound of the scores, softcap · tanh(score / softcap).
         sinks_N: of each head the score of a key without a value (attention sinks), differentiable.
         kernel: a name of `hf_fpdt.kernels` or "auto".
@@ -58,7 +58,7 @@ def attend_whole(
     window = window if window is not None and window < k_BTGH.shape[1] else None
     spec = AttentionSpec.of(q_BSNH, k_BTGH, v_BTGH, scale, window=window, softcap=softcap)
     chosen = select_kernel(kernel, q_BSNH.device, q_BSNH.dtype, spec)
-    return _WholeAttention.apply(chosen, spec, q_BSNH, k_BTGH, v_BTGH, sinks_N)
+    return _WholeAttention.apply(chosen, spec, window, q_BSNH, k_BTGH, v_BTGH, sinks_N)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -71,29 +71,37 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _rows(kernel: Kernel, spec: AttentionSpec, q: Tensor, kv: KVStore) -> Iterator[tuple[slice, tuple[Span, ...]]]:
+def _rows(kernel: Kernel, window: int | None, q: Tensor, kv: KVStore) -> Iterator[tuple[slice, tuple[Span, ...]]]:
     """(queries, spans) of each row of whole tensors."""
     left_of_q = kv.plan.n_tokens - q.shape[1]
     for start in range(0, q.shape[1], kernel.row_tokens):
         stop = min(start + kernel.row_tokens, q.shape[1])
-        diagonal = left_of_q + start, left_of_q + stop
-        yield slice(start, stop), kernel_spans(kernel, diagonal, kernel.row_tokens, kv, window=spec.window)
+        for row in query_rows(left_of_q + start, left_of_q + stop, window):
+            spans = kernel_spans(kernel, row, kernel.row_tokens, kv, window=window)
+            yield slice(row[0] - left_of_q, row[1] - left_of_q), spans
 
 
 class _WholeAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, kernel: Kernel, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+        ctx: Any,
+        kernel: Kernel,
+        spec: AttentionSpec,
+        window: int | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
     ) -> Tensor:
         kv = KVStore.holding(k, v)
         with torch.cuda.device_of(q):
             parts = [
                 forward_row(kernel, q[:, rows], kv.stream(spans), spec=spec, sinks_N=sinks)
-                for rows, spans in _rows(kernel, spec, q, kv)
+                for rows, spans in _rows(kernel, window, q, kv)
             ]
         out = torch.cat([part[0] for part in parts], dim=1)
         ctx.save_for_backward(q, k, v, out, torch.cat([part[1] for part in parts], dim=2), sinks)
-        ctx.kernel, ctx.spec, ctx.autocast = kernel, spec, Autocast.now(q.device)
+        ctx.kernel, ctx.spec, ctx.window, ctx.autocast = kernel, spec, window, Autocast.now(q.device)
         return out
 
     @staticmethod
@@ -103,10 +111,10 @@ class _WholeAttention(torch.autograd.Function):
         kv = KVStore.holding(k, v)
         dq, d_sinks = torch.empty_like(q), None if sinks is None else torch.zeros_like(sinks, dtype=lse.dtype)
         with ctx.autocast.again():  # backward may be called inside an autocast that forward was outside of
-            for rows, spans in _rows(ctx.kernel, ctx.spec, q, kv):
+            for rows, spans in _rows(ctx.kernel, ctx.window, q, kv):
                 row = out[:, rows], lse[:, :, rows].contiguous()
                 dq[:, rows] = backward_row(ctx.kernel, dout[:, rows], q[:, rows], row, kv, spans, spec=ctx.spec)
                 if d_sinks is not None:
                     d_sinks += sinks_gradient(dout[:, rows], row, sinks)
         d_sinks = None if d_sinks is None else d_sinks.to(sinks.dtype)
-        return None, None, dq, *kv.take_grad(kv.plan.chunks[0]), d_sinks
+        return None, None, None, dq, *kv.take_grad(kv.plan.chunks[0]), d_sinks

@@ -7,14 +7,16 @@ In reading order:
 """
 
 from .chunks import Chunk, ChunkPlan
-from .spans import RowShape, Span, first_key, row_spans, seen_pairs
+from .spans import Block, RowShape, Span, first_key, query_rows, row_spans, seen_pairs
 
 __all__ = [
+    "Block",
     "Chunk",
     "ChunkPlan",
     "RowShape",
     "Span",
     "first_key",
+    "query_rows",
     "row_spans",
     "seen_pairs",
 ]

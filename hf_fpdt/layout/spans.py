@@ -21,9 +21,38 @@ class Span:
     causal: bool
 
 
+class Block(int):
+    """A window of another kind: a query sees the keys of its own block of so many tokens, up to its own.
+
+    Llama 4 calls it chunked attention. It is equal to no plain window, and to blocks of as many tokens alone.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Block) and int(self) == int(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((Block, int(self)))
+
+    def __repr__(self) -> str:
+        return f"Block({int(self)})"
+
+
 def first_key(query: int, window: int | None) -> int:
     """The first key that a query sees: it sees the last `window` keys up to its own, or with None all of them."""
+    if isinstance(window, Block):
+        return query - query % window
     return 0 if window is None else max(0, query - window + 1)
+
+
+def query_rows(start: int, stop: int, window: int | None) -> tuple[tuple[int, int], ...]:
+    """The queries of [start, stop) in rows whose first keys follow one rule: with blocks a row for each of them."""
+    if not isinstance(window, Block):
+        return ((start, stop),)
+    edges = [start, *range(start - start % window + window, stop, window), stop]
+    return tuple(zip(edges[:-1], edges[1:], strict=True))
 
 
 def seen_pairs(start: int, stop: int, window: int | None) -> float:
@@ -33,6 +62,9 @@ def seen_pairs(start: int, stop: int, window: int | None) -> float:
     """
 
     def before(query: int) -> float:
+        if isinstance(window, Block):
+            blocks, rest = divmod(query, window)
+            return (blocks * window * window + rest * rest) / 2
         full = query if window is None else min(query, window)
         return full * full / 2 + (query - full) * full
 

@@ -23,7 +23,7 @@ class WindowedKV:
 
     Args:
         plan: how the sequence is cut.
-        window: keys that a query sees, its own among them.
+        window: keys that a query sees, its own among them; or blocks of so many.
 
     Raises:
         RuntimeError: a row reads keys that were not put, or a gradient is taken twice.
@@ -61,44 +61,44 @@ class WindowedKV:
         return chunk.index in self._kv
 
     def stream(self, spans: Sequence[Span], *, with_grads: bool = False) -> Iterator[tuple[Span, Tensor, Tensor]]:
-        """(span, K, V) of the row, which is one span, side by side on the device; they are not to be written.
+        """(span, K, V) for each span of a row, its keys side by side on the device; they are not to be written.
 
         Args:
             with_grads: whether `add_grad` follows; nothing is fetched for it.
         """
-        (span,) = spans
-        indices = range(span.start // self.plan.chunk_tokens, -(-span.stop // self.plan.chunk_tokens))
-        if not all(index in self._kv for index in indices):
-            raise RuntimeError(f"WindowedKV.stream: keys [{span.start}, {span.stop}) were not put yet.")
-        k, v = (self._together([self._kv[index][part] for index in indices], span) for part in (0, 1))
-        yield span, k, v
+        for span in spans:
+            indices = range(span.start // self.plan.chunk_tokens, -(-span.stop // self.plan.chunk_tokens))
+            if not all(index in self._kv for index in indices):
+                raise RuntimeError(f"WindowedKV.stream: keys [{span.start}, {span.stop}) were not put yet.")
+            k, v = (self._together([self._kv[index][part] for index in indices], span) for part in (0, 1))
+            yield span, k, v
 
     def _together(self, parts: list[Tensor], span: Span) -> Tensor:
         """The keys of the span out of whole chunks."""
         begin = span.start % self.plan.chunk_tokens
+        length = span.stop - span.start
         if len(parts) == 1:
-            return parts[0][:, begin : begin + span.stop - span.start]
-        return torch.cat([parts[0][:, begin:], *parts[1:]], dim=1)
+            return parts[0][:, begin : begin + length]
+        end = length + begin - self.plan.chunk_tokens * (len(parts) - 1)
+        return torch.cat([parts[0][:, begin:], *parts[1:-1], parts[-1][:, :end]], dim=1)
 
     def add_grad(self, span: Span, dk_BSGH: Tensor, dv_BSGH: Tensor) -> None:
-        """Add a row's gradients to those of its keys; the sums are fp32 (float64 for float64)."""
-        for chunk in self.plan.read_by(self.plan.chunks[(span.stop - 1) // self.plan.chunk_tokens], self.window):
-            first, last = max(span.start, chunk.start), chunk.stop
-            grads = (
-                dk_BSGH[:, first - span.start : last - span.start],
-                dv_BSGH[:, first - span.start : last - span.start],
-            )
-            self._add(chunk, first - chunk.start, grads)
+        """Add a call's gradients to those of its keys; the sums are fp32 (float64 for float64)."""
+        size = self.plan.chunk_tokens
+        for chunk in self.plan.chunks[span.start // size : -(-span.stop // size)]:
+            first, last = max(span.start, chunk.start), min(span.stop, chunk.stop)
+            keys, place = slice(first - span.start, last - span.start), slice(first - chunk.start, last - chunk.start)
+            self._add(chunk, place, (dk_BSGH[:, keys], dv_BSGH[:, keys]))
 
-    def _add(self, chunk: Chunk, offset: int, grads: Pair) -> None:
+    def _add(self, chunk: Chunk, place: slice, grads: Pair) -> None:
         sums = self._grads.get(chunk.index)
-        if sums is None and offset == 0:
+        if sums is None and place == slice(0, chunk.stop - chunk.start):
             self._grads[chunk.index] = accumulator(grads[0]), accumulator(grads[1])
             return
         if sums is None:
             sums = self._grads[chunk.index] = _zeros(self._kv[chunk.index][0]), _zeros(self._kv[chunk.index][1])
         for total, part in zip(sums, grads, strict=True):
-            total[:, offset:].add_(part)
+            total[:, place].add_(part)
 
     def take_grad(self, chunk: Chunk) -> Pair:
         """dK, dV of a chunk in the dtype of K, once every row that reads it was added; it is not here any more."""

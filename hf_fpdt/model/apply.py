@@ -25,7 +25,7 @@ from ..parallel import SequenceParallelGroup, build_group, check_heads
 from ..plan import ModelSizes, attention_sizes, largest
 from .attention_function import NAME
 from .head import loss_reasons, patch_head, unshared_loss_reasons
-from .layers import ChunkedLayer, check_entered, decoder_layers, enter_layer, leave_layer
+from .layers import ChunkedLayer, check_entered, decoder_layers, decoder_of, enter_layer, leave_layer
 from .liger import load_liger, why_not_liger
 from .patch import check_patched, is_patched, unpatch
 from .refusals import why_not_shared, why_unsupported
@@ -204,7 +204,7 @@ class FPDTHandle:
         self.model, self.plugin, self.group = model, settings.plugin, settings.group
         self._layers = list(dict.fromkeys(layers))  # a model may go through a layer twice
         # The decoder's alone: a vision tower beside it keeps its own.
-        self._decoder: Any = model.get_decoder()
+        self._decoder: Any = decoder_of(model)
         self._attention_before = self._decoder.config._attn_implementation
         self._settings = settings
         self._decoder.set_attn_implementation(NAME)

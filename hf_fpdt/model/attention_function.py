@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..attention import AttentionSpec
 from ..engine import attend_whole, current_call, visiting
+from ..layout import Block
 from ..parallel import ranks_of_batch
 
 NAME = "fpdt"
@@ -199,7 +200,7 @@ def fpdt_mask(
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_length + kv_offset
     plain = allow_is_causal_skip and aligned
     plain = plain and _padded_on_the_right_at_most(attention_mask, q_length, kv_length)
-    if plain and (not window or (kv_length <= window and not visiting())):
+    if plain and (not window or (kv_length <= window and not visiting() and _sees_all(kv_offset, window, kwargs))):
         return None
     if plain and q_length == kv_length:
         return _window_mask(batch_size, q_length, kv_length, 1, kwargs)
@@ -215,16 +216,18 @@ def fpdt_mask(
 def _window_mask(batch_size: int, q_length: int, kv_length: int, ranks: int, kwargs: dict[str, Any]) -> Tensor | None:
     """A mask without storage that says which window it is for; None of one that no query reaches.
 
-    One that is local in another way than a window says nothing, and whoever uses it is refused. A rank's part of a
-    sequence cannot be asked that: transformers' function goes by the places of its tokens, and sees no two pieces of
-    it as one document. The whole was asked when the layers were tried.
+    One that is local in another way than a window or a block says nothing, and whoever uses it is refused. A rank's
+    part of a sequence cannot be asked that: transformers' function goes by the places of its tokens, and sees no two
+    pieces of it as one document. The whole was asked when the layers were tried; a layer remembers.
     """
     window, mask_function = kwargs["local_size"], kwargs.get("mask_function")
     if window >= kv_length * ranks and not visiting():
         return None
     mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
-    if ranks > 1 or mask_function is None or _is_window(mask_function, window):
+    if ranks > 1 or mask_function is None:
         mask.fpdt_window = window  # type: ignore[attr-defined]
+    elif (kind := _kind_of(mask_function, window)) is not None:
+        mask.fpdt_window = kind(window)  # type: ignore[attr-defined]
     return mask
 
 
@@ -237,11 +240,19 @@ def _looks_ahead(batch_size: int, tokens: int, kwargs: dict[str, Any]) -> bool:
     return bool(torch.as_tensor(seen).any())
 
 
-def _is_window(mask_function: Callable[..., Any], window: int) -> bool:
-    """Whether a query sees the last `window` keys; chunked attention sees those of its own chunk alone."""
+def _sees_all(kv_offset: int, window: int, kwargs: dict[str, Any]) -> bool:
+    """Whether every query sees all of no more keys than its window: where a block begins among them it does not."""
+    mask_function = kwargs.get("mask_function")
+    return kv_offset == 0 or mask_function is None or _kind_of(mask_function, window) is int
+
+
+def _kind_of(mask_function: Callable[..., Any], window: int) -> type[int] | None:
+    """`int` where a query sees the last `window` keys, `Block` where it sees those of its own block, else None."""
     query, *keys = (torch.tensor(place) for place in (window, 0, 1, window))
     seen = [bool(mask_function(torch.tensor(0), torch.tensor(0), query, key)) for key in keys]
-    return seen == [False, True, True]
+    if seen == [False, True, True]:
+        return int
+    return Block if seen == [False, False, True] else None
 
 
 def window_of_mask(mask: Tensor | None) -> int | None:

@@ -30,7 +30,7 @@ from ..engine import (
 from ..labels import IGNORE_INDEX, check_padding, shifted
 from ..parallel import SAMPLE_KEY, batch_shared_by, check_shard
 from ..plan import by_layer
-from .layers import check_stack
+from .layers import base_of, check_stack, decoder_of
 from .loss_arguments import check_loss_arguments
 from .patch import arguments_by_name, caches_in, patch
 from .refusals import homes_of
@@ -74,13 +74,13 @@ def unshared_loss_reasons(model: Any) -> list[str]:
 
 def patch_head(model: Any, settings: Settings) -> None:
     """Patch the final norm and, where the model has a head, its base model and itself."""
-    for child in model.get_decoder().children():
+    for child in decoder_of(model).children():
         if "norm" in type(child).__name__.lower():
             patch(child, _norm_forward, settings)
-    patch(model.base_model, _base_forward, settings)
+    patch(base_of(model), _base_forward, settings)
     if model.get_output_embeddings() is not None:
         patch(model, _causal_lm_forward, settings)
-    elif model.base_model is not model:
+    elif base_of(model) is not model:
         patch(model, _other_head_forward, settings)
 
 
@@ -283,7 +283,8 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _heads(model: Any) -> list[nn.Module]:
     """What the model's forward may run after its base model."""
-    return [child for child in model.children() if child is not model.base_model]
+    base = base_of(model)
+    return [child for child in model.children() if child is not base]
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..engine import Layer, LayerRun, look_of, run_layer, visiting
+from ..engine import Layer, LayerRun, cache_argument, look_of, run_layer, visiting
+from ..layout import Block
 from .attention_function import window_of_mask
 from .fused import fuse_layer
 from .patch import arguments_by_name, caches_in
@@ -24,9 +25,25 @@ from .refusals import check_adapters
 from .settings import Settings
 
 
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head.
+
+    Where a model names a base that it has not (the text model of Llama 4), it is the one model inside.
+    """
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    headed = model.base_model is model and model.get_output_embeddings() is not None
+    return inner[0] if headed and len(inner) == 1 else model.base_model
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The text decoder: what holds the stack of layers and the final norm."""
+    decoder = model.get_decoder()
+    return base_of(model) if decoder is model else decoder
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of the text decoder, in order; [] where there is no such stack."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     for child in decoder.children() if decoder is not None else ():
         if (
             isinstance(child, nn.ModuleList)
@@ -69,6 +86,7 @@ class ChunkedLayer(nn.Module):
     _fpdt_layer: Layer
     _fpdt_class: Any
     _fpdt_window: int | None  # keys that a query sees, by the mask that the model made when layers were tried
+    _fpdt_place: str | None  # the argument through which it asks how many tokens came before
     _fpdt_looks: set[tuple[object, ...]]  # those that passed a trial
     _fpdt_checkpointing: bool | None  # None: never asked for, on this instance
 
@@ -93,6 +111,8 @@ class ChunkedLayer(nn.Module):
             return raw(self, hidden, **arguments)
         if (window := window_of_mask(arguments.get("attention_mask"))) is not None:
             arguments["attention_mask"] = None
+            # On ranks the mask does not say which kind of window it is for.
+            window = Block(window) if isinstance(self._fpdt_window, Block) else window
         _check_arguments(arguments, hidden, self._fpdt_layer.name)
         with self._fpdt_settings.store.one_thread.entered(self._fpdt_layer.name):
             self._fpdt_try(hidden, arguments, window)
@@ -117,6 +137,7 @@ class ChunkedLayer(nn.Module):
             store.kv_plan(step, *placed) if model_pass is None else model_pass.plan.kv,
             model_pass,
             window,
+            self._fpdt_place,
             full=settings.progress is not None and mostly_trained(parameters),
         )
         return run_layer(run, hidden, parameters)
@@ -131,10 +152,12 @@ class ChunkedLayer(nn.Module):
         if look in self._fpdt_looks:
             return
         check_adapters(self, self._fpdt_layer.name)
-        reason = self._fpdt_settings.trials.check(self, self._fpdt_layer.forward, hidden, arguments, window)
+        trials, cache = self._fpdt_settings.trials, cache_argument(self._fpdt_layer.raw_forward)
+        reason = trials.check(self, self._fpdt_layer.forward, hidden, arguments, window, cache)
         if reason is not None:
             raise NotImplementedError(f"hf_fpdt: {self._fpdt_layer.name} cannot be run in chunks: {reason}.")
         self._fpdt_looks.add(look)
+        self._fpdt_place = trials.place_argument(self, window)
 
 
 def enter_layer(layer: Any, settings: Settings, index: int) -> None:
@@ -142,7 +165,8 @@ def enter_layer(layer: Any, settings: Settings, index: int) -> None:
     original: Any = type(layer)
     checkpointing = layer.__dict__.pop("gradient_checkpointing", None)
     layer.__class__ = _chunked_class(original)
-    layer._fpdt_settings, layer._fpdt_looks, layer._fpdt_window = settings, set(), None
+    layer._fpdt_settings, layer._fpdt_looks = settings, set()
+    layer._fpdt_window, layer._fpdt_place = None, None
     layer._fpdt_layer = Layer(
         name=f"layer {index} ({original.__name__})",
         index=index,

@@ -21,6 +21,8 @@ _REFUSED_WRAPPERS = (
 )
 
 
+# What `config.layer_types` may call layers that attention alone mixes tokens in, each in its own reach.
+_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # Kinds of PEFT's layers, by the name of their package, that need the whole sequence or a whole forward pass.
 _SEQUENCE_TUNERS = ("lily", "poly")
 # What configurations, and a few modules, call the dropout of attention's weights.
@@ -90,14 +92,13 @@ def _registry_reasons(model: Any, layers: Sequence[nn.Module]) -> list[str]:
 
 
 def _config_reasons(config: Any) -> list[str]:
-    other_kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    other_kinds = sorted(set(getattr(config, "layer_types", None) or ()) - _KINDS)
     reasons = []
     if getattr(config, "is_encoder_decoder", False):
         reasons.append("encoder-decoder models are not causal throughout")
     if other_kinds:
-        reasons.append(
-            f"layers of type {', '.join(other_kinds)} are neither full attention nor a window (config.layer_types)"
-        )
+        kinds = ", ".join(other_kinds)
+        reasons.append(f"layers of type {kinds} are no attention in full, windows or blocks (config.layer_types)")
     if any(by_layer(config, "num_kv_shared_layers")):
         reasons.append("some of its layers take keys and values from another layer (config.num_kv_shared_layers)")
     if any(by_layer(config, "output_router_logits")):

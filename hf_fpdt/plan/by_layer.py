@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..layout import Block
+
 NEEDED_SIZES = ("hidden_size", "num_attention_heads", "vocab_size")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 # Of a head's keys with and without positions, and of its values.
 LATENT_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-SLIDING = "sliding_attention"
+SLIDING, CHUNKED = "sliding_attention", "chunked_attention"
 
 
 class LayersDiffer(ValueError):
@@ -96,7 +98,7 @@ def latent_weights(config: Any) -> int:
 
 
 def windows_of(config: Any) -> list[int | None]:
-    """Of each layer the keys that a query sees, its own among them; None: all before it.
+    """Of each layer the keys that a query sees, its own among them, or its block; None: all before it.
 
     A window that no sequence reaches is one all the same: the length decides when it runs.
     """
@@ -107,7 +109,10 @@ def windows_of(config: Any) -> list[int | None]:
         return [None] * layers
     # Without types every layer hands the window to attention.
     kinds = getattr(config, "layer_types", None) or [SLIDING] * layers
-    return [window or None if kind == SLIDING else None for kind, window in zip(kinds, windows, strict=True)]
+    block = largest(config, "attention_chunk_size")
+    reach: dict[str, int] = {CHUNKED: Block(block)} if block else {}
+    by_kind = zip(kinds, windows, strict=True)
+    return [(window or None) if kind == SLIDING else reach.get(kind) for kind, window in by_kind]
 
 
 def head_dims(config: Any) -> list[int]:

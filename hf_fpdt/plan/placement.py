@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..config import FPDTPlugin
+from ..layout import Block
 from ..units import GIB
 from .checkpointing import KeptLayers, candidates, least_bytes, peak_bytes
 from .rehearsal import Forecast, forecast, without_kv
@@ -170,7 +171,8 @@ def described_windows(step: StepSizes) -> list[str]:
     counts = Counter(window for window in step.windows if window is not None)
     layers = step.model.layers
     return [
-        f"{count} of {layers} layers see {window:,} keys" for window, count in sorted(counts.items(), reverse=True)
+        f"{count} of {layers} layers see {'blocks of ' if isinstance(window, Block) else ''}{window:,} keys"
+        for window, count in sorted(counts.items(), reverse=True)
     ]
 
 

@@ -328,6 +328,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of which only the capability is asked, with every package installed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91_900)
     for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn.cute.interface", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(__version__="2.8.3"))
 
@@ -343,8 +344,8 @@ ON_GPU: dict[str, tuple[AttentionSpec, set[str], str]] = {
     "window": (asked(window=9), {"fa4", "flash-attn-3", "flash-attn-2", "flash"}, "fa4"),
     "softcap": (asked(softcap=9.0), {"fa4", "flash-attn-3", "flash-attn-2"}, "fa4"),
     "both": (asked(window=9, softcap=9.0), {"fa4", "flash-attn-3", "flash-attn-2"}, "fa4"),
-    "latent attention": (asked(head_dim=192), EVERY - {"cudnn"}, "fa4"),
-    "wide": (asked(head_dim=256, value_dim=256), EVERY - {"cudnn"}, "fa4"),
+    "latent attention": (asked(head_dim=192), EVERY, "fa4"),
+    "wide": (asked(head_dim=256, value_dim=256), EVERY, "fa4"),
     "wider": (asked(head_dim=512, value_dim=512), {"efficient"}, "efficient"),
     "a value's width is no multiple of 8": (asked(value_dim=100), set(), "math"),
 }
@@ -362,6 +363,19 @@ def test_a_kernel_says_what_it_does_not_serve(case: str) -> None:
         assert any(word in said for word in ("window (9)", "softcap (9.0)", "head_dim that is a multiple of 8")), said
     assert select_kernel("auto", device, torch.bfloat16, spec).name == first
     assert KERNELS["math"].why_not(device, torch.bfloat16, spec) is None
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("version", "capability"), [(91_002, (9, 0)), (91_900, (10, 0))])
+def test_cudnn_takes_wide_heads_where_they_were_seen_to_be_right(
+    version: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why_not, gpu = KERNELS["cudnn"].why_not, torch.device("cuda")
+    assert why_not(gpu, torch.bfloat16, WIDE) is None
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert "wider than 128 on Hopper alone" in (why_not(gpu, torch.bfloat16, WIDE) or "")
+    assert why_not(gpu, torch.bfloat16, asked()) is None
 
 
 WIDE = asked(head_dim=256, value_dim=256)

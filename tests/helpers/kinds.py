@@ -21,7 +21,7 @@ from tests.helpers.models import Step, tiny, train_step
 from in_double import in_double as in_double  # isort: skip
 
 Config = dict[str, Any]
-WINDOW = 9
+WINDOW, BLOCK = 9, 10
 # Of float64 where nothing is computed in fp32, from the largest of each gradient.
 TOLERANCE = 1e-10
 
@@ -42,6 +42,11 @@ _FAMILIES: Mapping[str, Config] = {
     "gemma3_text": {**_ALTERNATING, "query_pre_attn_scalar": 8},
     "gpt_oss": {**_ALTERNATING, **_EXPERTS, "num_local_experts": 4},
     "granite_swa": _ALTERNATING,
+    "llama4_text": {  # blocks in place of windows, and queries that are scaled by their place
+        "layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": BLOCK,
+        "no_rope_layers": [1, 0], "attn_temperature_tuning": True, "floor_scale": 4, "attn_scale": 0.5,
+        "num_local_experts": 4, "intermediate_size_mlp": 24,
+    },
     "mimo_v2_flash": {
         **_ALTERNATING, **_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "v_head_dim": 8,
         "head_dim": 12, "swa_head_dim": 12, "swa_v_head_dim": 8, "swa_num_attention_heads": 4,
@@ -129,6 +134,10 @@ def broken_kinds(name: str, ids: Tensor, **changes: Any) -> dict[str, Step]:
     if windows_of(right):
         for step in (-1, 1):
             broken[f"window {step:+d}"] = train_step(kind(name, **changes, sliding_window=WINDOW + step), ids)
+    if getattr(right.config, "attention_chunk_size", None) and "llama4" in name:
+        for step in (-1, 1):
+            broken[f"block {step:+d}"] = train_step(kind(name, **changes, attention_chunk_size=BLOCK + step), ids)
+        broken["places forgotten"] = train_step(kind(name, **changes, attn_temperature_tuning=False), ids)
     if sinks_of(right):
         broken["no sinks"] = train_step(dropped(right), ids)
     if getattr(right.config, "attn_logit_softcapping", None):
@@ -146,9 +155,9 @@ class Forgets(WindowedKV):
 class Overwrites(WindowedKV):
     """The last row's gradients of a chunk in place of the sum."""
 
-    def _add(self, chunk: Any, offset: int, grads: Any) -> None:
+    def _add(self, chunk: Any, place: slice, grads: Any) -> None:
         self._grads.pop(chunk.index, None)
-        super()._add(chunk, offset, grads)
+        super()._add(chunk, place, grads)
 
 
 @contextmanager

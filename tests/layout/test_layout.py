@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from hf_fpdt.layout.chunks import Chunk, ChunkPlan
-from hf_fpdt.layout.spans import RowShape, Span, first_key, row_spans, seen_pairs
+from hf_fpdt.layout.spans import Block, RowShape, Span, first_key, query_rows, row_spans, seen_pairs
 from tests.helpers.support import assert_rejects
 
 PLANS = [(1, 1, 1), (1, 8, 1), (8, 8, 1), (17, 8, 1), (63, 8, 1), (24, 8, 2), (22, 8, 2), (130, 64, 2), (36, 12, 4)]
@@ -127,7 +127,7 @@ def test_keys_that_are_not_resident_come_chunk_by_chunk(
     assert [(span.start, span.stop, span.causal) for span in spans] == expected
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 3, 8, 9, 17, 64])
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 8, 9, 17, 64, Block(1), Block(3), Block(8), Block(17), Block(64)])
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 8, 50])
 def test_a_window_says_which_chunks_are_read_and_how_many_pairs_are_computed(
     window: int | None, chunk_tokens: int
@@ -138,13 +138,28 @@ def test_a_window_says_which_chunks_are_read_and_how_many_pairs_are_computed(
             key
             for query in range(chunk.start, chunk.stop)
             for key in range(query + 1)
-            if window is None or key > query - window
+            if window is None or (key >= query - query % window if isinstance(window, Block) else key > query - window)
         }
         read = plan.read_by(chunk, window)
         assert min(seen) == first_key(chunk.start, window) and read[-1] is chunk
         assert {key // chunk_tokens for key in seen} == {each.index for each in read}
-        pairs = sum(
-            min(query + 1, window or query + 1) - (window is None or query < window) / 2
-            for query in range(chunk.start, chunk.stop)
-        )
+        # Half a pair for a query's own key, but for a window that is full.
+        pairs = 0.0
+        for query in range(chunk.start, chunk.stop):
+            full = window is not None and not isinstance(window, Block) and query >= window
+            pairs += query + 1 - first_key(query, window) - (0 if full else 0.5)
         assert seen_pairs(chunk.start, chunk.stop, window) == pytest.approx(pairs)
+
+
+@pytest.mark.parametrize("block", [1, 3, 8, 17, 64])
+def test_rows_of_blocks_have_one_first_key_and_meet(block: int) -> None:
+    for chunk in ChunkPlan(40, 8).chunks:
+        rows = query_rows(chunk.start, chunk.stop, Block(block))
+        assert [query for row in rows for query in range(*row)] == list(range(chunk.start, chunk.stop))
+        for start, stop in rows:
+            assert {first_key(query, Block(block)) for query in range(start, stop)} == {first_key(start, Block(block))}
+        assert query_rows(chunk.start, chunk.stop, block) == ((chunk.start, chunk.stop),)
+
+
+def test_a_block_is_no_window_of_its_length() -> None:
+    assert Block(8) != 8 and Block(8) == Block(8) and Block(8) != Block(9) and len({Block(8), 8, Block(8)}) == 2

@@ -148,28 +148,28 @@ def assert_backward(kind: Ring = WindowedKV, dtype: torch.dtype = torch.float32)
 class Overwrites(WindowedKV):
     """The last row's gradients in place of the sums."""
 
-    def _add(self, chunk: Chunk, offset: int, grads: Pair) -> None:
+    def _add(self, chunk: Chunk, place: slice, grads: Pair) -> None:
         self._grads.pop(chunk.index, None)
-        super()._add(chunk, offset, grads)
+        super()._add(chunk, place, grads)
 
 
 class Misplaces(WindowedKV):
     """Gradients of a part of a chunk at its beginning."""
 
-    def _add(self, chunk: Chunk, offset: int, grads: Pair) -> None:
+    def _add(self, chunk: Chunk, place: slice, grads: Pair) -> None:
         whole_chunk = (chunk.stop - chunk.start) - grads[0].shape[1]
         for part in grads if whole_chunk else ():
             part.copy_(part.roll(1, 1))
-        super()._add(chunk, offset, grads)
+        super()._add(chunk, place, grads)
 
 
 class OwnAlone(WindowedKV):
     """A row's gradients for the chunks before its own are lost."""
 
-    def _add(self, chunk: Chunk, offset: int, grads: Pair) -> None:
+    def _add(self, chunk: Chunk, place: slice, grads: Pair) -> None:
         last = max(self._kv)
         zeros = (torch.zeros_like(grads[0]), torch.zeros_like(grads[1]))
-        super()._add(chunk, offset, grads if chunk.index == last else zeros)
+        super()._add(chunk, place, grads if chunk.index == last else zeros)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

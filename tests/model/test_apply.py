@@ -220,10 +220,6 @@ MUSICGEN = MusicgenConfig(
     decoder={"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16},
 )
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "chunked attention": (
-        lambda: tiny("llama4_text", attention="eager", num_local_experts=2, intermediate_size_mlp=48),
-        "layers of type chunked_attention",
-    ),
     "attention dropout": (lambda: tiny(attention_dropout=0.1), "attention_dropout=0.0"),
     "attention dropout by another name": (lambda: tiny("gpt2", resid_pdrop=0.0, embd_pdrop=0.0), "attn_pdrop=0.0"),
     "no attention": (lambda: without_heads(tiny("xlstm", attention="eager", num_heads=4)), "no num_attention_heads"),

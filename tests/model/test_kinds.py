@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
-from hf_fpdt.engine.calls import calling
-from hf_fpdt.engine.trial import TrialCall
+from hf_fpdt.engine.calls import TrialCall, calling
 from hf_fpdt.model.attention_function import fpdt_attention, fpdt_mask
 from tests.helpers.kinds import (
     FAMILIES,
@@ -91,6 +90,15 @@ def test_every_window_is_exact(name: str, window: int) -> None:
         assert_exact(ours(model, ids), train_step(model, ids))
 
 
+@pytest.mark.parametrize("block", [1, 3, 8, 10, 16, 17, 36, 37])
+def test_every_block_is_exact(block: int) -> None:
+    """Of one key, smaller than a chunk of 8, as long, of several chunks and parts of them, as long as the sequence."""
+    model = kind("llama4_text", attention_chunk_size=block)
+    for length in (37, 40):
+        ids = tokens(2, length)
+        assert_exact(ours(model, ids), train_step(model, ids))
+
+
 @pytest.mark.parametrize("length", [2, 5, 8, 9, 16, 33])
 def test_every_length_is_exact(length: int) -> None:
     ids = tokens(3, length)
@@ -107,11 +115,13 @@ PLACES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("checkpoints", ["attention", "input", "segment"])
-@pytest.mark.parametrize("name", ["gpt_oss", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma2", "deepseek_v3", "llama4_text"])
 def test_checkpoints_wherever_they_lie_are_exact(name: str, checkpoints: str, place: str) -> None:
     changes: dict[str, Any] = {"num_hidden_layers": 4}
     if windows_of(kind(name)):
         changes["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    if name == "llama4_text":
+        changes |= {"layer_types": ["chunked_attention", "full_attention"] * 2, "no_rope_layers": [1, 0] * 2}
     model = kind(name, **changes)
     plugin = FPDTPlugin(chunk_tokens=CHUNK, loss_chunk_tokens=6, checkpoints=checkpoints, **PLACES[place])
     assert_exact(ours(model, IDS, plugin), train_step(model, IDS))
@@ -178,7 +188,7 @@ def test_autocast_is_as_accurate_as_the_plain_model(name: str) -> None:
 # -- without gradients ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mistral", "gpt_oss", "gemma2", "deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss", "gemma2", "deepseek_v3", "qwen2_moe", "llama4_text"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "right-padded"])
 @pytest.mark.parametrize("applied", [True, False], ids=["applied", "name alone"])
 def test_evaluation_past_the_window_is_exact(name: str, padded: bool, applied: bool) -> None:
@@ -210,7 +220,7 @@ CACHES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("name", ["mistral", "gpt_oss", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss", "gemma2", "gemma3_text", "llama4_text"])
 def test_generate_gives_the_tokens_of_the_plain_model(name: str, cache: str) -> None:
     """Prompts shorter and longer than the window, whole and padded on the left, with and without apply_fpdt."""
     reference = kind(name).eval()

@@ -172,7 +172,6 @@ REFUSED: dict[str, tuple[Config, str]] = {
         r"differ in head_dim \(8, 16\)",
     ),
     "gpt_neo": ({"attention_types": [[["global"], 2]], "num_layers": 2}, "ignores the attention registry"),
-    "llama4_text": ({"num_local_experts": 2, "intermediate_size_mlp": 48}, "chunked_attention"),
     "mamba": ({"state_size": 8}, "linear_attention"),
     "modernbert-decoder": ({}, "no stack of decoder layers"),
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, "ignores the attention registry"),

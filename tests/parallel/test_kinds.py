@@ -24,7 +24,8 @@ TOKENS = 63
 def model_of(case: str, window: int) -> Any:
     """A family of `kinds`, with "+lora" a PEFT model around it."""
     name, _, lora = case.partition("+")
-    windowed: dict[str, Any] = {} if name.startswith("deepseek") else {"sliding_window": window}
+    named = {"llama4_text": "attention_chunk_size"}.get(name, "sliding_window")
+    windowed: dict[str, Any] = {} if name.startswith("deepseek") else {named: window}
     model = kind(name, vocab_size=97, tie_word_embeddings=False, **windowed)
     return with_adapters(model) if lora else model
 
@@ -71,6 +72,7 @@ def test_two_ranks_equal_one_process() -> None:
     runs: list[Run] = [("mistral", 2, window, {}) for window in (1, 7, 9, 16, 17, 33, 40, 62, 64)]
     runs += [("gpt_oss", 2, 9, {}), ("gpt_oss+lora", 2, 20, {}), ("gpt_oss", 1, 20, HOST), ("gemma2", 2, 20, {})]
     runs += [("deepseek_v3", 2, 0, {}), ("gpt_oss", 2, 20, {"checkpoints": "segment", **HOST})]
+    runs += [("llama4_text", 2, block, {}) for block in (3, 8, 10, 16, 20)]  # its queries are scaled by their place
     spawn(_ddp, 2, runs)
 
 

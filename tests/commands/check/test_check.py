@@ -116,7 +116,7 @@ def test_kernels_are_named_for_each_kind_of_attention(
         ("bloom", {"hidden_size": 64, "n_head": 4, "n_layer": 2}, "ignores the attention registry"),
         ("gemma4_text", {**GROUPED, "layer_types": ["sliding_attention", "full_attention"]}, "differ in head_dim"),
         ("xlstm", {"hidden_size": 64, "num_heads": 4, "num_hidden_layers": 2}, "has no num_attention_heads"),
-        ("llama4_text", {**GROUPED, "layer_types": ["chunked_attention"] * 2}, "layers of type chunked_attention"),
+        ("qwen3_next", {**GROUPED, "layer_types": ["linear_attention"] * 2}, "layers of type linear_attention"),
         # Shows when the layers run.
         ("diffllama", GROUPED, "calls its attention function twice"),
     ],

@@ -102,7 +102,7 @@ def test_mistakes_end_with_status_2_and_without_a_traceback(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("qwen3_5_text", "layers of type linear_attention are neither full attention nor a window"),
+        ("qwen3_5_text", "layers of type linear_attention are no attention in full, windows or blocks"),
         ("gemma4_text", "its layers differ in head_dim (256, 512)"),
         ("deepseek_v32", "layers of type indexed_attention"),
     ],
