@@ -1,7 +1,7 @@
 """A command whose options are dataclasses: a YAML file may give them, help shows ours, mistakes are one line.
 
-Precedence, as in TRL: the command line, then the file of `--config`, then the defaults. Names may be written with
-underscores or dashes, in the file too.
+Precedence, as in TRL: the command line, then the file of `--config`, then what an earlier run was given, then the
+defaults. Names may be written with underscores or dashes, in the file too.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class CommandParser(HfArgumentParser):
     def __init__(self, aliases: Mapping[str, Sequence[str]], **kwargs: Any) -> None:
         self._aliases = aliases
         self._hidden: list[argparse.Action] = []
+        self._earlier: Callable[[Sequence[str]], list[str]] = lambda words: []
         super().__init__((), formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def add_options(self, title: str, dataclass: type, description: str | None = None, hidden: bool = False) -> None:
@@ -90,6 +91,10 @@ class CommandParser(HfArgumentParser):
             "--config", metavar="FILE.yaml", help="options from a YAML file, by the same names; the command line wins"
         )
 
+    def set_earlier(self, earlier: Callable[[Sequence[str]], list[str]]) -> None:
+        """What `earlier` makes of the words given, such as those of an earlier run, comes before them; they win."""
+        self._earlier = earlier
+
     def set_types(self, types: Mapping[str, Callable[[str], Any]]) -> None:
         """How the text of these options is read."""
         for action in self._actions:
@@ -111,10 +116,12 @@ class CommandParser(HfArgumentParser):
         first.add_argument("--config")
         config, _ = first.parse_known_args(given)
         from_file = self._words(Path(config.config)) if config.config else []
-        options, unknown = super().parse_known_args([*from_file, *given], namespace)
+        words = [*from_file, *given]
+        words = [*self._earlier(words), *words]
+        options, unknown = super().parse_known_args(words, namespace)
         if unknown:
             self.error(f"unknown option {unknown[0]}{_nearest(unknown[0], self._option_string_actions)}")
-        options.words = _without_config([*from_file, *given])
+        options.words = _without_config(words)
         return options, []
 
     def _words(self, path: Path) -> list[str]:

@@ -6,6 +6,7 @@ import argparse
 
 from ..parser import CommandParser, add_command
 from .options import add_options, read_options
+from .output import words_of_the_run
 from .trainer_options import ALIASES
 
 DESCRIPTION = """\
@@ -23,7 +24,7 @@ Options may be written with underscores or dashes. The command line wins over --
 examples:
   hf-fpdt finetune --model meta-llama/Llama-3.1-8B --data books/ --max_length 512K --output_dir out/books
   accelerate launch --num_processes 4 -m hf_fpdt.commands.finetune --config run.yaml --sp_size 4
-  hf-fpdt finetune --config run.yaml --resume
+  hf-fpdt finetune --resume --output_dir out/books
 """
 USAGE = "%(prog)s --model NAME --data PATH [PATH ...] --output_dir FOLDER [options]"
 
@@ -35,6 +36,7 @@ def add_finetune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_command(commands, "finetune", parser, help_line)
     parser.set_defaults(run=finetune)
     add_options(parser)
+    parser.set_earlier(words_of_the_run)
 
 
 def finetune(parsed: argparse.Namespace) -> None:

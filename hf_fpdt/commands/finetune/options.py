@@ -93,7 +93,9 @@ class OutputOptions:
     """Where it goes."""
 
     overwrite: bool = option(False, "write into --output_dir even if it holds files")
-    resume: bool = option(False, "go on from the last checkpoint in --output_dir (see --save_steps)")
+    resume: bool = option(
+        False, "go on from the last checkpoint in --output_dir; what is not given is as the run was started with"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

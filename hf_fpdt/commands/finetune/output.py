@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 DATA_SETTINGS = ("documents", "tokens", "windows")
 # May change, and the learning rate then follows another schedule.
 LENGTHS = ("max_steps", "num_train_epochs")
+# Options of one start of a run, not of the run; the first two say which run is gone on with.
+OF_ONE_START = ("--resume", "--resume_from_checkpoint", "--output_dir", "--output", "--overwrite")
+LENGTH_WORDS = ("--max_steps", "--steps", "--num_train_epochs")
+NO_CHECKPOINT = "holds no checkpoint; start without --resume, and with --save_steps N"
 WINDOWS_A_STEP = "per_device_train_batch_size * gradient_accumulation_steps * processes / sp_size"
 
 
@@ -49,6 +54,34 @@ def settings_of(options: Options) -> dict[str, Any]:
     windows = windows * int(os.environ.get("WORLD_SIZE", "1")) // options.plugin.sp_size
     chosen = {name: trainer[name] for name in TRAINER_SETTINGS if name in trainer}
     return json.loads(json.dumps({**own, **chosen, WINDOWS_A_STEP: windows}, default=str))
+
+
+def words_of_the_run(words: Sequence[str]) -> list[str]:
+    """The options that the run which `words` go on with was started with, to be read before them; [] for a new run."""
+    found, _ = _without(OF_ONE_START, words)
+    named = found["resume_from_checkpoint"]
+    if named is None and found["resume"] in (None, "no", "false", "False", "0"):
+        return []
+    folder = Path(named).parent if named else Path(found["output_dir"] or found["output"] or ".")
+    path = folder / SETTINGS
+    if not path.is_file():
+        if named or any(word.startswith("--model") for word in words):
+            return []  # whether there is a checkpoint is looked at later
+        raise UserMistake(f"--resume: {folder} {NO_CHECKPOINT}")
+    _, kept = _without(OF_ONE_START, _read(path).get("words", []))
+    lengths, _ = _without(LENGTH_WORDS, words)
+    if any(value is not None for value in lengths.values()):  # steps and epochs are two ways to say one thing
+        _, kept = _without(LENGTH_WORDS, kept)
+    return [*kept, f"--output_dir={folder}"] if kept else []
+
+
+def _without(names: Sequence[str], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What is given of these options, and the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(name, nargs="?", const="yes")
+    found, others = parser.parse_known_args(list(words))
+    return vars(found), others
 
 
 def check_output(options: Options) -> None:
@@ -97,7 +130,7 @@ def checkpoint_of(options: Options) -> Path | None:
         return None
     last = named or (get_last_checkpoint(str(output)) if output.is_dir() else None)
     if last is None:
-        raise UserMistake(f"--resume: {output} holds no checkpoint; start without --resume, with --save_steps N")
+        raise UserMistake(f"--resume: {output} {NO_CHECKPOINT}")
     checkpoint = Path(last)
     if not (checkpoint / "trainer_state.json").is_file():
         raise UserMistake(f"--resume_from_checkpoint: {checkpoint} is no checkpoint; give a run's checkpoint-N")
@@ -139,18 +172,35 @@ def _lengths(options: Options) -> dict[str, float]:
 
 
 def write_settings(options: Options, facts: Mapping[str, Any]) -> None:
-    """At the start, so that a run that ends early can be gone on with."""
+    """At each start, so that a run that ends early can be gone on with."""
     data = {name: facts[name] for name in DATA_SETTINGS}
-    content = {"settings": settings_of(options), "length": _lengths(options), "data": data}
+    _, words = _without(OF_ONE_START, options.words)
+    content = {"settings": settings_of(options), "length": _lengths(options), "data": data, "words": words}
+    _write(Path(options.trainer.output_dir) / SETTINGS, content)
+
+
+def result_is_written(options: Options, step: int) -> None:
+    """Note that the folder holds the weights and the card of this step."""
     path = Path(options.trainer.output_dir) / SETTINGS
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write(path, {**_read(path), "result_of_step": step})
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """At once: another process, or the next start, may read it at any moment."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def finished(checkpoint: Path, options: Options) -> str | None:
-    """Why nothing is left to do after this checkpoint; None where there is."""
+    """Why nothing is left to do after this checkpoint; None where there is, if only to write the result."""
     state = _read(checkpoint / "trainer_state.json")
     step, epoch = int(state.get("global_step", 0)), float(state.get("epoch") or 0)
     steps, epochs = options.trainer.max_steps, options.trainer.num_train_epochs
+    kept = _read(checkpoint.parent / SETTINGS)
+    lacks_result = "words" in kept and kept.get("result_of_step") != step
+    if lacks_result and (step == steps if steps > 0 else epoch == epochs):
+        return None
     if steps > 0 and step >= steps:
         return f"nothing to do: {checkpoint} is of step {step}, and --max_steps is {steps}"
     if steps <= 0 and epoch >= epochs:

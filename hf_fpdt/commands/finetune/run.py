@@ -31,9 +31,9 @@ from .base_model import (
 from .data import Data, prepare_data
 from .facts import Outcome, report
 from .options import Options
-from .output import check_data, check_output, checkpoint_of, finished, new_length, write_settings
+from .output import check_data, check_output, checkpoint_of, finished, new_length, result_is_written, write_settings
 from .rope import RopePlan, apply_rope, beyond_reach, plan_rope
-from .steps import Progress, StepPrinter, quiet
+from .steps import NothingLeftError, Progress, StepPrinter, quiet
 from .trainer_options import autocast_dtype, check_trainer
 from .windows import RightPadding, check_tokenizer
 
@@ -98,8 +98,7 @@ def check_model(options: Options, config: PreTrainedConfig, tokenizer: Any, grou
 def _keep_settings(options: Options, checkpoint: Path | None, data: Data) -> None:
     if checkpoint is not None:
         check_data(checkpoint, data.facts)
-    goes_on_here = checkpoint is not None and checkpoint.parent == Path(options.trainer.output_dir)
-    if PartialState().is_main_process and not goes_on_here:
+    if PartialState().is_main_process:
         write_settings(options, data.facts)
 
 
@@ -116,6 +115,7 @@ def _work(job: Job, model: nn.Module) -> None:
     save(trainer, job.tokenizer, Path(job.options.trainer.output_dir))
     if PartialState().is_main_process:
         report(Outcome(job.options, job.rope, job.data, job.progress, curves, steps), trainer.model)
+        result_is_written(job.options, steps.global_step)
     trainer.accelerator.end_training()
 
 
@@ -173,7 +173,12 @@ def train(job: Job, model: nn.Module) -> tuple[Trainer, StepPrinter]:
             fpdt_plugin=job.options.plugin,
         )
     trainer.remove_callback(PrinterCallback)  # it would print every log as a dictionary, beside our line
-    trainer.train(resume_from_checkpoint=None if job.checkpoint is None else str(job.checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if job.checkpoint is None else str(job.checkpoint))
+    except NothingLeftError:
+        job.progress.say(f"{job.checkpoint} is of the last step: its result, which was not written, is written now")
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
     return trainer, steps
 
 

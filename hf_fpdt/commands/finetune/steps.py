@@ -44,6 +44,10 @@ class Progress:
         self.phase_seconds[name] = self.phase_seconds.get(name, 0.0) + time.monotonic() - began
 
 
+class NothingLeftError(Exception):
+    """The checkpoint that was gone on from is of the last step: it is loaded, and no step is to follow."""
+
+
 class StepPrinter(TrainerCallback):
     """A line for each log of training steps (loss, learning rate, seconds, tokens a second) and of evaluations."""
 
@@ -64,7 +68,14 @@ class StepPrinter(TrainerCallback):
         return self.tokens / sum(self.seconds) if self.seconds else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._seen_before = int(state.num_input_tokens_seen)  # not 0 after --resume
+        """After --resume the run's earlier steps count too; how often to save and evaluate is as given now."""
+        self._seen_before = int(state.num_input_tokens_seen)
+        self.global_step = int(state.global_step)
+        self.losses = [float(log["loss"]) for log in state.log_history if "loss" in log]
+        self.eval_losses = {log["step"]: float(log["eval_loss"]) for log in state.log_history if "eval_loss" in log}
+        state.compute_steps(args, state.max_steps)
+        if state.global_step >= state.max_steps:
+            raise NothingLeftError  # Trainer would make one more
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.monotonic()
