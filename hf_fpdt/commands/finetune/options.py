@@ -168,8 +168,10 @@ of this command, which are not always those of transformers. The most used ones:
   --max_steps N (--steps)          optimizer steps; 100, unless --num_train_epochs is given
   --learning_rate LR (--lr)        2e-4 at its peak, after --warmup_steps 5; a cosine falls to a tenth of it
   --per_device_train_batch_size N, --gradient_accumulation_steps N, --optim, --lr_scheduler_type, --weight_decay
-  --save_steps N                   keep a checkpoint every N steps; none without it
-  --eval_strategy steps --eval_steps N, --logging_steps N, --report_to tensorboard
+  --save_steps N                   a checkpoint every N steps; a twentieth of all; --save_strategy no for none
+  --save_total_limit N             so many checkpoints are kept: 2
+  --eval_steps N                   held-out loss every N steps; with --eval_data three times; --eval_strategy no
+  --logging_steps N, --report_to tensorboard (default: none)
   --use_cpu                        train on the CPU though there is a GPU
 """
 

@@ -40,7 +40,7 @@ LENGTHS = ("max_steps", "num_train_epochs")
 # Options of one start of a run, not of the run; the first two say which run is gone on with.
 OF_ONE_START = ("--resume", "--resume_from_checkpoint", "--output_dir", "--output", "--overwrite")
 LENGTH_WORDS = ("--max_steps", "--steps", "--num_train_epochs")
-NO_CHECKPOINT = "holds no checkpoint; start without --resume, and with --save_steps N"
+NO_CHECKPOINT = "holds no checkpoint; start without --resume (see --save_steps)"
 WINDOWS_A_STEP = "per_device_train_batch_size * gradient_accumulation_steps * processes / sp_size"
 
 

@@ -35,6 +35,9 @@ DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
         "use_cpu": None,
         "save_strategy": None,
         "save_steps": None,
+        "save_total_limit": 2,
+        "eval_strategy": None,
+        "eval_steps": None,
         "logging_steps": 1,
         "include_num_input_tokens_seen": True,
         "remove_unused_columns": False,
@@ -45,6 +48,10 @@ DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
     }
 )
 MAX_STEPS = 100
+# Of all steps, as Trainer takes numbers below 1: of a run of 36 hours less than two are lost; an evaluation on 16
+# windows takes as long as four or five steps, and one follows the last step anyway.
+SAVE_SHARE = 0.05
+EVAL_SHARE = 0.3
 MIN_LR_RATE = 0.1
 ALIASES = MappingProxyType({"--output_dir": ("--output",), "--max_steps": ("--steps",), "--learning_rate": ("--lr",)})
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -62,13 +69,13 @@ def trainer_values(options: argparse.Namespace, *, on_gpu: bool, half: bool) -> 
     """
     names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     values = {name: getattr(options, name) for name in names}
-    derived = _derived(values, on_gpu=on_gpu, half=half)
+    derived = _derived(values, on_gpu=on_gpu, half=half, held_out=bool(options.eval_data))
     values = {name: derived.get(name) if values[name] is None else values[name] for name in names}
     _check_numbers(values)
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _derived(values: dict[str, Any], *, on_gpu: bool, half: bool) -> dict[str, Any]:
+def _derived(values: dict[str, Any], *, on_gpu: bool, half: bool, held_out: bool) -> dict[str, Any]:
     """For options that the user has left open."""
     by_rate = values["lr_scheduler_type"] == "cosine_with_min_lr"
     return {
@@ -77,8 +84,40 @@ def _derived(values: dict[str, Any], *, on_gpu: bool, half: bool) -> dict[str, A
         # bfloat16 weights lose updates smaller than 1/256 of a weight: what trains is float32, under autocast.
         "bf16": half and not values["fp16"],
         "use_cpu": not on_gpu,
-        "save_strategy": "no" if values["save_steps"] is None else "steps",
+        **_intervals(values, held_out=held_out),
     }
+
+
+def _intervals(values: dict[str, Any], *, held_out: bool) -> dict[str, Any]:
+    """When checkpoints are kept and the held-out loss is measured."""
+    best, eval_strategy, eval_steps = (values[n] for n in ("load_best_model_at_end", "eval_strategy", "eval_steps"))
+    asked = held_out and not best or eval_steps is not None
+    steps = values["max_steps"] or (MAX_STEPS if values["num_train_epochs"] is None else -1)
+
+    def every(share: float) -> float:
+        return math.ceil(steps * share) if steps > 0 else share
+
+    return {
+        "eval_strategy": "steps" if asked else "no",
+        "eval_steps": every(EVAL_SHARE),
+        # What is found best has to be saved where it was measured.
+        "save_strategy": eval_strategy if best and eval_strategy else "steps",
+        "save_steps": (eval_steps or every(EVAL_SHARE)) if best else every(SAVE_SHARE),
+    }
+
+
+def intervals_line(arguments: TrainingArguments) -> str:
+    """What is kept and measured during training, to be said before it."""
+    kept = f", the last {arguments.save_total_limit} are kept" if arguments.save_total_limit else ""
+    saves = _every(arguments.save_strategy, arguments.save_steps)
+    evaluations = _every(arguments.eval_strategy, arguments.eval_steps)
+    return f"checkpoints in training: {saves}{'' if saves == 'none' else kept}; evaluations in training: {evaluations}"
+
+
+def _every(strategy: Any, steps: float | None) -> str:
+    if strategy != "steps" or steps is None:
+        return {"no": "none", "epoch": "every epoch"}.get(str(strategy.value), f"as {strategy.value} has it")
+    return f"every {steps:.0%} of the steps" if steps < 1 else f"every {steps:g} steps"
 
 
 def _check_numbers(values: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from hf_fpdt import FPDTPlugin
 from hf_fpdt.commands.finetune.command import add_finetune
 from hf_fpdt.commands.finetune.options import Options, read_options
+from hf_fpdt.commands.finetune.trainer_options import intervals_line
 from hf_fpdt.commands.main import main
 from hf_fpdt.commands.options import UserMistake
 from tests.helpers.app_support import ROOT, stories, write_jsonl, write_tiny_checkpoint
@@ -90,16 +91,50 @@ def test_our_defaults_and_what_follows_from_them() -> None:
         {"min_lr_rate": 0.1},
     )
     assert (trainer.max_steps, trainer.learning_rate, trainer.adam_beta2, trainer.bf16) == (100, 2e-4, 0.95, False)
-    assert (trainer.save_strategy.value, trainer.report_to, trainer.remove_unused_columns) == ("no", [], False)
+    assert (trainer.report_to, trainer.remove_unused_columns) == ([], False)
     assert (trainer.logging_steps, trainer.ddp_find_unused_parameters, trainer.use_cpu) == (1, False, True)
     assert trainer.per_device_train_batch_size == trainer.per_device_eval_batch_size == 1
     assert (found.targets, found.factor, found.max_length) == ("all-linear", None, 64 * 1024)
-    assert options("--save_steps", "5").trainer.save_strategy.value == "steps"
     epochs = options("--num_train_epochs", "2").trainer
     assert (epochs.max_steps, epochs.num_train_epochs) == (-1, 2.0)
     half = options("--dtype", "bfloat16")
     assert half.trainer.bf16 and not options("--dtype", "bfloat16", "--bf16", "no").trainer.bf16
     assert options("--lr", "1e-3", "--steps", "3", "--output", "p").trainer.output_dir == "p"
+
+
+def intervals(*words: str) -> tuple[Any, ...]:
+    """When a checkpoint is kept, how many are, and when is evaluated."""
+    found = options(*words).trainer
+    save, evaluate = found.save_strategy.value, found.eval_strategy.value
+    saves = found.save_steps if save == "steps" else save
+    return saves, found.save_total_limit, found.eval_steps if evaluate == "steps" else evaluate
+
+
+def test_a_long_run_keeps_two_checkpoints_and_evaluates_on_data_given_for_it() -> None:
+    assert intervals() == (5, 2, "no"), "of 100 steps"
+    assert intervals("--eval_data", "h") == (5, 2, 30)
+    assert intervals("--eval_data", "h", "--max_steps", "1000") == (50, 2, 300)
+    assert intervals("--eval_data", "h", "--max_steps", "2") == (1, 2, 1)
+    assert intervals("--eval_data", "h", "--num_train_epochs", "2") == (0.05, 2, 0.3)
+
+
+def test_what_is_given_of_checkpoints_and_evaluations_wins() -> None:
+    assert intervals("--save_steps", "7", "--save_total_limit", "4", "--eval_data", "h") == (7, 4, 30)
+    assert intervals("--save_strategy", "no", "--eval_data", "h", "--eval_strategy", "no") == ("no", 2, "no")
+    assert intervals("--eval_strategy", "epoch", "--save_strategy", "epoch") == ("epoch", 2, "epoch")
+    assert intervals("--eval_steps", "9") == (5, 2, 9), "without a strategy they are for nothing"
+    assert intervals("--eval_strategy", "steps") == (5, 2, 30)
+    best = ("--load_best_model_at_end", "--eval_strategy")
+    assert intervals(*best, "steps", "--eval_steps", "9") == (9, 2, 9), "where it is measured it is kept"
+    assert intervals(*best, "epoch") == ("epoch", 2, "epoch")
+    assert options("--report_to", "tensorboard").trainer.report_to == ["tensorboard"]
+
+
+def test_checkpoints_and_evaluations_are_said() -> None:
+    line = intervals_line(options("--eval_data", "h").trainer)
+    assert "every 5 steps, the last 2 are kept" in line and "evaluations in training: every 30 steps" in line
+    line = intervals_line(options("--save_strategy", "no", "--num_train_epochs", "1", "--eval_steps", "0.5").trainer)
+    assert line == "checkpoints in training: none; evaluations in training: every 50% of the steps"
 
 
 def test_dashes_and_underscores_are_the_same_option() -> None:
