@@ -9,6 +9,7 @@ In reading order:
     refusals            which models are not served, and why
     loss_arguments      what a call may not ask of the loss
     settings            what the patched modules share
+    adapters            the rotary parameters that an adapter was trained with
     patch               an instance's forward replaced, and put back
     fused               which pieces of a layer have a faster twin
     fused_linear        LoRA fused; products that nobody reads
@@ -17,6 +18,7 @@ In reading order:
     sizes               sizes of a model for the planner
 """
 
+from .adapters import mapping_with_rope
 from .apply import FPDTHandle, applied_settings, apply_fpdt, device_peak, has_fpdt, train_with, why_refused
 from .attention_function import register
 from .layers import decoder_layers, mostly_trained
@@ -33,6 +35,7 @@ __all__ = [
     "decoder_layers",
     "device_peak",
     "has_fpdt",
+    "mapping_with_rope",
     "mostly_trained",
     "register",
     "train_with",

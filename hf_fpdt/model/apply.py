@@ -23,6 +23,7 @@ from ..forecast import peak_of
 from ..memory import CheckpointStore, TrainingMemory
 from ..parallel import SequenceParallelGroup, build_group, check_heads
 from ..plan import ModelSizes, attention_sizes, largest
+from .adapters import warn_of_another_rope
 from .attention_function import NAME
 from .head import loss_reasons, patch_head, unshared_loss_reasons
 from .layers import ChunkedLayer, check_entered, decoder_layers, decoder_of, enter_layer, leave_layer
@@ -42,7 +43,7 @@ def apply_fpdt(
     Works on a transformers decoder (`PreTrainedModel`, with or without a language-model head), before or after
     `get_peft_model`. The attention implementation becomes "fpdt". With `labels` the model returns the loss and
     `logits=None`; without, full logits as ever. Layers' own gradient checkpointing is switched off: FPDT recomputes
-    chunk by chunk already.
+    chunk by chunk already. An adapter of `hf-fpdt finetune` on a base of other rotary parameters is warned of.
 
     Args:
         model: the model, or the PEFT model around it.
@@ -84,6 +85,7 @@ def apply_fpdt(
         handle.remove()
         why = str(error).removeprefix("hf_fpdt: ")
         raise NotImplementedError(f"hf_fpdt: FPDT cannot run {type(target).__name__}: {why}") from error
+    warn_of_another_rope(target)
     return handle
 
 

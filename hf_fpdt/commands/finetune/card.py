@@ -8,6 +8,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from .merge import MERGED
+
 TEMPLATE = Path(__file__).resolve().with_name("template.md")
 PICTURE = "![Loss at each position of held-out windows, before and after]($name)\n\n"
 
@@ -31,11 +33,26 @@ model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="fpdt",
 tokenizer = AutoTokenizer.from_pretrained(folder)"""
 
 
+OR_THE_ADAPTER = """
+```
+
+Or the adapter, on its base:
+
+```python
+"""
+
+
 def loading_code(facts: Mapping[str, Any]) -> str:
-    """The exact code that loads the result with the rotary parameters it was trained with."""
-    code = LOADING_FULL if facts["arguments"]["full"] else LOADING_ADAPTER
-    names = {"folder": facts["trainer"]["output_dir"], "base": facts["arguments"]["model"]}
-    return Template(code).substitute(names, dtype=facts["arguments"]["dtype"])
+    """The exact code that loads the result with the rotary parameters it was trained with; a merged model first."""
+    arguments, folder = facts["arguments"], facts["trainer"]["output_dir"]
+    names = {"folder": folder, "base": arguments["model"], "dtype": arguments["dtype"]}
+    if arguments["full"]:
+        return Template(LOADING_FULL).substitute(names)
+    adapter = Template(LOADING_ADAPTER).substitute(names)
+    if not arguments["merge"]:
+        return adapter
+    merged = Template(LOADING_FULL).substitute({**names, "folder": str(Path(folder) / MERGED)})
+    return merged + OR_THE_ADAPTER + adapter
 
 
 def write_card(path: Path, facts: Mapping[str, Any], loss_table: str, picture: str | None) -> None:
@@ -109,13 +126,17 @@ def _loss_note(facts: Mapping[str, Any]) -> str:
 
 
 def _loading_note(facts: Mapping[str, Any]) -> str:
+    merged = ""
+    if facts["arguments"]["merge"]:
+        dtype = facts["arguments"]["dtype"]
+        merged = f"The merged weights are rounded to {dtype} once more; the losses above are the adapter's. "
     if facts["arguments"]["full"] or facts["rope"]["kind"] == "none":
-        return "`apply_fpdt(model)` from hf_fpdt then runs the layers chunk by chunk, to evaluate and to train."
+        return f"{merged}`apply_fpdt(model)` from hf_fpdt then runs the layers chunk by chunk, in training too."
     return (
-        "The `config=` matters: the adapter was trained with other rotary parameters than the base's own "
-        "config has. Loading the base alone, or this folder's name through `AutoModelForCausalLM`, takes the "
+        f"{merged}The `config=` matters: the adapter was trained with other rotary parameters than the base's own "
+        "config has. Loading the base alone, or this adapter's hub name through `AutoModelForCausalLM`, takes the "
         "base's config and gives other losses without an error. `apply_fpdt(model)` from hf_fpdt then runs "
-        "the layers chunk by chunk."
+        "the layers chunk by chunk, and warns where the model has other rotary parameters than the adapter."
     )
 
 

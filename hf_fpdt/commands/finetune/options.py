@@ -92,6 +92,7 @@ class WeightOptions:
 class OutputOptions:
     """Where it goes."""
 
+    merge: bool = option(False, "write the model with the adapter in its weights too, to OUTPUT_DIR/merged")
     overwrite: bool = option(False, "write into --output_dir even if it holds files")
     resume: bool = option(
         False, "go on from the last checkpoint in --output_dir; what is not given is as the run was started with"

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..options import UserMistake, one_line
+from .merge import merged_folder
 from .options import Options
 
 SETTINGS = "settings.json"
@@ -198,7 +199,9 @@ def finished(checkpoint: Path, options: Options) -> str | None:
     step, epoch = int(state.get("global_step", 0)), float(state.get("epoch") or 0)
     steps, epochs = options.trainer.max_steps, options.trainer.num_train_epochs
     kept = _read(checkpoint.parent / SETTINGS)
-    lacks_result = "words" in kept and kept.get("result_of_step") != step
+    merged = merged_folder(options)
+    not_merged = merged is not None and not merged.is_dir()
+    lacks_result = not_merged or ("words" in kept and kept.get("result_of_step") != step)
     if lacks_result and (step == steps if steps > 0 else epoch == epochs):
         return None
     if steps > 0 and step >= steps:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PrinterCallback, Trainer, set_seed
 
 from ...config import resolve_chunk_tokens
-from ...model import apply_fpdt
+from ...model import apply_fpdt, mapping_with_rope
 from ...parallel import SequenceParallelGroup, build_group
 from ...training import FPDTTrainer
 from ..eval.curves import Curve
@@ -30,6 +30,7 @@ from .base_model import (
 )
 from .data import Data, prepare_data
 from .facts import Outcome, report
+from .merge import check_merge, merged_folder, write_merged
 from .options import Options
 from .output import check_data, check_output, checkpoint_of, finished, new_length, result_is_written, write_settings
 from .rope import RopePlan, apply_rope, beyond_reach, plan_rope
@@ -88,6 +89,7 @@ def run(options: Options) -> None:
 def check_model(options: Options, config: PreTrainedConfig, tokenizer: Any, group: SequenceParallelGroup) -> int:
     """Every check of the model that takes no time; returns how many token ids it knows."""
     model = model_without_weights(options.model, config, options.plugin, group)
+    check_merge(options, config)
     if not options.full:
         check_lora_targets(model, options.targets)
     check_tokenizer(tokenizer, known_ids(model))
@@ -116,6 +118,9 @@ def _work(job: Job, model: nn.Module) -> None:
     save(trainer, job.tokenizer, Path(job.options.trainer.output_dir))
     if PartialState().is_main_process:
         report(Outcome(job.options, job.rope, job.data, job.progress, curves, steps), trainer.model)
+        if folder := merged_folder(job.options):
+            write_merged(trainer.accelerator.unwrap_model(trainer.model_wrapped), job.tokenizer, folder)
+            job.progress.say(f"wrote the model with the adapter in it to {folder}")
         result_is_written(job.options, steps.global_step)
     trainer.accelerator.end_training()
 
@@ -145,7 +150,7 @@ def evaluate_and_train(job: Job, model: nn.Module) -> tuple[Trainer, list[Curve]
     return trainer, [*curves, evaluate(trained, "after")], steps
 
 
-def with_lora(model: nn.Module, options: Options) -> nn.Module:
+def with_lora(model: Any, options: Options) -> nn.Module:
     """The PEFT model around the base, or the base itself for full training."""
     if options.full:
         return model
@@ -155,6 +160,7 @@ def with_lora(model: nn.Module, options: Options) -> nn.Module:
         lora_dropout=options.lora_dropout,
         target_modules=options.targets,
         task_type="CAUSAL_LM",
+        auto_mapping=mapping_with_rope(model),
     )
     return get_peft_model(model, config)
 
@@ -177,7 +183,7 @@ def train(job: Job, model: nn.Module) -> tuple[Trainer, StepPrinter]:
     try:
         trainer.train(resume_from_checkpoint=None if job.checkpoint is None else str(job.checkpoint))
     except NothingLeftError:
-        job.progress.say(f"{job.checkpoint} is of the last step: its result, which was not written, is written now")
+        job.progress.say(f"{job.checkpoint} is of the last step: what was not written of its result is written now")
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
     return trainer, steps

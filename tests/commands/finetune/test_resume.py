@@ -100,7 +100,7 @@ def test_a_run_without_its_result_writes_it_and_makes_no_step(
     without_result(output)
     assert resume(output) == 0
     printed = capsys.readouterr().out
-    assert "its result, which was not written, is written now" in printed and "training step" not in printed
+    assert "what was not written of its result is written now" in printed and "training step" not in printed
     facts, whole = read(output / "run.json"), read(run / "run.json")
     for name in ("steps", "held_out_loss", "training_losses"):
         assert facts[name] == pytest.approx(whole[name], abs=1e-6)

@@ -1,0 +1,48 @@
+"""Which rotary parameters an adapter was trained with, kept in its own configuration.
+
+A PEFT model does not know the folder that its adapter came from, and PEFT drops what it has no field for. Its field
+`auto_mapping` (the class of the base model, read where there is no task type) is a dictionary that it keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+KEY = "rope_parameters"
+
+logger = logging.getLogger(__name__)
+
+
+def mapping_with_rope(model: PreTrainedModel) -> dict[str, Any]:
+    """`auto_mapping` for the configuration of an adapter that is trained on `model` as it is now."""
+    kind = type(model)
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__, KEY: _rope_of(model.config)}
+
+
+def warn_of_another_rope(model: PreTrainedModel) -> None:
+    """Say which adapters of the model were trained with other rotary parameters than it has."""
+    now = _rope_of(model.config)
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        trained = (getattr(config, "auto_mapping", None) or {}).get(KEY)
+        if trained is not None and trained != now:
+            logger.warning(
+                "hf_fpdt: the adapter %r was trained with the rotary parameters %s, and the model it is on has %s: "
+                "its losses will be worse, far worse in long texts. Load the base with the adapter's configuration, "
+                'AutoModelForCausalLM.from_pretrained("%s", config=AutoConfig.from_pretrained(ADAPTER_FOLDER)).',
+                name,
+                trained,
+                now,
+                getattr(config, "base_model_name_or_path", None) or "BASE",
+            )
+
+
+def _rope_of(config: PreTrainedConfig) -> Any:
+    """As JSON gives it back, so that what was kept compares with what is."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None)
+    if isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values()):
+        rope = {"rope_type": "default", **rope}
+    return json.loads(json.dumps(rope, default=str))
