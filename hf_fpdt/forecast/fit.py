@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from ..layout import ChunkPlan
+from ..layout import ChunkPlan, chunk_choices
 from ..plan import (
     DEVICE_MARGIN,
     DEVICE_RESERVE,
@@ -115,6 +116,7 @@ class Training:
         weights: its parameters.
         vocabulary: logits a token.
         chunk_tokens: tokens of a chunk, over all GPUs.
+        auto_chunk: whether `chunk_tokens` is the most that "auto" takes; one GPU takes less where that does not fit.
         loss_tokens: tokens whose logits exist at a time.
         checkpoints: `FPDTPlugin.checkpoints`.
         fused: whether Liger's kernels are installed, and `FPDTPlugin.fused`.
@@ -127,6 +129,7 @@ class Training:
     loss_tokens: int
     checkpoints: str = "auto"
     fused: bool = True
+    auto_chunk: bool = False
 
     def step(self, n_tokens: int, sp_size: int) -> StepSizes:
         """Sizes of a step of one sequence."""
@@ -165,11 +168,21 @@ class PlannedStep:
 
 
 def fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
-    """What a step of `n_tokens` takes.
+    """What a step of `n_tokens` takes; where the chunk is nobody's choice, with the largest chunk that fits.
 
     Raises:
         MemoryError: it does not fit; the message has the arithmetic.
     """
+    if not training.auto_chunk or machines.gpus > 1:
+        return _fit(training, machines, n_tokens)
+    *larger, least = chunk_choices(training.chunk_tokens)
+    for chunk_tokens in larger:
+        with suppress(MemoryError):
+            return _fit(replace(training, chunk_tokens=chunk_tokens), machines, n_tokens)
+    return _fit(replace(training, chunk_tokens=least), machines, n_tokens)
+
+
+def _fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
     step, gpu, weights = training.step(n_tokens, machines.gpus), machines.gpu, training.weights
     fixed = _fixed_bytes(training, machines)
     working = int(DEVICE_MARGIN * step.working_bytes(step.kv_bytes(NO_LIMIT))) + DEVICE_RESERVE

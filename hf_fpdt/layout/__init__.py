@@ -6,7 +6,7 @@ In reading order:
     spans   a row's keys, as kernel calls
 """
 
-from .chunks import Chunk, ChunkPlan
+from .chunks import Chunk, ChunkPlan, chunk_choices
 from .spans import Block, RowShape, Span, first_key, query_rows, row_spans, seen_pairs
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ChunkPlan",
     "RowShape",
     "Span",
+    "chunk_choices",
     "first_key",
     "query_rows",
     "row_spans",

@@ -13,6 +13,16 @@ from functools import cached_property
 
 from .spans import first_key
 
+# Below, a GPU's kernels wait for one another more than they compute.
+LEAST_AUTO_CHUNK = 2048
+
+
+def chunk_choices(most: int) -> Iterator[int]:
+    """Tokens of a chunk that "auto" tries, the largest first: each half of the one before."""
+    while most >= LEAST_AUTO_CHUNK:
+        yield most
+        most //= 2
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

@@ -27,6 +27,7 @@ from ..plan import (
     budgets_of,
     described,
     described_kv,
+    has_room,
     plan_pass,
 )
 from .available import available
@@ -124,6 +125,11 @@ class DeviceTiers:
     def _say(self, text: str, *, important: bool = False) -> None:
         few = len(self.plans) + len(self._kv_plans) <= 2
         logger.log(logging.INFO if important or few else logging.DEBUG, "hf_fpdt: %s", text)
+
+    def has_room(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> bool:
+        """Whether a step fits into what there is; of all ranks together, which so come to one answer."""
+        self.on(device)
+        return has_room(self.plugin, step, self._available(step, device, everywhere=everywhere))
 
     def _budgets(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> Budgets:
         return budgets_of(self.plugin, step, self._available(step, device, everywhere=everywhere))

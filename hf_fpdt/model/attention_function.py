@@ -248,11 +248,12 @@ def _sees_all(kv_offset: int, window: int, kwargs: dict[str, Any]) -> bool:
 
 def _kind_of(mask_function: Callable[..., Any], window: int) -> type[int] | None:
     """`int` where a query sees the last `window` keys, `Block` where it sees those of its own block, else None."""
-    query, *keys = (torch.tensor(place) for place in (window, 0, 1, window))
-    seen = [bool(mask_function(torch.tensor(0), torch.tensor(0), query, key)) for key in keys]
-    if seen == [False, True, True]:
+    pairs = ((window - 1, 0), (window, 0), (window, 1), (window, window))
+    places = [(torch.tensor(query), torch.tensor(key)) for query, key in pairs]
+    seen = [bool(mask_function(torch.tensor(0), torch.tensor(0), *place)) for place in places]
+    if seen == [True, False, True, True]:
         return int
-    return Block if seen == [False, False, True] else None
+    return Block if seen == [True, False, False, True] else None
 
 
 def window_of_mask(mask: Tensor | None) -> int | None:

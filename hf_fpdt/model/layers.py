@@ -126,7 +126,8 @@ class ChunkedLayer(nn.Module):
         if settings.plugin.fused:
             fuse_layer(self, self._fpdt_layer.raw_forward, settings)
         # What the pass keeps where is settled before its first layer is entered; see `CheckpointStore.pass_of`.
-        step, store, placed = settings.step(hidden), settings.store, (hidden.device, self._fpdt_layer.is_sharded)
+        store, placed = settings.store, (hidden.device, self._fpdt_layer.is_sharded)
+        step = settings.step(hidden, is_sharded=self._fpdt_layer.is_sharded)
         _check_window(window, step.windows[self._fpdt_layer.index], self._fpdt_layer.name)
         wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *parameters))
         model_pass = store.pass_of(self._fpdt_layer.index, step, *placed) if wants_grad else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from ..config import FPDTPlugin, resolve_chunk_tokens
 from ..engine import LayerTrials, StepProgress
-from ..layout import ChunkPlan
+from ..layout import ChunkPlan, chunk_choices
 from ..memory import CheckpointStore
 from ..parallel import SequenceParallelGroup
 from ..plan import ModelSizes, StepSizes
 from .liger import Liger
 
+logger = logging.getLogger(__name__)
 LOGITS_BYTES = 2**30
 
 
@@ -25,6 +27,7 @@ class Settings:
 
     Attributes:
         trials: which layers were tried.
+        chunks: tokens of a chunk that "auto" came to, by rows and tokens of hidden states and by their dtype.
         padding_tried: whether a head that is no language model's was found not to read padding.
     """
 
@@ -36,15 +39,31 @@ class Settings:
     liger: Liger | None = None
     progress: StepProgress | None = None
     trials: LayerTrials = field(default_factory=LayerTrials)
+    chunks: dict[tuple[object, ...], int] = field(default_factory=dict)
     padding_tried: bool = False
 
-    def step(self, hidden_BSD: Tensor) -> StepSizes:
-        """Sizes of the step in which a layer gets `hidden_BSD`."""
+    def step(self, hidden_BSD: Tensor, *, is_sharded: bool = False) -> StepSizes:
+        """Sizes of the step in which a layer gets `hidden_BSD`; settles the chunk that "auto" is in such steps.
+
+        Args:
+            is_sharded: whether FSDP2 shards layers, so that all ranks must find the same.
+        """
+        key, most = _shape(hidden_BSD), self.plan(hidden_BSD).chunk_tokens
+        # Over ranks that share a sequence the collator has cut it before the model sees it.
+        if key not in self.chunks and self.plugin.chunk_tokens == "auto" and self.group.size == 1:
+            tried = (self._step(hidden_BSD, size) for size in chunk_choices(most))
+            steps = [step for step in tried if self.store.has_room(step, hidden_BSD.device, is_sharded)][:1]
+            self.chunks[key] = steps[0].plan.chunk_tokens if steps else most
+            if self.chunks[key] < most:
+                logger.info("hf_fpdt: chunks of %s tokens, the largest with which a step fits", self.chunks[key])
+        return self._step(hidden_BSD, self.plan(hidden_BSD).chunk_tokens)
+
+    def _step(self, hidden_BSD: Tensor, chunk_tokens: int) -> StepSizes:
         kind, dtype = hidden_BSD.device.type, hidden_BSD.dtype
         narrow = torch.is_autocast_enabled(kind) and dtype == torch.float32
         return StepSizes(
             self.sizes,
-            self.plan(hidden_BSD),
+            ChunkPlan(hidden_BSD.shape[1] * self.group.size, chunk_tokens, self.group.size),
             batch=hidden_BSD.shape[0],
             element_bytes=dtype.itemsize,
             attention_bytes=torch.get_autocast_dtype(kind).itemsize if narrow else dtype.itemsize,
@@ -55,7 +74,8 @@ class Settings:
 
     def plan(self, hidden_BSD: Tensor) -> ChunkPlan:
         """The cut of the sequence of which this rank holds `hidden_BSD`."""
-        return self.plan_of(hidden_BSD.shape[1], on_gpu=hidden_BSD.is_cuda)
+        plan = self.plan_of(hidden_BSD.shape[1], on_gpu=hidden_BSD.is_cuda)
+        return replace(plan, chunk_tokens=self.chunks.get(_shape(hidden_BSD), plan.chunk_tokens))
 
     def plan_of(self, rank_tokens: int, *, on_gpu: bool) -> ChunkPlan:
         """The cut of the sequence of which each rank holds `rank_tokens`."""
@@ -67,6 +87,10 @@ class Settings:
         if self.plugin.loss_chunk_tokens != "auto":
             return self.plugin.loss_chunk_tokens
         return auto_loss_tokens(config.get_text_config().vocab_size)
+
+
+def _shape(hidden_BSD: Tensor) -> tuple[object, ...]:
+    return (*hidden_BSD.shape[:2], hidden_BSD.dtype, hidden_BSD.device)
 
 
 def auto_loss_tokens(vocabulary: int) -> int:

@@ -43,6 +43,7 @@ from .placement import (
     described,
     described_kv,
     described_windows,
+    has_room,
     plan_pass,
 )
 from .rehearsal import Rehearsal, pool_of_numbers
@@ -99,6 +100,7 @@ __all__ = [
     "described_kv",
     "described_windows",
     "forward_bytes",
+    "has_room",
     "head_dims",
     "largest",
     "layer_lists",

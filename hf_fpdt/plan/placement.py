@@ -6,8 +6,9 @@ Raises where a step cannot fit, with the arithmetic, instead of the kernel's out
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ..config import FPDTPlugin
 from ..layout import Block
@@ -66,6 +67,29 @@ def budgets_of(plugin: FPDTPlugin, step: StepSizes, there: Available) -> Budgets
     )
 
 
+class NoRoom(MemoryError):
+    """What a step keeps fits nowhere. The message, which takes longer than finding out, is made when it is read."""
+
+    def __init__(self, message: Callable[[], str]) -> None:
+        super().__init__()
+        self._message = message
+
+    def __str__(self) -> str:
+        return self._message()
+
+
+def has_room(plugin: FPDTPlugin, step: StepSizes, there: Available) -> bool:
+    """Whether a step fits: its working set on the device, and what it keeps somewhere."""
+    working = DEVICE_RESERVE + DEVICE_MARGIN * step.working_bytes(step.kv_bytes(NO_LIMIT))
+    if working > there.device:
+        return False
+    try:
+        plan_pass(plugin.checkpoints, step, step.model.layers, budgets_of(plugin, step, there), {})
+    except MemoryError:
+        return False
+    return True
+
+
 def plan_pass(
     policy: str, step: StepSizes, layers: int, budgets: Budgets, have: Mapping[int, int] | ExistingBuffers
 ) -> PassPlacement:
@@ -86,7 +110,7 @@ def plan_pass(
     have = have if isinstance(have, ExistingBuffers) else ExistingBuffers(have)
     room = without_kv(rest, kv, ExistingBuffers()).total if rest.host >= kv.host_buffer_bytes else -1
     if room < least_bytes(policy, layers, sizes):
-        raise MemoryError(_too_much(policy, step, layers, budgets, kv))
+        raise NoRoom(partial(_too_much, policy, step, layers, budgets, kv))
     for kept in candidates(policy, sizes, room, step.attention_costs(layers)):
         # Without regard to the buffers there are, in which ranks may differ: they must keep the same.
         found = forecast(kept, sizes, kv, rest, ExistingBuffers())
@@ -94,7 +118,7 @@ def plan_pass(
             found = forecast(kept, sizes, kv, rest, have)
         if found is not None:
             return PassPlacement(kv, without_kv(rest, kv, have), rest.host, found)
-    raise MemoryError(_too_much(policy, step, layers, budgets, kv))
+    raise NoRoom(partial(_too_much, policy, step, layers, budgets, kv))
 
 
 def _staging_bytes(budgets: Budgets, sizes: LayerBytes) -> int:

@@ -140,7 +140,10 @@ def predict(config: Any, options: argparse.Namespace, plugin: FPDTPlugin, gpu_na
     )
     chunk_tokens = resolve_chunk_tokens(plugin, on_gpu=True)
     training = replace(
-        training_of(config, lora=not options.full), chunk_tokens=chunk_tokens, checkpoints=plugin.checkpoints
+        training_of(config, lora=not options.full),
+        chunk_tokens=chunk_tokens,
+        checkpoints=plugin.checkpoints,
+        auto_chunk=plugin.chunk_tokens == "auto",
     )
     try:
         return as_json(fit(training, machines, options.seq_len), {})

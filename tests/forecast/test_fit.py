@@ -21,7 +21,7 @@ from hf_fpdt.forecast.fit import (
     sharded_weights,
     what_would_help,
 )
-from hf_fpdt.forecast.rates import GPUS
+from hf_fpdt.forecast.rates import GPUS, with_memory
 from hf_fpdt.forecast.seconds import sharded_seconds, step_seconds, ulysses_seconds
 from hf_fpdt.units import GIB
 from tests.forecast.test_rates import LLAMA_8B
@@ -210,3 +210,24 @@ def test_the_host_memory_needed_is_the_least_and_the_most_that_helps(machines: M
         fit(training, less, n_tokens)
     slower = fit(training, replace(machines, host_bytes=machine_bytes(most.host) - 2 * GIB), n_tokens)
     assert slower.seconds > most.seconds
+
+
+def test_the_longest_sequence_never_falls_as_memory_grows_where_the_chunk_is_chosen() -> None:
+    training = replace(TRAINING, auto_chunk=True)
+    found = {
+        (gpu, host): longest(training, Machines(gpu=with_memory(GPUS["h100"], gpu), gpus=1, host_bytes=host * GIB))
+        for gpu in (24, 40, 80)
+        for host in (32, 128, 512)
+    }
+    tokens = {key: step.step.plan.n_tokens if step is not None else 0 for key, step in found.items()}
+    assert tokens[24, 32] > 0
+    for (gpu, host), own in tokens.items():
+        assert all(other >= own for (g, h), other in tokens.items() if g >= gpu and h >= host), tokens
+    small = Machines(gpu=with_memory(GPUS["h100"], 24), gpus=1, host_bytes=64 * GIB)
+    fixed = longest(replace(training, auto_chunk=False, chunk_tokens=4096), small)
+    chosen = longest(training, small)
+    assert fixed is not None and chosen is not None
+    assert chosen.step.plan.n_tokens >= fixed.step.plan.n_tokens > 5 * 16_384
+    # The largest that fits: a short sequence has what it always had.
+    assert fit(training, replace(small, gpu=GPUS["h100"]), 131_072).step.plan.chunk_tokens == 32_768
+    assert fit(training, small, tokens[24, 32]).step.plan.chunk_tokens < 32_768

@@ -34,9 +34,11 @@ from transformers import (
 )
 from transformers.utils.generic import can_return_tuple
 
+import hf_fpdt.memory.device_tiers
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.config import auto_chunk_tokens
 from hf_fpdt.parallel.group import SequenceParallelGroup
+from hf_fpdt.plan.placement import DEVICE_MARGIN, DEVICE_RESERVE, NO_LIMIT, Available
 from tests.helpers.models import (
     PLUGIN,
     SIZES,
@@ -533,3 +535,21 @@ class Mixer(nn.Module):
 )
 def test_a_chunk_of_its_own_choice_gives_every_gpu_enough(ranks: int, gpu: int, cpu: int) -> None:
     assert (auto_chunk_tokens(ranks, on_gpu=True), auto_chunk_tokens(ranks, on_gpu=False)) == (gpu, cpu)
+
+
+def test_auto_takes_the_largest_chunk_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that holds what 2,048 tokens work with, and not what 4,096 do."""
+    model, ids = tiny("llama", max_position_embeddings=8192), tokens(1, 5000)
+    truth = train_step(model, ids)
+    handle = apply_fpdt(model, FPDTPlugin(checkpoints="segment", loss_chunk_tokens=16))
+    settings = handle._settings
+    hidden = torch.empty(1, 5000, model.config.hidden_size, dtype=model.dtype)
+    steps = [settings._step(hidden, size) for size in (2048, 4096)]
+    working = [step.working_bytes(step.kv_bytes(NO_LIMIT)) for step in steps]
+    device = int(DEVICE_RESERVE + DEVICE_MARGIN * sum(working) / 2)
+    monkeypatch.setattr(hf_fpdt.memory.device_tiers, "available", lambda *_: Available(device, 2**34, 0))
+    assert_same_step(train_step(model, ids), truth)
+    assert settings.plan(hidden).chunk_tokens == 2048
+    assert {step.plan.chunk_tokens for step, _ in handle.store.plans} == {2048}
+    short = torch.empty(1, 3000, model.config.hidden_size, dtype=model.dtype)
+    assert settings.plan(short).chunk_tokens == 4096, "settled for each length"

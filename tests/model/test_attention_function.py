@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import hf_fpdt.model.attention_function
+from hf_fpdt.layout.spans import Block
 from hf_fpdt.model.attention_function import fpdt_attention, fpdt_mask, window_of_mask
 from hf_fpdt.parallel.sharding import batch_shared_by
 from tests.helpers.models import Step, assert_same_step, broken_steps, tiny, tokens, train_step
@@ -190,11 +191,6 @@ def test_positions_that_only_start_later_are_no_packed_documents() -> None:
 
 REFUSED_MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "attention dropout": ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.0"),
-    "chunked attention": (
-        "llama4_text",
-        {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8},
-        "an attention mask",
-    ),
 }
 
 
@@ -269,11 +265,11 @@ def test_a_local_mask_that_is_no_window_is_not_taken_for_one() -> None:
         for name, function in {"window": windowed, "chunks": chunked, "longer": longer, "shorter": shorter}.items()
     }
     assert {name: window_of_mask(mask) for name, mask in masks.items()} == {
-        "window": size, "chunks": None, "longer": None, "shorter": None,
+        "window": size, "chunks": Block(size), "longer": None, "shorter": None,
     }  # fmt: skip
     layer, q = tiny().model.layers[0].self_attn, torch.ones(1, 4, 20, 8)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="an attention mask"):
-        fpdt_attention(layer, q, q, q, masks["chunks"])
+        fpdt_attention(layer, q, q, q, masks["longer"])
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,10 @@ def test_generate_gives_the_tokens_of_the_plain_model(name: str, cache: str) -> 
                 )
                 return drawn
 
-            expected = tokens_of(reference)
+            try:
+                expected = tokens_of(reference)
+            except TypeError:  # transformers 5.17 has no static cache for Llama 4
+                pytest.skip("the plain model of this transformers fails")
             for which, model in models.items():
                 assert torch.equal(tokens_of(model), expected), f"{which}, {length} tokens, padded: {padded}"
 

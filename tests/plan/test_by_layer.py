@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_fpdt.layout.spans import Block
 from hf_fpdt.model.shapes import SHAPES
 from hf_fpdt.plan.by_layer import attention_sizes, is_latent, latent_weights, windows_of
 from tests.helpers.support import assert_rejects
@@ -33,7 +34,7 @@ WINDOWS: list[tuple[str, dict[str, Any], Sequence[int | None], int]] = [
     ("gpt_oss", {}, [128, None, 128, None], 18),
     ("cohere2", {}, [4096] * 3 + [None, 4096], 30),
     ("exaone4", {}, [4096] * 3 + [None, 4096], 24),
-    ("llama4_text", {}, [None] * 4, 0),  # chunked attention is something else
+    ("llama4_text", {}, [Block(8192), Block(8192), Block(8192), None], 36),
     ("llama", {}, [None] * 3, 0),
     ("mistral", {"num_hidden_layers": 3, "per_layer_config": {1: {"sliding_window": 7}}}, [4096, 7, 4096], 3),
     ("mistral", {"num_hidden_layers": 3, "per_layer_config": {2: {"sliding_window": None}}}, [4096, 4096, None], 2),

@@ -162,7 +162,13 @@ def _training(options: argparse.Namespace) -> Training:
     training = training_of_model(model, lora=not options.full)
     chunk_tokens = options.chunk_tokens or auto_chunk_tokens(options.gpus, on_gpu=True)
     weights = replace(training.weights, optimizer=options.optimizer)
-    return replace(training, weights=weights, chunk_tokens=chunk_tokens, checkpoints=options.checkpoints)
+    return replace(
+        training,
+        weights=weights,
+        chunk_tokens=chunk_tokens,
+        auto_chunk=options.chunk_tokens is None,
+        checkpoints=options.checkpoints,
+    )
 
 
 def _machines(options: argparse.Namespace) -> Machines:
