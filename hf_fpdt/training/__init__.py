@@ -6,11 +6,13 @@ In reading order:
     evaluation   one process's loss on any number of ranks
     accelerator  `FPDTAccelerator`
     loaders      data loaders that know groups
+    saying       what a run does, said once
     speed        tokens a second and MFU in the logs
 """
 
 from .accelerator import FPDTAccelerator
 from .loaders import join_group, sharding_collator
+from .saying import say_what_is_done
 from .trainer import FPDTTrainer, FPDTTrainerMixin, refused_options
 
 __all__ = [
@@ -19,5 +21,6 @@ __all__ = [
     "FPDTTrainerMixin",
     "join_group",
     "refused_options",
+    "say_what_is_done",
     "sharding_collator",
 ]

@@ -16,6 +16,7 @@ from ..model import applied_settings, apply_fpdt, has_fpdt, train_with
 from ..parallel import SequenceParallelGroup
 from .evaluation import Evaluation, filled, first_rows
 from .loaders import join_group, sharding_collator
+from .saying import say_what_is_done
 from .speed import TrainingSpeed
 
 _LOGITS = "whole logits (tokens x vocabulary), which FPDT does not make"
@@ -64,6 +65,7 @@ class FPDTTrainerMixin:
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; then the sequence-parallel groups are built beside the accelerator."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        say_what_is_done()
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
         applied = self._fpdt_applied
         self.fpdt_group = join_group(accelerator, self.fpdt_plugin, None if applied is None else applied.group)
