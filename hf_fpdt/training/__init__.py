@@ -3,6 +3,7 @@
 In reading order:
 
     trainer      `FPDTTrainerMixin` and `FPDTTrainer`
+    refused      options of a Trainer that cannot be honoured
     evaluation   one process's loss on any number of ranks
     accelerator  `FPDTAccelerator`
     loaders      data loaders that know groups
@@ -12,8 +13,9 @@ In reading order:
 
 from .accelerator import FPDTAccelerator
 from .loaders import join_group, sharding_collator
+from .refused import refused_options
 from .saying import say_what_is_done
-from .trainer import FPDTTrainer, FPDTTrainerMixin, refused_options
+from .trainer import FPDTTrainer, FPDTTrainerMixin
 
 __all__ = [
     "FPDTAccelerator",

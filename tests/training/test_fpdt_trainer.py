@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hf_fpdt import FPDTPlugin, FPDTTrainer, FPDTTrainerMixin, ShardingCollator, apply_fpdt
 from hf_fpdt.model.apply import applied_settings
 from hf_fpdt.parallel.group import SequenceParallelGroup
-from hf_fpdt.training.trainer import _pad_token_id, refused_options
+from hf_fpdt.training.refused import refused_options
+from hf_fpdt.training.trainer import _pad_token_id
 from tests.helpers.models import tiny
 from tests.helpers.support import assert_rejects
 from tests.training.test_trainer import PadRight, text_rows
@@ -112,11 +113,17 @@ def options(**changes: Any) -> SimpleNamespace:
         "train_sampling_strategy": "random",
         "neftune_noise_alpha": None,
         "n_gpu": 1,
+        "per_device_train_batch_size": 1,
     }
-    own = {name: changes.pop(name, None) for name in ("compute_metrics", "compute_loss_func", "model")}
+    own = {
+        name: changes.pop(name, None) for name in ("compute_metrics", "compute_loss_func", "model", "data_collator")
+    }
     return SimpleNamespace(args=SimpleNamespace(**(args | changes)), **own)
 
 
+LEFT = SimpleNamespace(tokenizer=SimpleNamespace(padding_side="left"), pad_to_multiple_of=None)
+LEFT_BY_EIGHT = SimpleNamespace(tokenizer=SimpleNamespace(padding_side="left"), pad_to_multiple_of=8)
+RIGHT = SimpleNamespace(tokenizer=SimpleNamespace(padding_side="right"), pad_to_multiple_of=8)
 CLASSIFIER = SimpleNamespace(get_output_embeddings=lambda: None)
 
 
@@ -136,6 +143,11 @@ CLASSIFIER = SimpleNamespace(get_output_embeddings=lambda: None)
         ({"compute_loss_func": print}, 1, "whole logits.*: leave it out; .*transformers' Trainer .*apply_fpdt"),
         ({"compute_metrics": print, "predict_with_generate": True}, 1, None),
         ({"compute_metrics": print, "model": CLASSIFIER}, 1, None),
+        ({"data_collator": LEFT, "per_device_train_batch_size": 2}, 1, 'left.*tokenizer.padding_side = "right"'),
+        ({"data_collator": LEFT_BY_EIGHT}, 1, "pads on the left"),
+        ({"data_collator": LEFT}, 1, None),
+        ({"data_collator": RIGHT, "per_device_train_batch_size": 2}, 1, None),
+        ({"data_collator": DataCollatorWithFlattening()}, 1, "Flattening packs.*DataCollatorForLanguageModeling"),
         ({}, 4, None),
     ],
 )

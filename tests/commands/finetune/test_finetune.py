@@ -340,7 +340,10 @@ MISTAKES = [
     (["--output", "/proc/out"], ["--output_dir", "/proc/out", "can't be made or written"]),
     (["--lora-target-modules", "q_proj,w_pack"], ["--lora_target_modules", "w_pack", "o_proj"]),
     (["--rope-factor", "4"], ["--rope_factor", "--rope_scaling", "yarn"]),
-    (["--sp-size", "2"], ["--sp_size", "1 process", "accelerate launch --num_processes"]),
+    (
+        ["--sp-size", "2"],
+        ["--sp_size", "1 process", "accelerate launch --multi_gpu --num_processes 2", "torchrun", "--cpu"],
+    ),
     (["--lora-dropout", "1.5"], ["--lora_dropout", "1.5", "allowed"]),
     (["--resume"], ["--resume", "no checkpoint", "--save_steps"]),
     (["--rope-scaling", "yarn", "--rope-factor", "nan"], ["--rope_factor", "'nan'", "allowed"]),
