@@ -332,7 +332,8 @@ def test_what_is_left_out_is_said_and_padding_needs_no_token_of_its_own(
 
 MISTAKES = [
     (["--max-length", "lots"], ["--max_length", "'lots'", "1M"]),
-    (["--model", "no/such-model"], ["--model", "no/such-model"]),
+    (["--model", "no/such-model"], ["--model", "no/such-model", "no folder no/such-model here either"]),
+    (["--model", "./no-model"], ["./no-model: there is no such folder"]),
     (["--data", "no_such_file.jsonl"], ["no_such_file.jsonl", "existing"]),
     (["--text-column", "body"], ["--text_column", "'body'", "text"]),
     (["--eval-data", "no_such_file.txt"], ["no file or folder no_such_file.txt"]),
