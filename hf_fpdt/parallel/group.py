@@ -140,11 +140,11 @@ def sum_repeated_heads(dx_BSGH: Tensor, times: int) -> Tensor:
     return dx_BSGH.unflatten(2, (-1, times)).sum(3, dtype=wide).to(dx_BSGH.dtype)
 
 
-def how_to_start(processes: int) -> str:
-    """So many processes. Accelerate starts them on a CPU too, but one alone where it is told that it is one."""
+def how_to_start(processes: int, script: str = "SCRIPT") -> str:
+    """So many processes of a script. Accelerate's option for a CPU starts one, whatever number it is given."""
     return (
-        f"start them with accelerate launch --multi_gpu --num_processes {processes} SCRIPT or torchrun "
-        f"--nproc-per-node {processes} SCRIPT, on a CPU too (accelerate launch --cpu starts one process, whatever "
+        f"start them with accelerate launch --multi_gpu --num_processes {processes} {script} or torchrun "
+        f"--nproc-per-node {processes} {script}, on a CPU too (accelerate launch --cpu starts one process, whatever "
         "--num_processes says)"
     )
 

@@ -231,7 +231,7 @@ def fpdt_plugin(texts: Mapping[str, str | None]) -> FPDTPlugin:
     if processes % plugin.sp_size:
         raise UserMistake(
             f"--sp_size: got {plugin.sp_size}; allowed: a number that divides this job's {processes} process(es); "
-            + how_to_start(plugin.sp_size)
+            + how_to_start(plugin.sp_size, "-m hf_fpdt.commands.finetune")
         )
     return plugin
 

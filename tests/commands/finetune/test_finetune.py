@@ -343,7 +343,13 @@ MISTAKES = [
     (["--rope-factor", "4"], ["--rope_factor", "--rope_scaling", "yarn"]),
     (
         ["--sp-size", "2"],
-        ["--sp_size", "1 process", "accelerate launch --multi_gpu --num_processes 2", "torchrun", "--cpu"],
+        [
+            "--sp_size",
+            "1 process",
+            "accelerate launch --multi_gpu --num_processes 2",
+            "torchrun --nproc-per-node 2 -m hf_fpdt.commands.finetune",
+            "--cpu",
+        ],
     ),
     (["--lora-dropout", "1.5"], ["--lora_dropout", "1.5", "allowed"]),
     (["--resume"], ["--resume", "no checkpoint", "--save_steps"]),
