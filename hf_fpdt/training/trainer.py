@@ -64,7 +64,8 @@ class FPDTTrainerMixin:
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; then the sequence-parallel groups are built beside the accelerator."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        say_what_is_done()
+        # Trainer sets transformers to this level later.
+        say_what_is_done(self.args.get_process_log_level())  # type: ignore[attr-defined]
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
         applied = self._fpdt_applied
         self.fpdt_group = join_group(accelerator, self.fpdt_plugin, None if applied is None else applied.group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers.utils import logging as of_transformers
 
 from hf_fpdt import FPDTPlugin, FPDTTrainer, FPDTTrainerMixin, ShardingCollator, apply_fpdt
 from hf_fpdt.model.apply import applied_settings
@@ -164,6 +166,20 @@ def test_single_options_are_refused_where_they_would_be_wrong(
 def _raise(reasons: str) -> None:
     if reasons:
         raise NotImplementedError(reasons)
+
+
+def test_what_is_done_is_said_unless_the_trainer_is_to_be_quiet(tmp_path: Path) -> None:
+    ours, transformers_level = logging.getLogger("hf_fpdt"), of_transformers.get_verbosity()
+    before = ours.level
+    try:
+        for log_level, said in (("error", False), ("passive", True)):
+            ours.setLevel(logging.NOTSET)
+            of_transformers.set_verbosity_warning()
+            trainer(tmp_path, changes={"log_level": log_level})
+            assert ours.isEnabledFor(logging.INFO) == said
+    finally:
+        ours.setLevel(before)
+        of_transformers.set_verbosity(transformers_level)
 
 
 def test_a_model_with_fpdt_of_other_settings_is_refused(tmp_path: Path) -> None:
