@@ -13,6 +13,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     author="The hf_fpdt authors",
+    project_urls={"Paper": "https://arxiv.org/abs/2408.16978"},
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -35,7 +36,8 @@ setup(
     extras_require={
         # Only pre-releases exist so far; pip takes them because there is nothing else to choose.
         "flash": ["flash-attn-4"],
-        "gpu": ["flash-attn-4", "liger-kernel"],
+        # All that hf-fpdt finetune uses where there is a GPU, its picture included.
+        "gpu": ["flash-attn-4", "liger-kernel", "matplotlib"],
         "bench": ["matplotlib", "liger-kernel", "pyte"],
         "dev": [
             "filelock",

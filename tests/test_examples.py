@@ -11,24 +11,51 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from tests.helpers.app_support import ROOT, run_python
+from tests.helpers.app_support import ROOT, run_python, stories, write_tiny_checkpoint
 
 MAX_EXAMPLE_LINES = 80
-EXAMPLES = ("plain_loop", "with_trainer", "lora")
+WITH_A_TOKENIZER = ("tokenizer_to_adapter", "trl_sft")
+EXAMPLES = ("plain_loop", "with_trainer", "lora", "accelerate_loop", "two_processes", *WITH_A_TOKENIZER)
+# Those whose trainer or accelerator is ours say what is done: the chunk and the kernel, what is kept and where.
+SAYING = EXAMPLES[3:]
+SAID = (
+    r"hf_fpdt: \w+, 2 layers in chunks of",
+    r"hf_fpdt: attention kernel 'cpu'",
+    r"hf_fpdt: .*chunks?: K, V.*; keeps",
+)
+
+
+@pytest.fixture(scope="module")
+def text_and_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its tokenizer and two documents."""
+    folder = tmp_path_factory.mktemp("text")
+    write_tiny_checkpoint(folder / "model")
+    for number, text in enumerate(stories(2)):
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    return folder
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example_learns(name: str) -> None:
-    done = run_python(ROOT / "examples" / f"{name}.py", "--steps", "3", "--length", "1024")
+def test_example_learns(name: str, text_and_model: Path, tmp_path: Path) -> None:
+    arguments = ["--steps", "3", "--length", "1024"]
+    start = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2") if name == "two_processes" else ()
+    if name in WITH_A_TOKENIZER:
+        pytest.importorskip("trl")
+        arguments += ["--model", str(text_and_model / "model"), "--data", str(text_and_model / "*.txt")]
+        arguments += ["--output", str(tmp_path / "out")]
+    done = run_python(*start, ROOT / "examples" / f"{name}.py", *arguments)
     assert done.returncode == 0, done.stderr
-    if name == "with_trainer":
-        losses = done.stdout.rpartition("losses:")[2].split()
-    else:
-        losses = re.findall(r"step \d+: loss ([\d.]+)", done.stdout)
+    losses = re.findall(r"step \d+: loss ([\d.]+)", done.stdout)
+    if "losses" in done.stdout:
+        losses = re.findall(r"^losses.*?: (.*)", done.stdout, re.MULTILINE)[0].split()
     assert len(losses) == 3 and float(losses[-1]) < float(losses[0])
+    said = [len(re.findall(line, done.stderr)) for line in SAID]
+    assert said == [name in SAYING] * len(SAID), f"once, by the first process: {done.stderr}"
     if name == "plain_loop":  # it shows that chunks change nothing
         shown = re.search(r"([\d.]+) whole, ([\d.]+) chunk by chunk", done.stdout)
         assert shown is not None and float(shown[1]) == pytest.approx(float(shown[2]), abs=1e-5)
+    if name in WITH_A_TOKENIZER:
+        assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_examples_are_short() -> None:

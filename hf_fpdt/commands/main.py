@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 from .bench.command import add_bench
 from .check.command import add_check
 from .completion import COMPLETION_HELP, add_completion
+from .conditions import versions_of
 from .eval.command import add_eval
 from .finetune.command import add_finetune
 from .options import exit_status
 from .plan.command import add_plan
 from .trace.command import add_trace
+
+VERSIONS = ("torch", "transformers", "accelerate", "peft", "flash-attn-4", "liger-kernel")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +43,15 @@ def _run(arguments: Sequence[str] | None) -> int | None:
     return status
 
 
+class _Version(argparse.Action):
+    """`--version`: what a report of a problem begins with."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        own = import_module(__name__.partition(".")[0]).__version__
+        print(f"hf-fpdt {own} ({versions_of(VERSIONS)}, python {platform.python_version()})")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-fpdt",
@@ -44,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=COMPLETION_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show this version and those that matter to it")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_check(commands)
     add_plan(commands)

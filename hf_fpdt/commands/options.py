@@ -146,11 +146,36 @@ def config_of(options: argparse.Namespace, *, layers: int | None) -> PreTrainedC
     if options.model is None:
         config = SHAPES[options.shape or DEFAULT_SHAPE]()
         return config if layers is None else with_layers(config, layers)
+    check_folder(options.model)
     with mistakes(OSError, ValueError, StrictDataclassError):
-        config = AutoConfig.from_pretrained(options.model)
+        config = _config_of(options.model)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserMistake(f"{options.model} is a {config.model_type} model; a causal language model is expected.")
     return config if layers is None else with_layers(config, layers)
+
+
+def _config_of(model: str) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise OSError(f"{plain(error).rstrip('.')}{no_folder_either(model)}.") from error
+    return config
+
+
+def check_folder(model: str) -> None:
+    """Refuse what can only be a folder, and is none; transformers would look for it on the hub."""
+    path = Path(model)
+    a_path = path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2
+    if path.is_file() or (a_path and not path.is_dir()):
+        why = "is a file" if path.is_file() else "is not there"
+        raise UserMistake(
+            f"{model}: there is no such folder, it {why}; give a model's folder, or its name on the hub."
+        )
+
+
+def no_folder_either(model: str) -> str:
+    """To end a message about a name that the hub did not give: it may have been meant as a folder."""
+    return "" if Path(model).is_dir() else f"; there is no folder {model} here either"
 
 
 def built_without_memory(config: PreTrainedConfig) -> PreTrainedModel:

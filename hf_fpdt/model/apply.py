@@ -228,13 +228,22 @@ class FPDTHandle:
 
     def __str__(self) -> str:
         p = self.plugin
-        gpu, cpu = (f"{auto_chunk_tokens(p.sp_size, on_gpu=on_gpu):,}" for on_gpu in (True, False))
-        chunk = f"{gpu} tokens on a GPU, {cpu} on a CPU" if p.chunk_tokens == "auto" else f"{p.chunk_tokens:,} tokens"
+        chunk = self._auto_chunk() if p.chunk_tokens == "auto" else f"{p.chunk_tokens:,} tokens"
         return (
             f"{type(self.model).__name__}, {len(self._layers)} layers in chunks of {chunk}; kernel {p.kernel!r}; "
             f"checkpoints {p.checkpoints!r}; loss in chunks of "
             f"{self._settings.loss_chunk_tokens(self.model.config):,} tokens; {self._fused()}"
         )
+
+    def _auto_chunk(self) -> str:
+        """One number where it is known on what the model will run."""
+        gpu, cpu = (
+            f"{auto_chunk_tokens(self.plugin.sp_size, on_gpu=on_gpu):,} tokens on a {name}"
+            for on_gpu, name in ((True, "GPU"), (False, "CPU"))
+        )
+        if not torch.cuda.is_available():
+            return cpu
+        return gpu if self.model.device.type == "cuda" else f"{gpu}, {cpu}"
 
     def _fused(self) -> str:
         if not self.plugin.fused:

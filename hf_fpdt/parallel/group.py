@@ -140,6 +140,15 @@ def sum_repeated_heads(dx_BSGH: Tensor, times: int) -> Tensor:
     return dx_BSGH.unflatten(2, (-1, times)).sum(3, dtype=wide).to(dx_BSGH.dtype)
 
 
+def how_to_start(processes: int, script: str = "SCRIPT") -> str:
+    """So many processes of a script. Accelerate's option for a CPU starts one, whatever number it is given."""
+    return (
+        f"start them with accelerate launch --multi_gpu --num_processes {processes} {script} or torchrun "
+        f"--nproc-per-node {processes} {script}, on a CPU too (accelerate launch --cpu starts one process, whatever "
+        "--num_processes says)"
+    )
+
+
 def build_group(sp_size: int) -> SequenceParallelGroup:
     """This process's group: contiguous ranks [i·P, (i+1)·P) of the world share a sequence. Every rank must call it.
 
@@ -151,8 +160,8 @@ def build_group(sp_size: int) -> SequenceParallelGroup:
         return SequenceParallelGroup()
     if not dist.is_initialized():
         raise RuntimeError(
-            f"hf_fpdt: sp_size={sp_size} needs {sp_size} processes, but torch.distributed is not initialised: start "
-            "the script with accelerate launch or torchrun, or set sp_size=1."
+            f"hf_fpdt: sp_size={sp_size} needs {sp_size} processes, but this is one: {how_to_start(sp_size)}; or set "
+            "sp_size=1."
         )
     world = dist.get_world_size()
     if world % sp_size:

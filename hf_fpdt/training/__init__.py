@@ -3,15 +3,19 @@
 In reading order:
 
     trainer      `FPDTTrainerMixin` and `FPDTTrainer`
+    refused      options of a Trainer that cannot be honoured
     evaluation   one process's loss on any number of ranks
     accelerator  `FPDTAccelerator`
     loaders      data loaders that know groups
+    saying       what a run does, said once
     speed        tokens a second and MFU in the logs
 """
 
 from .accelerator import FPDTAccelerator
 from .loaders import join_group, sharding_collator
-from .trainer import FPDTTrainer, FPDTTrainerMixin, refused_options
+from .refused import refused_options
+from .saying import say_what_is_done
+from .trainer import FPDTTrainer, FPDTTrainerMixin
 
 __all__ = [
     "FPDTAccelerator",
@@ -19,5 +23,6 @@ __all__ = [
     "FPDTTrainerMixin",
     "join_group",
     "refused_options",
+    "say_what_is_done",
     "sharding_collator",
 ]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from ..config import FPDTPlugin
 from ..model import FPDTHandle, apply_fpdt, has_fpdt, train_with
 from .loaders import agreed_seeds, join_group, sharding_collator
+from .saying import say_what_is_done
 
 
 class FPDTAccelerator(Accelerator):
@@ -38,6 +39,7 @@ class FPDTAccelerator(Accelerator):
 
     def __init__(self, *args: Any, fpdt_plugin: FPDTPlugin | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        say_what_is_done()
         self.fpdt_plugin = FPDTPlugin() if fpdt_plugin is None else fpdt_plugin
         self.fpdt_group = join_group(self, self.fpdt_plugin)
         self.fpdt_handles: list[FPDTHandle] = []

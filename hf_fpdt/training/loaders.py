@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.data_loader import get_sampler
 from accelerate.utils import DistributedType, DynamoBackend, broadcast
@@ -29,6 +30,12 @@ def join_group(
         NotImplementedError, ValueError: as for `FPDTAccelerator`.
     """
     reasons = _refused_options(accelerator)
+    started = dist.get_world_size() if dist.is_initialized() else 1
+    if accelerator.num_processes != started:
+        reasons.append(
+            f"it counts {accelerator.num_processes} process(es) where {started} were started, so each would train by "
+            "itself; on a CPU pass cpu=True (use_cpu=True to TrainingArguments)"
+        )
     if reasons:
         raise NotImplementedError(f"hf_fpdt: FPDT cannot run under this Accelerator: {'; '.join(reasons)}.")
     if group is None:

@@ -16,10 +16,9 @@ from ..model import applied_settings, apply_fpdt, has_fpdt, train_with
 from ..parallel import SequenceParallelGroup
 from .evaluation import Evaluation, filled, first_rows
 from .loaders import join_group, sharding_collator
+from .refused import packed, refused_options
+from .saying import say_what_is_done
 from .speed import TrainingSpeed
-
-_LOGITS = "whole logits (tokens x vocabulary), which FPDT does not make"
-_WHERE_THEY_FIT = "where they fit, train with transformers' Trainer on a model with apply_fpdt, sp_size=1"
 
 
 class FPDTTrainerMixin:
@@ -45,12 +44,13 @@ class FPDTTrainerMixin:
     def __init__(self, *args: Any, fpdt_plugin: FPDTPlugin | None = None, **kwargs: Any) -> None:
         self.fpdt_plugin = FPDTPlugin() if fpdt_plugin is None else fpdt_plugin
         model = kwargs.get("model", args[0] if args else None)
-        self._fpdt_applied = None if model is None else applied_settings(model)
+        # TRL takes the name of a model too.
+        self._fpdt_applied = applied_settings(model) if isinstance(model, nn.Module) else None
+        # Before TRL prepares the whole data set.
+        _refuse(packed(kwargs.get("args", args[1] if len(args) > 1 else None)))
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        reasons = refused_options(trainer, self.fpdt_group.size)
-        if reasons:
-            raise NotImplementedError(f"hf_fpdt: FPDT cannot run this Trainer: {'; '.join(reasons)}.")
+        _refuse(refused_options(trainer, self.fpdt_group.size))
         if not has_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group):
             self.fpdt_handle = apply_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group)
         trainer.data_collator = sharding_collator(
@@ -64,6 +64,8 @@ class FPDTTrainerMixin:
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; then the sequence-parallel groups are built beside the accelerator."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        # Trainer sets transformers to this level later.
+        say_what_is_done(self.args.get_process_log_level())  # type: ignore[attr-defined]
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
         applied = self._fpdt_applied
         self.fpdt_group = join_group(accelerator, self.fpdt_plugin, None if applied is None else applied.group)
@@ -196,6 +198,11 @@ class FPDTTrainer(FPDTTrainerMixin, Trainer):
     """transformers' `Trainer` with FPDT: `accelerate launch` starts processes, the plugin's `sp_size` groups them."""
 
 
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise NotImplementedError(f"hf_fpdt: FPDT cannot run this Trainer: {'; '.join(reasons)}.")
+
+
 def _pad_token_id(trainer: Any) -> int:
     vocabulary = trainer.model.config.get_text_config().vocab_size
     for owner in (trainer.processing_class, trainer.model.config):
@@ -203,54 +210,3 @@ def _pad_token_id(trainer: Any) -> int:
         if token is not None and 0 <= int(token) < vocabulary:
             return int(token)
     return 0
-
-
-def _metrics_need_logits(trainer: Any) -> bool:
-    """Of every token: not those of a classification head, and not where metrics are of generated text."""
-    if getattr(trainer.args, "predict_with_generate", False):
-        return False
-    return trainer.model is None or trainer.model.get_output_embeddings() is not None
-
-
-def refused_options(trainer: Any, sp_size: int) -> list[str]:
-    """What of a Trainer (its `args`, metrics and loss function) FPDT cannot honour, each with its way out."""
-    args = trainer.args
-    liger = args.liger_kernel_config or {}
-    checks = (
-        (
-            args.label_smoothing_factor,
-            f"label_smoothing_factor needs {_LOGITS}: set it to 0; {_WHERE_THEY_FIT}",
-        ),
-        (
-            trainer.compute_metrics is not None and _metrics_need_logits(trainer),
-            f"compute_metrics needs {_LOGITS}, before preprocess_logits_for_metrics too: leave it out; evaluate() "
-            "gives eval_loss, whose exp is the perplexity, and docs/troubleshooting.md predicts tokens in slices",
-        ),
-        (
-            callable(trainer.compute_loss_func),  # TRL has a string there, for old releases of transformers
-            f"compute_loss_func needs {_LOGITS}: leave it out; {_WHERE_THEY_FIT}",
-        ),
-        (
-            args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True),
-            "Liger's fused loss would replace FPDT's; set liger_kernel_config={'fused_linear_cross_entropy': False}",
-        ),
-        (
-            not args.average_tokens_across_devices,
-            "average_tokens_across_devices=False counts tokens a rank; leave it on",
-        ),
-        (
-            sp_size > 1 and args.train_sampling_strategy == "batch_rebalance",
-            'train_sampling_strategy="batch_rebalance" gives the ranks of a sequence other samples; take another',
-        ),
-        (
-            sp_size > 1 and args.neftune_noise_alpha is not None,
-            "neftune_noise_alpha scales its noise by a rank's own number of tokens; leave it out",
-        ),
-        (
-            getattr(trainer, "aux_loss_enabled", False),  # of TRL's trainers, which set the model's config by it
-            "the router's auxiliary loss needs all tokens at once; set router_aux_loss_coef=0.0 in the trainer's "
-            "config",
-        ),
-        (args.n_gpu > 1, "DataParallel is not supported; start one process a GPU with accelerate launch"),
-    )
-    return [reason for refused, reason in checks if refused]

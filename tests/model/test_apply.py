@@ -213,6 +213,17 @@ def test_the_handle_says_in_one_line_what_was_applied() -> None:
     assert "\n" not in said and all(word in said for word in ("2 layers", "4,096 tokens", "'input'"))
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "chunk"),
+    [(False, "of 4,096 tokens on a CPU;"), (True, "of 32,768 tokens on a GPU, 4,096 tokens on a CPU;")],
+)
+def test_the_chunk_of_auto_is_the_one_that_will_be(has_gpu: bool, chunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on the CPU may be moved to a GPU, where there is one."""
+    handle = apply_fpdt(tiny(), FPDTPlugin())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert chunk in str(handle)
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 FULL: dict[str, Any] = {"layer_types": ["full_attention"] * 2}

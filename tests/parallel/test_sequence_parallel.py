@@ -306,7 +306,9 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
 
 
 def test_more_ranks_than_processes_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="accelerate launch or torchrun"):
+    with pytest.raises(
+        RuntimeError, match="--multi_gpu --num_processes 2 SCRIPT or torchrun.* --cpu starts one process"
+    ):
         apply_fpdt(tiny("llama"), FPDTPlugin(sp_size=2, chunk_tokens=16))
 
 

@@ -358,6 +358,17 @@ def test_accelerators_that_cannot_be_right_are_refused() -> None:
     assert isinstance(runner, Accelerator) and runner.gradient_accumulation_steps == 2
 
 
+def _uncounted(rank: int, world: int, sp: int) -> None:
+    """Accelerate takes a CPU for one process unless it is told that the CPU is what is meant."""
+    with pytest.raises(NotImplementedError, match=r"counts 1 process\(es\) where 2 were started.*cpu=True"):
+        FPDTAccelerator(fpdt_plugin=FPDTPlugin(sp_size=sp, chunk_tokens=16))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there Accelerate counts them")
+def test_processes_that_accelerate_does_not_count_are_refused() -> None:
+    spawn(_uncounted, 2, 2)
+
+
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FPDT_CHUNK_TOKENS", "8")
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers.utils import logging as of_transformers
 
 from hf_fpdt import FPDTPlugin, FPDTTrainer, FPDTTrainerMixin, ShardingCollator, apply_fpdt
 from hf_fpdt.model.apply import applied_settings
 from hf_fpdt.parallel.group import SequenceParallelGroup
-from hf_fpdt.training.trainer import _pad_token_id, refused_options
+from hf_fpdt.training.refused import refused_options
+from hf_fpdt.training.trainer import _pad_token_id
 from tests.helpers.models import tiny
 from tests.helpers.support import assert_rejects
 from tests.training.test_trainer import PadRight, text_rows
@@ -112,11 +115,17 @@ def options(**changes: Any) -> SimpleNamespace:
         "train_sampling_strategy": "random",
         "neftune_noise_alpha": None,
         "n_gpu": 1,
+        "per_device_train_batch_size": 1,
     }
-    own = {name: changes.pop(name, None) for name in ("compute_metrics", "compute_loss_func", "model")}
+    own = {
+        name: changes.pop(name, None) for name in ("compute_metrics", "compute_loss_func", "model", "data_collator")
+    }
     return SimpleNamespace(args=SimpleNamespace(**(args | changes)), **own)
 
 
+LEFT = SimpleNamespace(tokenizer=SimpleNamespace(padding_side="left"), pad_to_multiple_of=None)
+LEFT_BY_EIGHT = SimpleNamespace(tokenizer=SimpleNamespace(padding_side="left"), pad_to_multiple_of=8)
+RIGHT = SimpleNamespace(tokenizer=SimpleNamespace(padding_side="right"), pad_to_multiple_of=8)
 CLASSIFIER = SimpleNamespace(get_output_embeddings=lambda: None)
 
 
@@ -136,6 +145,11 @@ CLASSIFIER = SimpleNamespace(get_output_embeddings=lambda: None)
         ({"compute_loss_func": print}, 1, "whole logits.*: leave it out; .*transformers' Trainer .*apply_fpdt"),
         ({"compute_metrics": print, "predict_with_generate": True}, 1, None),
         ({"compute_metrics": print, "model": CLASSIFIER}, 1, None),
+        ({"data_collator": LEFT, "per_device_train_batch_size": 2}, 1, 'left.*tokenizer.padding_side = "right"'),
+        ({"data_collator": LEFT_BY_EIGHT}, 1, "pads on the left"),
+        ({"data_collator": LEFT}, 1, None),
+        ({"data_collator": RIGHT, "per_device_train_batch_size": 2}, 1, None),
+        ({"data_collator": DataCollatorWithFlattening()}, 1, "Flattening packs.*DataCollatorForLanguageModeling"),
         ({}, 4, None),
     ],
 )
@@ -152,6 +166,20 @@ def test_single_options_are_refused_where_they_would_be_wrong(
 def _raise(reasons: str) -> None:
     if reasons:
         raise NotImplementedError(reasons)
+
+
+def test_what_is_done_is_said_unless_the_trainer_is_to_be_quiet(tmp_path: Path) -> None:
+    ours, transformers_level = logging.getLogger("hf_fpdt"), of_transformers.get_verbosity()
+    before = ours.level
+    try:
+        for log_level, said in (("error", False), ("passive", True)):
+            ours.setLevel(logging.NOTSET)
+            of_transformers.set_verbosity_warning()
+            trainer(tmp_path, changes={"log_level": log_level})
+            assert ours.isEnabledFor(logging.INFO) == said
+    finally:
+        ours.setLevel(before)
+        of_transformers.set_verbosity(transformers_level)
 
 
 def test_a_model_with_fpdt_of_other_settings_is_refused(tmp_path: Path) -> None:

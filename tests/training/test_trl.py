@@ -159,6 +159,43 @@ def test_a_routers_auxiliary_loss_is_refused_with_what_turns_it_off(case: str, e
         assert len(runs[0]) >= 10 and runs[1] == pytest.approx(runs[0], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"packing": True}, "packing=False"),
+        ({"packing": True, "packing_strategy": "bfd_split"}, "packing=False"),
+        ({"padding_free": True}, "padding_free=False"),
+    ],
+    ids=str,
+)
+def test_packed_documents_are_refused_before_the_data_is_prepared(
+    settings: dict[str, Any], remedy: str, tmp_path: Path
+) -> None:
+    """There are no data and no model: nothing was asked of them."""
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings)
+    with pytest.raises(NotImplementedError, match=f"not supported yet; set {remedy} in the trainer's config"):
+        FpdtSft(model="no model", args=args)
+
+
+def test_a_stream_that_is_cut_in_windows_trains(checkpoint: Path, tmp_path: Path) -> None:
+    """TRL's other kind of packing: rows without padding, in which no document is told apart. The model is a name."""
+    found = [
+        packed_stream(kind, checkpoint, tmp_path, **more)
+        for kind, more in ((SFTTrainer, {}), (FpdtSft, {"fpdt_plugin": FPDTPlugin(chunk_tokens=64)}))
+    ]
+    assert len(found[0]) == 4 and found[1] == pytest.approx(found[0], rel=TOLERANCE)
+
+
+def packed_stream(kind: Any, checkpoint: Path, folder: Path, **more: Any) -> list[float]:
+    often: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
+    stream: dict[str, Any] = {"max_length": 96, "packing": True, "packing_strategy": "wrapped"}
+    args = SFTConfig(str(folder), use_cpu=True, bf16=False, report_to="none", **often, **stream)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    trainer = kind(model=str(checkpoint), args=args, train_dataset=texts(), processing_class=tokenizer, **more)
+    trainer.train()
+    return [row[name] for row in trainer.state.log_history for name in ("loss", "grad_norm") if name in row]
+
+
 def test_an_evaluation_that_would_count_filling_is_refused() -> None:
     """Ranks need whole batches; rows that fill them up are left out by their labels, which preferences do not have."""
     evaluation = Evaluation(rows=6, rank=0, ranks=2, finite_only=True)

@@ -27,7 +27,7 @@ from .children import Children, command_for
 from .driver import Bench
 from .figures import FORMULAS, Trained
 from .job import Job
-from .report import Files, as_table, conditions_line
+from .report import OK, Files, as_table, conditions_line
 from .stacks.base import Unavailable
 from .stacks.catalogue import STACKS
 
@@ -125,8 +125,8 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add_options(parser)
 
 
-def bench(options: argparse.Namespace) -> None:
-    """`hf-fpdt bench`: check every stack, measure every length, print the table."""
+def bench(options: argparse.Namespace) -> int:
+    """`hf-fpdt bench`: check every stack, measure every length, print the table; 1 where no row has a step."""
     for path in (options.csv, options.json):
         if path is not None:
             check_writable(path)
@@ -155,6 +155,7 @@ def bench(options: argparse.Namespace) -> None:
             rows.append(row)
     print(as_table(rows))
     print(f"\n{conditions_line(rows)}\n\n{FORMULAS}")
+    return 0 if any(row["result"] == OK for row in rows) else 1
 
 
 def _job(options: argparse.Namespace, shape: str) -> Job:

@@ -31,7 +31,7 @@ from transformers.utils import (
 from ...config import FPDTPlugin
 from ...model import apply_fpdt
 from ...parallel import SequenceParallelGroup
-from ..options import UserMistake, one_line
+from ..options import UserMistake, check_folder, no_folder_either, one_line
 
 # In transformers' own order: the first that is there is loaded.
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -45,6 +45,7 @@ FETCH_AGAIN = "copy or download the weights again (a clone without git-lfs has n
 
 def load_config_and_tokenizer(name: str) -> tuple[PreTrainedConfig, Any]:
     """The small files of the model; a wrong name is found here, before any weight is read."""
+    check_folder(name)
     _refuse_adapter(name)
     try:
         config = AutoConfig.from_pretrained(name)
@@ -70,8 +71,8 @@ def _load_tokenizer(name: str) -> Any:
 
 def _unreadable(what: str, name: str, error: BaseException) -> UserMistake:
     return UserMistake(
-        f"--model: the {what} of {name!r} can't be read: {one_line(error)}; give a hub name or the whole folder of a "
-        "model with its tokenizer, and check the name, or the network"
+        f"--model: the {what} of {name!r} can't be read: {one_line(error)}{no_folder_either(name)}; give a hub "
+        "name or the whole folder of a model with its tokenizer, and check the name, or the network"
     )
 
 

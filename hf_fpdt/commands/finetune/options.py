@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from ...config import CHECKPOINT_POLICIES, KERNEL_NAMES, FPDTPlugin
+from ...parallel import how_to_start
 from ..options import UserMistake, count, mistakes, tokens
 from ..parser import CommandParser
 from .rope import KINDS
@@ -235,7 +236,7 @@ def fpdt_plugin(texts: Mapping[str, str | None]) -> FPDTPlugin:
     if processes % plugin.sp_size:
         raise UserMistake(
             f"--sp_size: got {plugin.sp_size}; allowed: a number that divides this job's {processes} process(es); "
-            "start more with accelerate launch --num_processes N"
+            + how_to_start(plugin.sp_size, "-m hf_fpdt.commands.finetune")
         )
     return plugin
 

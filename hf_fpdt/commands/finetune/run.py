@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PrinterCallback, Trainer, set_seed
 from ...config import resolve_chunk_tokens
 from ...model import apply_fpdt, mapping_with_rope
 from ...parallel import SequenceParallelGroup, build_group
-from ...training import FPDTTrainer
+from ...training import FPDTTrainer, say_what_is_done
 from ..eval.curves import Curve
 from ..eval.loss_by_position import Cut, measure
 from ..options import mistakes
@@ -109,6 +109,7 @@ def load_model(options: Options, group: SequenceParallelGroup) -> tuple[nn.Modul
     """The stock model on its device, with FPDT applied, and how it takes its batches."""
     model = load_weights(options.model, options.weight_dtype)
     model.to(options.trainer.device)
+    say_what_is_done()
     handle = apply_fpdt(model, options.plugin, group)
     return model, Cut.of(handle, resolve_chunk_tokens(handle.plugin, on_gpu=options.device == "cuda"))
 

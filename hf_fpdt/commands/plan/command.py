@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console, Group
+from transformers import PreTrainedConfig
 
 from ...config import CHECKPOINT_POLICIES, auto_chunk_tokens
 from ...forecast import (
@@ -93,7 +94,9 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     training.add_argument("--checkpoints", choices=CHECKPOINT_POLICIES, default="auto", help="default: %(default)s")
     machines = parser.add_argument_group("on what")
     kind = machines.add_mutually_exclusive_group()
-    kind.add_argument("--gpu", choices=list(GPUS), default="h100", help="kind of GPU (default: %(default)s)")
+    kind.add_argument(
+        "--gpu", choices=list(GPUS), default="h100", help="kind of GPU; of another, see --rates (default: %(default)s)"
+    )
     kind.add_argument("--rates", type=Path, metavar="FILE", help="your own GPU, from hf-fpdt check --measure --rates")
     machines.add_argument("--gpu-mem", type=amount, metavar="GB", help="of each GPU, as sold (default: its kind's)")
     machines.add_argument("--gpus", type=count, default=1, help="all of one sequence (default: %(default)s)")
@@ -123,12 +126,9 @@ def plan(options: argparse.Namespace) -> None:
         with mistakes(PictureError):
             check_matplotlib()
         check_picture("--plot", options.plot)
-    training, machines = _training(options), _machines(options)
-    if training.model.q_heads % options.gpus or training.chunk_tokens % options.gpus:
-        raise UserMistake(
-            f"--gpus {options.gpus}: the GPUs of a sequence share its {training.model.q_heads} query heads and every "
-            f"chunk of {training.chunk_tokens:,} tokens, so it must divide both."
-        )
+    config = config_of(options, layers=None)
+    training, machines = _training(options, config), _machines(options)
+    _check_gpus(options, training)
     least, helps = None, {}
     with mistakes(MemoryError):
         if options.host_mem is None:
@@ -138,6 +138,8 @@ def plan(options: argparse.Namespace) -> None:
             found = fit(training, machines, options.seq_len)
         else:
             found, helps = _longest(training, machines), what_would_help(training, machines)
+    if note := _beyond_positions(config, found.step.plan.n_tokens):
+        print(note, file=sys.stderr)
     if options.json:
         print(json.dumps(as_json(found, helps, least)))
     else:
@@ -153,8 +155,38 @@ def _console() -> Console:
     return console
 
 
-def _training(options: argparse.Namespace) -> Training:
-    model = built_without_memory(config_of(options, layers=None))
+def _check_gpus(options: argparse.Namespace, training: Training) -> None:
+    """They share the heads and every chunk."""
+    heads = training.model.q_heads
+
+    def chunk(gpus: int) -> int:
+        return int(options.chunk_tokens or auto_chunk_tokens(gpus, on_gpu=True))
+
+    work = [str(gpus) for gpus in range(1, heads + 1) if heads % gpus == 0 and chunk(gpus) % gpus == 0]
+    if str(options.gpus) not in work:
+        raise UserMistake(
+            f"--gpus {options.gpus}: the GPUs of a sequence share its {heads} query heads and every chunk of "
+            f"{training.chunk_tokens:,} tokens, so it must divide both; take one of {', '.join(work)}."
+        )
+
+
+def _beyond_positions(config: PreTrainedConfig, n_tokens: int) -> str | None:
+    """A note where the model was not made for so many tokens; a plan is of memory and seconds alone."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    positions = getattr(text, "max_position_embeddings", None) or n_tokens
+    stretched = (rope.get("original_max_position_embeddings") or positions) * (rope.get("factor") or 1)
+    reach = max(positions, int(stretched))
+    if n_tokens <= reach:
+        return None
+    return (
+        f"note: {n_tokens:,} tokens fit in memory, but this model's configuration ends at {reach:,} positions: "
+        "stretch its rotary embedding (hf-fpdt finetune --rope_scaling yarn, or rope_parameters in its config.json)"
+    )
+
+
+def _training(options: argparse.Namespace, config: PreTrainedConfig) -> Training:
+    model = built_without_memory(config)
     reasons = "; ".join(why_refused(model))
     refusal = f"FPDT cannot run {type(model).__name__}: {reasons}." if reasons else None
     if refusal := refusal or why_refused_tiny(model.config.get_text_config()):

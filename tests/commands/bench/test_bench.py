@@ -15,10 +15,11 @@ from transformers import GPTNeoXConfig, LlamaConfig
 
 from hf_fpdt.commands.accuracy import Worst, worst
 from hf_fpdt.commands.bench import child
+from hf_fpdt.commands.bench.driver import Bench
 from hf_fpdt.commands.bench.job import Job
 from hf_fpdt.commands.bench.parity import check
 from hf_fpdt.commands.bench.ranks import World
-from hf_fpdt.commands.bench.report import Files
+from hf_fpdt.commands.bench.report import OK, Files
 from hf_fpdt.commands.bench.stacks.base import Stack, Unavailable
 from hf_fpdt.commands.bench.stacks.catalogue import STACKS, Fpdt, stack_named
 from hf_fpdt.commands.bench.stacks.hugging_face import HuggingFace, Liger, OffloadedHuggingFace
@@ -219,6 +220,17 @@ def test_mistakes_are_named_before_anything_runs(
     except SystemExit as error:
         status = int(str(error.code))
     assert status == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("results", "status"), [(["out of memory"] * 2, 1), (["out of memory", OK], 0), ([], 1)])
+def test_the_status_says_whether_anything_was_measured(
+    results: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"stack": "hf", "tokens": 1024, "result": result, "commit": "", "date": ""} for result in results]
+    monkeypatch.setattr(Bench, "rows", lambda _: iter(rows))
+    monkeypatch.setattr("hf_fpdt.commands.bench.command.as_table", lambda _: "")
+    monkeypatch.setattr("hf_fpdt.commands.bench.command.conditions_line", lambda _: "")
+    assert main(["bench", folder(tmp_path), "--device", "cpu"]) == status
 
 
 @pytest.mark.gpu

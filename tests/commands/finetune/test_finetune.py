@@ -332,7 +332,8 @@ def test_what_is_left_out_is_said_and_padding_needs_no_token_of_its_own(
 
 MISTAKES = [
     (["--max-length", "lots"], ["--max_length", "'lots'", "1M"]),
-    (["--model", "no/such-model"], ["--model", "no/such-model"]),
+    (["--model", "no/such-model"], ["--model", "no/such-model", "no folder no/such-model here either"]),
+    (["--model", "./no-model"], ["./no-model: there is no such folder"]),
     (["--data", "no_such_file.jsonl"], ["no_such_file.jsonl", "existing"]),
     (["--text-column", "body"], ["--text_column", "'body'", "text"]),
     (["--eval-data", "no_such_file.txt"], ["no file or folder no_such_file.txt"]),
@@ -340,7 +341,16 @@ MISTAKES = [
     (["--output", "/proc/out"], ["--output_dir", "/proc/out", "can't be made or written"]),
     (["--lora-target-modules", "q_proj,w_pack"], ["--lora_target_modules", "w_pack", "o_proj"]),
     (["--rope-factor", "4"], ["--rope_factor", "--rope_scaling", "yarn"]),
-    (["--sp-size", "2"], ["--sp_size", "1 process", "accelerate launch --num_processes"]),
+    (
+        ["--sp-size", "2"],
+        [
+            "--sp_size",
+            "1 process",
+            "accelerate launch --multi_gpu --num_processes 2",
+            "torchrun --nproc-per-node 2 -m hf_fpdt.commands.finetune",
+            "--cpu",
+        ],
+    ),
     (["--lora-dropout", "1.5"], ["--lora_dropout", "1.5", "allowed"]),
     (["--resume"], ["--resume", "no checkpoint", "--save_steps"]),
     (["--rope-scaling", "yarn", "--rope-factor", "nan"], ["--rope_factor", "'nan'", "allowed"]),

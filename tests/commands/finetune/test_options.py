@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
+import hf_fpdt
 from hf_fpdt import FPDTPlugin
 from hf_fpdt.commands.finetune.command import add_finetune
 from hf_fpdt.commands.finetune.options import Options, read_options
@@ -264,6 +267,11 @@ def test_a_wheel_runs_every_command_of_a_user(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as files:
         files.extractall(tmp_path / "site")
     assert (tmp_path / "site" / "hf_fpdt" / "commands" / "finetune" / "template.md").is_file()
+    (metadata,) = (tmp_path / "site").glob("*.dist-info/METADATA")
+    told = metadata.read_text(encoding="utf-8")
+    assert f"\nVersion: {hf_fpdt.__version__}\n" in told and "\nProject-URL: Paper, https://arxiv.org/" in told
+    for needed in ("flash-attn-4", "liger-kernel", "matplotlib"):
+        assert re.search(rf"^Requires-Dist: {needed}; extra == .gpu.$", told, re.MULTILINE), needed
     write_tiny_checkpoint(tmp_path / "model")
     write_jsonl(tmp_path / "texts.jsonl", stories(6))
     program = """
@@ -276,11 +284,15 @@ def run(*words):
     except SystemExit as ended:
         code = ended.code
     assert not code, (words, code)
-run("finetune", "--help")
+for name in ("check", "plan", "trace", "bench", "finetune", "eval"):
+    run(name, "--help")
+run("--help")
+run("--version")
 assert "matplotlib" not in sys.modules
 run("plan", "model", "--host-mem", "16", "--seq-len", "4K")
 run("check", "model")
 run(*"finetune --model model --data texts.jsonl --max_length 256 --max_steps 2 --use_cpu --output_dir adapter".split())
+print("trained", file=sys.stderr)
 run(*"eval --model adapter --data texts.jsonl --max_length 256 --use_cpu --output_dir curves".split())
 print(hf_fpdt.__file__, file=sys.stderr)
 """
@@ -290,6 +302,13 @@ print(hf_fpdt.__file__, file=sys.stderr)
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stderr
+    assert f"hf-fpdt {hf_fpdt.__version__} (torch {torch.__version__}, transformers " in done.stdout
+    said = done.stderr.partition("trained")[0]
+    assert [said.count(f"hf_fpdt: {what}") for what in ("LlamaForCausalLM, 2 layers", "attention kernel 'cpu'")] == [
+        1,
+        1,
+    ]
+    assert "; keeps 2 inputs" in said, "finetune shows what it does"
     assert done.stderr.split()[-1] == str(tmp_path / "site" / "hf_fpdt" / "__init__.py")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "adapter" / "README.md").is_file(), "the card, whose template is package data"

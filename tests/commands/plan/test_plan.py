@@ -77,14 +77,36 @@ def test_without_a_length_it_finds_the_longest(tmp_path: Path, capsys: pytest.Ca
     assert "ends by host memory; longer with" in text or "ends by GPU memory; longer with" in text
 
 
+def test_a_length_that_the_model_was_not_made_for_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def noted(seq_len: str, **changes: object) -> str:
+        config = LlamaConfig(**{**TINY.to_dict(), **changes})
+        config.save_pretrained(tmp_path)
+        assert main(["plan", str(tmp_path), "--host-mem", "16", "--seq-len", seq_len, "--json"]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["layers"] == 4, "what programs read is as ever"
+        return printed.err
+
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 2048}
+    assert "16,384 tokens fit in memory, but" in noted("16K") and "ends at 2,048 positions" in noted("16K")
+    assert noted("2K") == "" and noted("16K", max_position_embeddings=16_384) == ""
+    assert noted("16K", rope_parameters=yarn) == "" and "ends at 16,384" in noted("32K", rope_parameters=yarn)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--host-mem", "128", "--gpus", "3"], "32 query heads"),
+        (
+            ["--host-mem", "128", "--gpus", "3"],
+            "32 query heads and every chunk of 32,766 tokens, so it must divide both; take one of 1, 2, 4, 8, 16, 32.",
+        ),
         (["--host-mem", "8", "--gpu", "a100-40", "--seq-len", "1M"], "Ways out"),
         (["--host-mem", "lots"], "A number of GiB"),
         ([], "--host-mem"),
-        (["no/such/model", "--host-mem", "8"], "no/such/model"),
+        (["no/such/model", "--host-mem", "8"], "no/such/model: there is no such folder"),
+        (["./model", "--host-mem", "8"], "./model: there is no such folder"),
+        ([__file__, "--host-mem", "8"], "it is a file"),
+        (["no-such/model", "--host-mem", "8"], "there is no folder no-such/model here either"),
+        (["--gpu", "b9000", "--host-mem", "8"], "'h100', 'h200'"),
     ],
 )
 def test_mistakes_end_with_status_2_and_without_a_traceback(

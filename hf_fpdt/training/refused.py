@@ -1,0 +1,100 @@
+"""Which options of a Trainer FPDT cannot honour, known when the trainer is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LOGITS = "whole logits (tokens x vocabulary), which FPDT does not make"
+_WHERE_THEY_FIT = "where they fit, train with transformers' Trainer on a model with apply_fpdt, sp_size=1"
+_PADS_LEFT = (
+    "the collator's tokenizer pads on the left, which is not supported in training; set tokenizer.padding_side = "
+    '"right" (labels of padding are -100)'
+)
+
+
+def _metrics_need_logits(trainer: Any) -> bool:
+    """Of every token: not those of a classification head, and not where metrics are of generated text."""
+    if getattr(trainer.args, "predict_with_generate", False):
+        return False
+    return trainer.model is None or trainer.model.get_output_embeddings() is not None
+
+
+def refused_options(trainer: Any, sp_size: int) -> list[str]:
+    """What of a Trainer (its `args`, metrics and loss function) FPDT cannot honour, each with its way out."""
+    args = trainer.args
+    liger = args.liger_kernel_config or {}
+    checks = (
+        (
+            args.label_smoothing_factor,
+            f"label_smoothing_factor needs {_LOGITS}: set it to 0; {_WHERE_THEY_FIT}",
+        ),
+        (
+            trainer.compute_metrics is not None and _metrics_need_logits(trainer),
+            f"compute_metrics needs {_LOGITS}, before preprocess_logits_for_metrics too: leave it out; evaluate() "
+            "gives eval_loss, whose exp is the perplexity, and docs/troubleshooting.md predicts tokens in slices",
+        ),
+        (
+            callable(trainer.compute_loss_func),  # TRL has a string there, for old releases of transformers
+            f"compute_loss_func needs {_LOGITS}: leave it out; {_WHERE_THEY_FIT}",
+        ),
+        (
+            args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True),
+            "Liger's fused loss would replace FPDT's; set liger_kernel_config={'fused_linear_cross_entropy': False}",
+        ),
+        (
+            not args.average_tokens_across_devices,
+            "average_tokens_across_devices=False counts tokens a rank; leave it on",
+        ),
+        (
+            sp_size > 1 and args.train_sampling_strategy == "batch_rebalance",
+            'train_sampling_strategy="batch_rebalance" gives the ranks of a sequence other samples; take another',
+        ),
+        (
+            sp_size > 1 and args.neftune_noise_alpha is not None,
+            "neftune_noise_alpha scales its noise by a rank's own number of tokens; leave it out",
+        ),
+        (
+            getattr(trainer, "aux_loss_enabled", False),  # of TRL's trainers, which set the model's config by it
+            "the router's auxiliary loss needs all tokens at once; set router_aux_loss_coef=0.0 in the trainer's "
+            "config",
+        ),
+        (_pads_left(trainer), _PADS_LEFT),
+        (
+            any(kind.__name__ == "DataCollatorWithFlattening" for kind in type(_collator(trainer)).__mro__),
+            "DataCollatorWithFlattening packs documents, which are not supported yet; take "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=False)",
+        ),
+        (args.n_gpu > 1, "DataParallel is not supported; start one process a GPU with accelerate launch"),
+    )
+    return [reason for refused, reason in checks if refused]
+
+
+def packed(args: Any) -> list[str]:
+    """TRL's ways to put several documents in a row, known from a trainer's arguments alone."""
+    reasons = []
+    # Other strategies cut one stream of tokens, in which no document is told apart from the next.
+    if getattr(args, "packing", False) and str(getattr(args, "packing_strategy", "bfd")).startswith("bfd"):
+        reasons.append(
+            "packing=True packs documents, which are not supported yet; set packing=False in the trainer's config, or "
+            'packing_strategy="wrapped" where one stream of tokens will do'
+        )
+    if getattr(args, "padding_free", False):
+        reasons.append(
+            "padding_free=True packs the documents of a batch, which are not supported yet; set padding_free=False in "
+            "the trainer's config"
+        )
+    return reasons
+
+
+def _collator(trainer: Any) -> Any:
+    """The user's, or the one inside of ours."""
+    collator = getattr(trainer, "data_collator", None)
+    return getattr(collator, "inner", collator)
+
+
+def _pads_left(trainer: Any) -> bool:
+    """Whether rows are filled up on the left: of several rows, or up to a multiple."""
+    collator = _collator(trainer)
+    left = getattr(getattr(collator, "tokenizer", None), "padding_side", "right") == "left"
+    several = trainer.args.per_device_train_batch_size > 1
+    return left and (several or bool(getattr(collator, "pad_to_multiple_of", None)))
