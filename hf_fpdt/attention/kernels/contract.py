@@ -59,6 +59,13 @@ def why_not_kind(spec: AttentionSpec, *, windows: bool, softcaps: bool) -> str |
     return "does no packed documents yet" if spec.packed else None
 
 
+def window_arguments(spec: AttentionSpec, causal: bool) -> dict[str, int]:
+    """Keys to the left and to the right of its own that a query sees, as flash-attention's interfaces ask for them."""
+    if spec.window is None or not causal:
+        return {}
+    return {"window_size_left": spec.window - 1, "window_size_right": 0}
+
+
 def deterministic_argument() -> dict[str, bool]:
     """For kernels that have to be asked; PyTorch's own look for themselves."""
     return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ..spec import AttentionSpec
-from .contract import Kernel, aten, why_not_half_on_gpu, why_not_kind
+from .contract import Kernel, aten, why_not_half_on_gpu, why_not_kind, window_arguments
 from .padding import with_one_width
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     lengths = (q.shape[1], k.shape[1])
     out, lse, *_ = aten._flash_attention_forward(
-        q, k, v, None, None, *lengths, 0.0, causal, False, scale=spec.scale, **_window(spec, causal)
+        q, k, v, None, None, *lengths, 0.0, causal, False, scale=spec.scale, **window_arguments(spec, causal)
     )
     return out, lse
 
@@ -24,16 +24,22 @@ def _flash_backward(
     lengths = (q.shape[1], k.shape[1])
     no_rng = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
     dq, dk, dv = aten._flash_attention_backward(
-        dout, q, k, v, out, lse, None, None, *lengths, 0.0, causal, *no_rng, scale=spec.scale, **_window(spec, causal)
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        None,
+        None,
+        *lengths,
+        0.0,
+        causal,
+        *no_rng,
+        scale=spec.scale,
+        **window_arguments(spec, causal),
     )
     return dq, dk, dv
-
-
-def _window(spec: AttentionSpec, causal: bool) -> dict[str, int]:
-    """Keys to the left and to the right of a query's own that it sees."""
-    if spec.window is None or not causal:
-        return {}
-    return {"window_size_left": spec.window - 1, "window_size_right": 0}
 
 
 def _flash_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:

@@ -19,6 +19,7 @@ from .contract import (
     import_or_none,
     why_not_half_on_gpu,
     why_not_kind,
+    window_arguments,
 )
 from .padding import with_one_width
 
@@ -58,7 +59,7 @@ def _kind(function: Callable[..., Any], spec: AttentionSpec, causal: bool) -> di
         return kind
     if "window_size" in inspect.signature(function).parameters:
         return kind | {"window_size": (spec.window - 1, 0)}
-    return kind | {"window_size_left": spec.window - 1, "window_size_right": 0}
+    return kind | window_arguments(spec, causal)
 
 
 def _fa3_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:

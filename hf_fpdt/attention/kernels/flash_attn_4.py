@@ -15,6 +15,7 @@ from .contract import (
     import_or_none,
     why_not_half_on_gpu,
     why_not_kind,
+    window_arguments,
 )
 from .padding import with_one_width
 
@@ -29,23 +30,16 @@ def _fa4_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: Attenti
         causal=causal,
         return_lse=True,
         softcap=spec.softcap,
-        **_window(spec, causal),
+        **window_arguments(spec, causal),
     )
     return out, lse
-
-
-def _window(spec: AttentionSpec, causal: bool) -> dict[str, int]:
-    """Keys to the left and to the right of a query's own that it sees."""
-    if spec.window is None or not causal:
-        return {}
-    return {"window_size_left": spec.window - 1, "window_size_right": 0}
 
 
 def _fa4_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     fa4 = importlib.import_module("flash_attn.cute.interface")
-    kind = {"softcap": spec.softcap or 0.0, **_window(spec, causal), **deterministic_argument()}
+    kind = {"softcap": spec.softcap or 0.0, **window_arguments(spec, causal), **deterministic_argument()}
     grads = fa4._flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=spec.scale, causal=causal, **kind)
     dq, dk, dv = grads[:3]
     return dq, dk, dv
