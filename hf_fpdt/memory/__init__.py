@@ -12,16 +12,14 @@ In reading order:
     transfers     streams, events, copies
     pinned        pinned host memory, cut into buffers
     disk          one nameless file, read and written directly
-    available     how much memory there is
-    training      what gradients and optimizer will take
+    available     how much memory there is, and what gradients and optimizer will take
     one_thread    one thread at a time in a model
 """
 
-from .available import device_bytes_available
+from .available import TrainingMemory, device_bytes_available, parameter_count
 from .checkpoints import CheckpointStore, LayerCheckpoint, ModelPass
 from .kv import KVStore
 from .pinned import PinnedMemory
-from .training import TrainingMemory, parameter_count
 from .transfers import Mark, Transfers
 from .windowed_kv import WindowedKV
 

@@ -34,11 +34,11 @@ from ..plan import (
     forward_bytes,
 )
 from ..units import GIB
+from .available import TrainingMemory
 from .device_tiers import DeviceMemory, DeviceTiers
 from .entries import DeviceEntry, DiskTierEntry, Entry, HostEntry
 from .one_thread import OneThread
 from .streamed_kv import HostMemory
-from .training import TrainingMemory
 
 
 class Run(Protocol):

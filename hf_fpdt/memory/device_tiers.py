@@ -30,10 +30,9 @@ from ..plan import (
     has_room,
     plan_pass,
 )
-from .available import available
+from .available import TrainingMemory, available
 from .files import DiskStaging
 from .pinned import PinnedMemory
-from .training import TrainingMemory
 from .transfers import Transfers
 
 logger = logging.getLogger(__name__)

@@ -6,24 +6,21 @@ In reading order:
     layers              a decoder layer as the engine runs it
     head                base model, norm, head and loss
     attention_function  what is registered as "fpdt"
-    refusals            which models are not served, and why
-    loss_arguments      what a call may not ask of the loss
+    refusals            which models are not served, and what a call may not ask of the loss
     settings            what the patched modules share
     adapters            the rotary parameters that an adapter was trained with
     patch               an instance's forward replaced, and put back
     fused               which pieces of a layer have a faster twin
     fused_linear        LoRA fused; products that nobody reads
     liger               Liger's kernels, where they are
-    shapes              known models as configurations
-    sizes               sizes of a model for the planner
+    shapes              known models as configurations; sizes of a model for the planner
 """
 
 from .adapters import mapping_with_rope
 from .apply import FPDTHandle, applied_settings, apply_fpdt, device_peak, has_fpdt, train_with, why_refused
 from .attention_function import register
 from .layers import decoder_layers, mostly_trained
-from .shapes import LORA_RANK, SHAPES, build_random, with_layers
-from .sizes import training_of, training_of_model
+from .shapes import LORA_RANK, SHAPES, build_random, training_of, training_of_model, with_layers
 
 __all__ = [
     "FPDTHandle",

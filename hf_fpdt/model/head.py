@@ -31,9 +31,8 @@ from ..labels import IGNORE_INDEX, check_padding, shifted
 from ..parallel import SAMPLE_KEY, batch_shared_by, check_shard
 from ..plan import by_layer
 from .layers import base_of, check_stack, decoder_of
-from .loss_arguments import check_loss_arguments
 from .patch import arguments_by_name, caches_in, patch
-from .refusals import homes_of
+from .refusals import check_loss_arguments, homes_of
 from .settings import Settings
 
 # Who may put a forward of theirs in place of a model's: they call the model's own, and leave its loss alone. (Liger's,

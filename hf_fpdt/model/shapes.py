@@ -1,4 +1,4 @@
-"""Sizes of known models as configurations, and models with random weights made from one: for measurements.
+"""Known models as configurations, models with random weights made from one, and their sizes for the planner.
 
 Sizes decide what a step takes, so nothing is downloaded. Two things are not as published, for lengths that the models
 were not made for: up to 2M positions, and plain RoPE with the model's theta.
@@ -26,7 +26,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from ..plan import take_layers
+from ..config import AUTO_CHUNK_TOKENS_GPU
+from ..forecast import Training, Weights
+from ..memory import parameter_count
+from ..plan import ModelSizes, take_layers
+from .layers import decoder_layers
+from .settings import auto_loss_tokens
 
 MAX_POSITIONS = 2 * 1024**2
 LORA_RANK = 16
@@ -266,3 +271,32 @@ def with_lora(model: PreTrainedModel) -> Any:
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         lora = LoraConfig(r=LORA_RANK, target_modules="all-linear")
         return get_peft_model(model, lora, autocast_adapter_dtype=False)
+
+
+def training_of(config: PreTrainedConfig, *, lora: bool) -> Training:
+    """Sizes of a model with this configuration; it is built without memory for its weights, to count them."""
+    return training_of_model(build_random(config, "meta", torch.bfloat16, False), lora=lora)
+
+
+def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
+    """Sizes of a model; with `lora` its adapters are put into it, and what they train is counted."""
+    if lora:
+        with_lora(model)
+    layers = decoder_layers(model)
+    inside = [list(layer.parameters()) for layer in layers]
+    total, trained = parameter_count(model.parameters()), parameter_count(model.parameters(), trained=True)
+    in_layers = [parameter_count(parameters, trained=True) for parameters in inside]
+    text = model.config.get_text_config()
+    largest = max(map(parameter_count, inside))
+    return Training(
+        model=ModelSizes.of(text, layers=len(layers), layer_parameters=largest),
+        weights=Weights(
+            total=total,
+            trained=trained,
+            largest_trained=max(trained - sum(in_layers), *in_layers),
+            outside=total - sum(map(parameter_count, inside)),
+        ),
+        vocabulary=text.vocab_size,
+        chunk_tokens=AUTO_CHUNK_TOKENS_GPU,
+        loss_tokens=auto_loss_tokens(text.vocab_size),
+    )

@@ -40,8 +40,7 @@ from hf_fpdt.commands.plan.tables import as_json
 from hf_fpdt.config import resolve_chunk_tokens
 from hf_fpdt.forecast.fit import Machines, fit, machine_bytes
 from hf_fpdt.forecast.rates import gpu_named
-from hf_fpdt.model.shapes import LORA_RANK, SHAPES, build_random, with_lora
-from hf_fpdt.model.sizes import training_of
+from hf_fpdt.model.shapes import LORA_RANK, SHAPES, build_random, training_of, with_lora
 from hf_fpdt.units import GIB
 
 # What half a step has of a step's log: no speed, no gradients.

@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.optimization import Adafactor
 
 from hf_fpdt import FPDTAccelerator, FPDTPlugin, FPDTTrainer, apply_fpdt
-from hf_fpdt.memory.training import TrainingMemory, kind_of
+from hf_fpdt.memory.available import TrainingMemory, kind_of
 from hf_fpdt.model.apply import applied_settings, train_with
 from hf_fpdt.plan.optimizers import OPTIMIZERS, state_bytes
 from tests.helpers.models import tiny

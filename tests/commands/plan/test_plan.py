@@ -14,8 +14,7 @@ from hf_fpdt.commands.main import main
 from hf_fpdt.commands.plan.tables import as_json
 from hf_fpdt.forecast.fit import Machines, fit, machine_bytes
 from hf_fpdt.forecast.rates import GPUS, UNUSABLE_GIB, with_memory
-from hf_fpdt.model.shapes import build_random, llama_8b, with_layers
-from hf_fpdt.model.sizes import training_of
+from hf_fpdt.model.shapes import build_random, llama_8b, training_of, with_layers
 from hf_fpdt.plan.optimizers import OPTIMIZERS
 from hf_fpdt.units import GIB
 from tests.model.test_model_zoo import GEMMA4
