@@ -173,7 +173,7 @@ def fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
     Raises:
         MemoryError: it does not fit; the message has the arithmetic.
     """
-    if not training.auto_chunk or machines.gpus > 1:
+    if not training.auto_chunk or machines.gpus > 1 or machines.sharded:
         return _fit(training, machines, n_tokens)
     *larger, least = chunk_choices(training.chunk_tokens)
     for chunk_tokens in larger:

@@ -130,9 +130,9 @@ class CheckpointStore:
         """Which chunks of K and V are resident in a pass without a backward pass."""
         return self._tiers.plan_kv(step, device, everywhere=is_sharded)
 
-    def has_room(self, step: StepSizes, device: torch.device, is_sharded: bool) -> bool:
-        """Whether a step fits, before anything of it is planned."""
-        return self._tiers.has_room(step, device, everywhere=is_sharded)
+    def has_room(self, step: StepSizes, device: torch.device) -> bool:
+        """Whether a step of this rank alone fits, before anything of it is planned."""
+        return self._tiers.has_room(step, device)
 
     def host_memory(self, device: torch.device) -> HostMemory:
         """Where K and V that are not resident go."""

@@ -125,10 +125,10 @@ class DeviceTiers:
         few = len(self.plans) + len(self._kv_plans) <= 2
         logger.log(logging.INFO if important or few else logging.DEBUG, "hf_fpdt: %s", text)
 
-    def has_room(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> bool:
-        """Whether a step fits into what there is; of all ranks together, which so come to one answer."""
+    def has_room(self, step: StepSizes, device: torch.device) -> bool:
+        """Whether a step of this rank alone fits into what there is."""
         self.on(device)
-        return has_room(self.plugin, step, self._available(step, device, everywhere=everywhere))
+        return has_room(self.plugin, step, self._available(step, device, everywhere=False))
 
     def _budgets(self, step: StepSizes, device: torch.device, *, everywhere: bool) -> Budgets:
         return budgets_of(self.plugin, step, self._available(step, device, everywhere=everywhere))

@@ -46,13 +46,15 @@ class Settings:
         """Sizes of the step in which a layer gets `hidden_BSD`; settles the chunk that "auto" is in such steps.
 
         Args:
-            is_sharded: whether FSDP2 shards layers, so that all ranks must find the same.
+            is_sharded: whether FSDP2 shards layers. Then all ranks must keep the same of them, whatever their lengths,
+                so none of them chooses a chunk of its own.
         """
         key, most = _shape(hidden_BSD), self.plan(hidden_BSD).chunk_tokens
         # Over ranks that share a sequence the collator has cut it before the model sees it.
-        if key not in self.chunks and self.plugin.chunk_tokens == "auto" and self.group.size == 1:
+        alone = self.group.size == 1 and not is_sharded
+        if key not in self.chunks and self.plugin.chunk_tokens == "auto" and alone:
             tried = (self._step(hidden_BSD, size) for size in chunk_choices(most))
-            steps = [step for step in tried if self.store.has_room(step, hidden_BSD.device, is_sharded)][:1]
+            steps = [step for step in tried if self.store.has_room(step, hidden_BSD.device)][:1]
             self.chunks[key] = steps[0].plan.chunk_tokens if steps else most
             if self.chunks[key] < most:
                 logger.info("hf_fpdt: chunks of %s tokens, the largest with which a step fits", self.chunks[key])
