@@ -88,8 +88,9 @@ class FPDTPlugin:
     Attributes:
         sp_size: Ranks that share one sequence (Ulysses, paper section 4.1). 1: each process trains its own sequences.
         chunk_tokens: GLOBAL tokens of one sequence that a chunk holds, summed over its `sp_size` ranks. "auto": 32,768
-            on GPUs, from 8 ranks on 8,192 for each; 4,096 on a CPU; with `sp_size=1` and unsharded less where that does not fit, the
-            largest half, quarter, … that does. Smaller saves memory; below about 16K a GPU is no longer busy.
+            on GPUs, from 8 ranks on 8,192 for each; 4,096 on a CPU. With `sp_size=1` and without FSDP2 it is less
+            where that does not fit: the largest half, quarter, … that does. Smaller saves memory; below about 16K a
+            GPU is no longer busy.
         kernel: Attention kernel, a name of `hf_fpdt.kernels`. "auto": the fastest that serves this machine and dtype.
             A named kernel that cannot serve raises with its reason; nothing falls back in silence.
         checkpoints: What the backward pass finds of the forward pass. "attention": every layer's attention output, so
