@@ -153,6 +153,8 @@ class ChunkedLayer(nn.Module):
         if look in self._fpdt_looks:
             return
         check_adapters(self, self._fpdt_layer.name)
+        if hidden.shape[1] < 2:
+            return  # nothing to cut: a longer sequence tries it
         trials, cache = self._fpdt_settings.trials, cache_argument(self._fpdt_layer.raw_forward)
         reason = trials.check(self, self._fpdt_layer.forward, hidden, arguments, window, cache)
         if reason is not None:

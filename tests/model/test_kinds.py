@@ -353,3 +353,14 @@ def test_hidden_states_of_four_dimensions_are_refused_before_any_step() -> None:
         parameter.requires_grad_("self_attn.q_proj" in name)
     with pytest.raises(NotImplementedError, match=r"hidden states of shape \(4, 1, 48, 32\)"):
         apply_fpdt(model, PLUGIN)
+
+
+def test_a_single_token_tries_no_layer_and_forgets_no_place() -> None:
+    """Nothing can be cut of one token: what was found of the layers before stays."""
+    model = kind("llama4_text")
+    truth = train_step(model, IDS)
+    apply_fpdt(model, PLUGIN)
+    with torch.no_grad():
+        model.eval()(input_ids=IDS[:, :1], use_cache=False)
+    model.zero_grad()
+    assert_exact(train_step(model.train(), IDS), truth)
