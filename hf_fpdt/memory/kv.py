@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layout import Chunk, ChunkPlan, Span
 from ..numerics import accumulation_dtype
-from .streamed_kv import HostMemory, Pair, StreamedKV
+from .streamed_kv import HostMemory, Pair, StreamedKV, zeros_for
 
 
 class KVStore:
@@ -144,7 +144,7 @@ class KVStore:
             return
         if self._grads is None:
             assert self._kv is not None
-            self._grads = (_zeros_for(self._kv[0]), _zeros_for(self._kv[1]))
+            self._grads = (zeros_for(self._kv[0]), zeros_for(self._kv[1]))
         for total, part in zip(self._grads, (dk_BSGH, dv_BSGH), strict=True):
             total[:, span.start : span.stop].add_(part)
 
@@ -176,7 +176,3 @@ class KVStore:
 
 def _accumulator(grad: Tensor) -> Tensor:
     return grad.to(accumulation_dtype(grad.dtype))
-
-
-def _zeros_for(whole: Tensor) -> Tensor:
-    return torch.zeros(whole.shape, dtype=accumulation_dtype(whole.dtype), device=whole.device)

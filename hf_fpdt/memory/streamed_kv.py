@@ -191,3 +191,8 @@ def accumulator(grad: Tensor) -> Tensor:
     """A gradient in the dtype in which it adds up over rows, in memory of its own."""
     wide = accumulation_dtype(grad.dtype)
     return grad.to(wide, memory_format=torch.contiguous_format, copy=True)
+
+
+def zeros_for(part: Tensor) -> Tensor:
+    """An empty sum of gradients of K or V."""
+    return torch.zeros(part.shape, dtype=accumulation_dtype(part.dtype), device=part.device)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Chunk, ChunkPlan, Span
-from ..numerics import accumulation_dtype
-from .streamed_kv import Pair, accumulator
+from .streamed_kv import Pair, accumulator, zeros_for
 
 
 class WindowedKV:
@@ -96,7 +95,7 @@ class WindowedKV:
             self._grads[chunk.index] = accumulator(grads[0]), accumulator(grads[1])
             return
         if sums is None:
-            sums = self._grads[chunk.index] = _zeros(self._kv[chunk.index][0]), _zeros(self._kv[chunk.index][1])
+            sums = self._grads[chunk.index] = zeros_for(self._kv[chunk.index][0]), zeros_for(self._kv[chunk.index][1])
         for total, part in zip(sums, grads, strict=True):
             total[:, place].add_(part)
 
@@ -115,7 +114,3 @@ class WindowedKV:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._kv, self._grads = {}, {}
-
-
-def _zeros(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=accumulation_dtype(like.dtype), device=like.device)
