@@ -243,8 +243,8 @@ def test_broad_except_flags(catch: str) -> None:
 )
 def test_messages_flag_what_does_not_say_who_speaks(source: str) -> None:
     assert problems(messages, "memory.kv", source)
-    assert problems(messages, "engine.trial", f"def walk():\n    {source}")
-    assert not problems(messages, "engine.trial", f"def run():\n    {source}"), "a reason that another goes round"
+    assert problems(messages, "memory.disk", f"def walk():\n    {source}")
+    assert not problems(messages, "memory.disk", f"def _move():\n    {source}"), "a reason that another goes round"
     assert not problems(messages, "commands.plan.command", source)
 
 

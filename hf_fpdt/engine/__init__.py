@@ -8,20 +8,22 @@ In reading order:
     whole                 attention of whole tensors
     gradients             gradients of weights, summed over chunks
     replay_state          what a replay must find again: random numbers, autocast, modes
+    recurrent             what recurrent layers hand from chunk to chunk
     trial                 may a layer be cut at all? Each distinct one is tried
+    trial_run             one layer on a few random tokens
     layer_state           how a layer is built, and whether it still is
     loss                  final norm, head and loss, chunk by chunk
-    cross_entropy         the loss of a chunk with its gradient
-    cross_entropy_triton  the same in one kernel
+    cross_entropy         the loss of a chunk with its gradient, in one kernel too
     progress              the line inside a long step
 """
 
 from .calls import current_call
 from .layer import run_layer
-from .layer_run import Layer, LayerRun, cache_argument
+from .layer_run import Layer, LayerRun
 from .layer_state import is_fsdps, look_of
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
+from .recurrent import LayerTraits, StandInCache, cache_argument
 from .replay_state import RandomState, untouched_random_state
 from .trial import TRIAL_TOKENS, LayerTrials, mixes_tokens, visit, visiting
 from .whole import attend_whole
@@ -30,8 +32,10 @@ __all__ = [
     "Head",
     "Layer",
     "LayerRun",
+    "LayerTraits",
     "LayerTrials",
     "RandomState",
+    "StandInCache",
     "StepProgress",
     "TRIAL_TOKENS",
     "attend_whole",

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,13 +73,6 @@ def calling(call: Call) -> Iterator[None]:
         yield
     finally:
         _current_call.reset(token)
-
-
-def hidden_states_of(output: Any) -> Tensor:
-    """A layer's output, which must be hidden states alone."""
-    if not isinstance(output, Tensor):
-        raise NotImplementedError(f"it returns {type(output).__name__}, not hidden states alone")
-    return output
 
 
 class AttentionReached(BaseException):

@@ -10,12 +10,13 @@ call of `run` does the sequence-wide part. Its role depends on the pass:
     replay    the layer runs with grad; q, k, v keep their graph, and the caller gets a LEAF that holds the output
 
 Backward goes through the chunks in DESCENDING order. Row i completes dq_i, and also dk_i, dv_i, because only rows ≥ i
-read chunk i; so each chunk is replayed once and only K, V, dK, dV outlive a row.
+read chunk i; so each chunk is replayed once and only K, V, dK, dV outlive a row. Of a recurrent layer the states that
+a chunk began with are kept, and their gradients go down with the rows (see `recurrent`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import compress
 from typing import Any
@@ -33,10 +34,10 @@ from .calls import (
     RebuildCall,
     ReplayCall,
     calling,
-    hidden_states_of,
 )
 from .gradients import GradientSums
 from .layer_run import LayerKV, LayerRun
+from .recurrent import StandInCache, hidden_states_of
 from .replay_state import RandomState, untouched_random_state
 
 
@@ -52,6 +53,7 @@ class _ChunkedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: LayerRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
         output: Tensor | None = None
+        states: dict[str, Tensor] = {}
         with (
             torch.cuda.device_of(hidden),  # kernels of Triton and flash-attn-4 run where the process is
             record_function(f"fpdt::forward {run.layer.name}"),
@@ -61,7 +63,9 @@ class _ChunkedLayer(torch.autograd.Function):
             for chunk in run.plan.chunks:
                 x = hidden[:, chunk.rank_slice]
                 _keep_input(run, chunk, x)
-                y = _on_chunk(run, chunk, x, AttentionCall(run, chunk, store))
+                cache = run.cache_of(chunk, states)
+                y = _on_chunk(run, chunk, x, AttentionCall(run, chunk, store), cache)
+                states = _keep_states(run, chunk, cache)
                 output = y.new_empty(*hidden.shape[:2], y.shape[2]) if output is None else output
                 output[:, chunk.rank_slice] = y
                 if run.checkpoint is not None:
@@ -88,27 +92,43 @@ class _ChunkedLayer(torch.autograd.Function):
             _rebuild_input(run, d_output.device)
             d_hidden = torch.zeros_like(d_output, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[1] else None
             _expect_backward(run)
+            d_states: dict[str, Tensor] = {}
             with torch.enable_grad(), run.kv_store(d_output.device, backward=True) as store, run.autocast.again():
                 for chunk in reversed(run.plan.chunks):
                     _capture_kv(run, store, chunk)
                     dx = None if d_hidden is None else d_hidden[:, chunk.rank_slice]
-                    attends = not run.kept.holds("out", chunk)
-                    _backward_chunk(run, chunk, store, d_output[:, chunk.rank_slice], dx, sums)
+                    attends, dy = not run.kept.holds("out", chunk), d_output[:, chunk.rank_slice]
+                    d_states = _backward_chunk(run, chunk, ReplayCall(run, chunk, store), (dy, d_states), dx, sums)
                     run.advance("backward", chunk, attends=attends)
         grads = sums.totals()
         return None, d_hidden, *(grads.get(id(p)) for p in parameters)
 
 
-def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall) -> Tensor:
-    """The layer's own forward on one chunk, its attention done by `call`."""
+def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall, cache: StandInCache) -> Tensor:
+    """The layer's own forward on one chunk, its attention done by `call`, its states those of `cache`."""
     with calling(call):
-        y_BSD = hidden_states_of(run.layer.forward(x_BSD, **run.arguments_of(chunk)))
-    if call.qkv is None:
+        y_BSD = hidden_states_of(run.layer.forward(x_BSD, **run.arguments_of(chunk, cache)))
+    did, usual = (call.qkv is not None, list(cache.finals)), (run.traits.attends, run.state_names)
+    if did != usual:
         raise RuntimeError(
-            f"hf_fpdt: {run.layer.name} never called its attention function this time, so cutting it in chunks is not "
-            "exact; models whose layers attend in another way are not supported."
+            f"hf_fpdt: {run.layer.name} did something else this time than when it was tried: attention and states "
+            f"{did}, then {usual}; so cutting it in chunks is not exact. Layers must do the same in every step."
         )
     return y_BSD
+
+
+def _keep_states(run: LayerRun, chunk: Chunk, cache: StandInCache) -> dict[str, Tensor]:
+    """The states that a chunk left, which the next one begins with; in backward too."""
+    states = {name: state.detach() for name, state in cache.finals.items()}
+    if run.checkpoint is not None and chunk is not run.plan.chunks[-1]:
+        for name, state in states.items():
+            run.checkpoint.put(name, run.plan.chunks[chunk.index + 1], state)
+    return states
+
+
+def _states_before(run: LayerRun, chunk: Chunk) -> dict[str, Tensor]:
+    """The states that a chunk began with, which stay in the record."""
+    return {name: run.kept.peek(name, chunk) for name in run.state_names} if chunk.index else {}
 
 
 def _keep_input(run: LayerRun, chunk: Chunk, x: Tensor) -> None:
@@ -136,12 +156,14 @@ def _rebuild_input(run: LayerRun, device: torch.device) -> None:
 def _forward_again(lower: LayerRun, upper: LayerRun, device: torch.device) -> None:
     """Keep the output of `lower` as the input of `upper`, as the forward pass would have."""
     chunks = lower.plan.chunks
-    lower.kept.expect(lower.kept.entries("input", "out", chunks=chunks))
+    lower.kept.expect(lower.kept.entries("input", *lower.state_names, "out", chunks=chunks))
     with torch.no_grad(), lower.autocast.again(), lower.kv_store(device, backward=False) as store:
         for chunk in chunks:
             lower.random_states[chunk.index].restore()
             x, attends = lower.kept.peek("input", chunk), not lower.kept.holds("out", chunk)
-            upper.kept.put("input", chunk, _on_chunk(lower, chunk, x, RebuildCall(lower, chunk, store)), rebuilt=True)
+            cache = lower.cache_of(chunk, _states_before(lower, chunk))
+            y = _on_chunk(lower, chunk, x, RebuildCall(lower, chunk, store), cache)
+            upper.kept.put("input", chunk, y, rebuilt=True)
             lower.kept.settle()
             upper.kept.settle()
             lower.advance("rebuild", chunk, attends=attends)
@@ -152,9 +174,10 @@ def _expect_backward(run: LayerRun) -> None:
     captured, reads, last = set[Chunk](), list[Any](), run.plan.chunks[-1]
     for chunk in reversed(run.plan.chunks):
         missing = [each for each in run.plan.read_by(chunk, run.window)[:-1] if each not in captured]
+        missing = missing if run.traits.attends else []
         captured.update(missing)
-        reads += run.kept.entries("input", chunks=missing)
-        reads += run.kept.entries("input", "out", "lse", chunks=[chunk])
+        reads += run.kept.entries("input", *run.state_names, chunks=missing)
+        reads += run.kept.entries("input", *run.state_names, "out", "lse", chunks=[chunk])
     below = run.below
     while below is not None and not below.kept.holds("input", last):
         below = below.below
@@ -168,38 +191,77 @@ def _capture_kv(run: LayerRun, store: LayerKV, chunk: Chunk) -> None:
 
     The last row asks for all of them, or for those in its window; the last chunk's replay brings its own.
     """
-    missing = store.missing(chunk)
+    missing = store.missing(chunk) if run.traits.attends else []
     if not missing:
         return
     with torch.no_grad(), run.autocast.again():
         for earlier in missing:
             run.random_states[earlier.index].restore()
+            x, cache = run.kept.peek("input", earlier), run.cache_of(earlier, _states_before(run, earlier))
             with suppress(AttentionReached):
-                _on_chunk(run, earlier, run.kept.peek("input", earlier), CaptureCall(run, earlier, store))
+                _on_chunk(run, earlier, x, CaptureCall(run, earlier, store), cache)
 
 
 def _backward_chunk(
-    run: LayerRun, chunk: Chunk, store: LayerKV, dy: Tensor, dx: Tensor | None, sums: GradientSums
-) -> None:
-    """Backward of one chunk, later chunks done: writes the input's gradient to `dx` and adds parameters' to `sums`."""
+    run: LayerRun,
+    chunk: Chunk,
+    call: ReplayCall,
+    d_after: tuple[Tensor, Mapping[str, Tensor]],
+    dx: Tensor | None,
+    sums: GradientSums,
+) -> dict[str, Tensor]:
+    """Backward of one chunk, later chunks done: writes the input's gradient to `dx` and adds parameters' to `sums`.
+
+    Args:
+        d_after: gradients of the chunk's output, and of the states that it left for the next.
+
+    Returns:
+        Gradients of the states that it began with, by name.
+    """
     run.random_states[chunk.index].restore()
     x = run.kept.take("input", chunk).detach().requires_grad_(dx is not None)
-    call = ReplayCall(run, chunk, store)
-    y = _on_chunk(run, chunk, x, call)
-    inputs, qkv = [] if dx is None else [x], call.qkv
-    assert qkv is not None
+    states = {name: run.kept.take(name, chunk) for name in run.state_names} if chunk.index else {}
+    cache = run.cache_of(chunk, states, leaves=True)
+    y, (dy, d_finals) = _on_chunk(run, chunk, x, call, cache), d_after
+    inputs = [*([] if dx is None else [x]), *cache.given.values()]
+    leaf = [call.leaf] if run.traits.attends else []
     if chunk is run.plan.chunks[-1]:
-        sums.check_complete([y, *qkv], [x, call.leaf])
+        sums.check_complete([y, *(call.qkv or ()), *cache.finals.values()], [x, *leaf, *cache.given.values()])
 
-    # out-projection, MLP, residual. Some layers share nodes between this part and q, k, v, so the graph is kept; it
-    # goes with y, and the MLP's activations are gone before attention runs.
-    *dx_parts, d_leaf = sums.differentiate([y], [dy], [*inputs, call.leaf], retain_graph=True)
-    del y
-
-    differentiable = [t.requires_grad for t in qkv]
-    if d_leaf is not None and any(differentiable):
-        d_qkv = compress(call.row_backward(d_leaf, call.row), differentiable)
-        dx_parts += sums.differentiate(list(compress(qkv, differentiable)), list(d_qkv), inputs)
+    # Out-projection, MLP, residual, recurrence. Some layers share nodes between this part and q, k, v, so the graph is
+    # kept where there is attention; it goes with y, and the MLP's activations are gone before attention runs.
+    finals = {name: state for name, state in cache.finals.items() if name in d_finals and state.requires_grad}
+    d_outputs = [dy, *(d_finals[name] for name in finals)]
+    found = sums.differentiate([y, *finals.values()], d_outputs, [*leaf, *inputs], retain_graph=bool(leaf))
+    del y, finals
+    cache.finals.clear()
+    parts = [found[len(leaf) :]]
+    if leaf:
+        parts.append(_attention_backward(call, found[0], inputs, sums))
     if dx is not None:
-        for part in dx_parts:
-            dx.add_(part) if part is not None else None
+        for part in parts:
+            each = part.pop(0)
+            dx.add_(each) if each is not None else None
+    return _sums_of(cache.given, parts)
+
+
+def _attention_backward(
+    call: ReplayCall, d_leaf: Tensor | None, inputs: list[Tensor], sums: GradientSums
+) -> list[Tensor | None]:
+    """What comes into `inputs` through q, k and v; parameters' gradients are added to `sums`."""
+    assert call.qkv is not None
+    differentiable = [t.requires_grad for t in call.qkv]
+    if d_leaf is None or not any(differentiable):
+        return [None] * len(inputs)
+    d_qkv = compress(call.row_backward(d_leaf, call.row), differentiable)
+    return sums.differentiate(list(compress(call.qkv, differentiable)), list(d_qkv), inputs)
+
+
+def _sums_of(names: Iterable[str], parts: list[list[Tensor | None]]) -> dict[str, Tensor]:
+    """Of each name the gradients that came by any way; of those that none came to, nothing."""
+    sums: dict[str, Tensor] = {}
+    for part in parts:
+        for name, grad in zip(names, part, strict=True):
+            if grad is not None:
+                sums[name] = sums[name] + grad if name in sums else grad
+    return sums

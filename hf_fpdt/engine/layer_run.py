@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ from ..memory import CheckpointStore, KVStore, LayerCheckpoint, ModelPass, Windo
 from ..parallel import SequenceParallelGroup
 from ..plan import KVBytes, StepSizes, WorkPhase, chunk_work, pass_work
 from .progress import StepProgress
+from .recurrent import LayerTraits, StandInCache
 from .replay_state import Autocast, RandomState, modes_of
 
 LayerKV = KVStore | WindowedKV  # K and V of one layer in one pass
-# What layers call a cache: since transformers 5.24, and before.
-_NAMES = ("cache", "past_key_values", "past_key_value")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,7 +79,7 @@ class LayerRun:
         kv: which chunks of K and V are resident.
         model_pass: the pass it is of, planned before; None where there is no backward pass.
         window: keys that a query sees, where they are fewer than the sequence's.
-        place: the argument through which the layer asks how many tokens came before, if it does.
+        traits: what the layer was seen to do when it was tried.
         full: for progress, whether most of the layer's weights train, not adapters alone.
         checkpoint: what its backward pass will need; None where there is none.
         below: the run whose output this one's input is, if it is.
@@ -93,7 +91,7 @@ class LayerRun:
     kv: KVBytes
     model_pass: ModelPass | None = None
     window: int | None = None
-    place: str | None = None
+    traits: LayerTraits = LayerTraits()
     full: bool = False
     checkpoint: LayerCheckpoint | None = field(init=False, default=None)
     below: LayerRun | None = field(init=False, default=None)
@@ -130,13 +128,20 @@ class LayerRun:
         if below is None and self.layer.progress is not None:
             self.layer.progress.begin(pass_work(self.step, self.model_pass.plan.kept, full=self.full).done)
 
-    def arguments_of(self, chunk: Chunk) -> dict[str, Any]:
+    def arguments_of(self, chunk: Chunk, cache: StandInCache) -> dict[str, Any]:
         """The layer's arguments beside hidden states for this rank's tokens of a chunk."""
         arguments = {key: tokens_of(value, chunk, self.plan) for key, value in self.kwargs.items()}
-        if self.place is not None:
-            own = (chunk.stop - chunk.start) // self.plan.sp_size
-            arguments[self.place] = PlaceCache(chunk.start + self.layer.group.rank * own)
-        return arguments
+        return arguments if self.traits.cache is None else {**arguments, self.traits.cache: cache}
+
+    def cache_of(self, chunk: Chunk, states: Mapping[str, Tensor], *, leaves: bool = False) -> StandInCache:
+        """What stands in for a cache in a chunk, before which these states were left."""
+        own = (chunk.stop - chunk.start) // self.plan.sp_size
+        return StandInCache(chunk.start + self.layer.group.rank * own, states, leaves=leaves)
+
+    @property
+    def state_names(self) -> list[str]:
+        """Names of the checkpoints of states."""
+        return [state.name for state in self.traits.states]
 
     def end(self, output_BSD: Tensor) -> None:
         """Remember which tensor the output was, without keeping it."""
@@ -165,7 +170,8 @@ class LayerRun:
     def advance(self, phase: WorkPhase, chunk: Chunk, *, attends: bool = True) -> None:
         """One chunk of a pass with a backward pass was handed to the device; see `work.chunk_work`."""
         if self.layer.progress is not None and self.checkpoint is not None:
-            work = chunk_work(self.step, chunk, phase, attends=attends, full=self.full, window=self.window)
+            mix = self.step.model.mix(self.index)
+            work = chunk_work(self.step, chunk, phase, attends=attends, full=self.full, window=self.window, mix=mix)
             what = f"{phase} layer {self.index + 1}/{self.step.model.layers}"
             what += f" chunk {chunk.index + 1}/{len(self.plan.chunks)}"
             self.layer.progress.advance(work.done, work.strict, what)
@@ -176,49 +182,6 @@ class LayerRun:
             return WindowedKV(self.plan, self.window)
         resident = self.kv.backward_resident if backward else self.kv.forward_resident
         return KVStore(self.plan, resident, self.layer.store.host_memory(device))
-
-
-class PlaceCache:
-    """Stands in for a cache: it says how many tokens came before, and keeps nothing.
-
-    Args:
-        before: tokens of the sequence before the first one that the layer is given.
-
-    Attributes:
-        asked: whether the layer asked.
-    """
-
-    def __init__(self, before: int) -> None:
-        self.before, self.asked = before, False
-
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Tokens before."""
-        self.asked = True
-        return self.before
-
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What was given: attention has the keys before elsewhere."""
-        return key, value
-
-
-def cache_argument(forward: Callable[..., Any]) -> str | None:
-    """What a layer's forward calls its cache; None where it takes none."""
-    return next((name for name in _NAMES if name in inspect.signature(forward).parameters), None)
-
-
-def asks_for_place(name: str, run: Callable[[dict[str, PlaceCache]], object]) -> bool:
-    """Whether a layer that is given a cache asks it how many tokens came before.
-
-    Args:
-        name: what the layer calls its cache.
-        run: runs it on a few tokens with one more argument.
-    """
-    cache = PlaceCache(0)
-    try:
-        run({name: cache})
-    except (AttributeError, TypeError):  # it wants more of a cache than that
-        return False
-    return cache.asked
 
 
 def tokens_of(value: Any, chunk: Chunk, plan: ChunkPlan) -> Any:

@@ -1,19 +1,13 @@
 """Is a decoder layer what the executor takes it for? Each distinct one is tried on a few random tokens.
 
 The executor gives a layer one chunk at a time. That is exact if everything in the layer but attention acts on each
-token alone. No list of names can say so: a hook, an adapter, a norm over the batch may sit in any layer. So the layer
-itself is asked. Attention stands aside, each token attending to itself, and then
-
-    gradients   of some tokens' outputs in all other tokens' inputs must be zero, to the bit
-    values      of some tokens must stay what they are when all other tokens change
-    places      must not count: tokens that are shifted give the same outputs, shifted
-    chunks      must give the outputs and gradients of the whole, within rounding
-    buffers     must stay as they are: a chunk may not leave anything to the next one
+token alone, or goes on from a state that the layer hands over. No list of names can say so: a hook, an adapter, a norm
+over the batch may sit in any layer. So the layer itself is asked, see `trial_run`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,45 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from ..layout import Chunk, ChunkPlan
-from .calls import TrialCall, calling, hidden_states_of
-from .gradients import GradientSums
-from .layer_run import PlaceCache, asks_for_place, tokens_of
-from .layer_state import Buffers, build_of
-from .replay_state import Autocast, RandomState, untouched_random_state
-
-# Two chunks, of 32 and of 16: multiples of 16, which products in 8 bits insist on.
-TRIAL_TOKENS, TRIAL_CHUNK_TOKENS = 48, 32
-# Draws until no token was routed to other experts by rounding alone, for the sake of weights' gradients.
-DRAWS = 5
-# Rounding, in units of the last place: errors are Euclidean norms over a token or a tensor, which average it. A
-# product of as many rows gives a row nearly the same bits wherever it stands; one of other rows rounds throughout.
-UNITS, SAME_SHAPE_UNITS = 4.0, 0.25
-SHIFT = 7
-PLACES_COUNT = "in chunks it computes something else than as a whole: a token's place or their number counts"
-# A weight's gradient is asked for no more than this share of the largest, by root mean square.
-SMALL = 1e-2
-# Models of wider weights have parts in fp32, and long sums.
-FP32_UNIT = 2.5e-5
-INPUT_SIZE, ADAPTER_SIZE = 0.3, 0.02
-DROPOUTS = frozenset(
-    (functional.dropout, functional.alpha_dropout, functional.feature_alpha_dropout, torch.dropout, torch.dropout_)
+from .layer_state import build_of
+from .recurrent import LayerTraits
+from .replay_state import Autocast, untouched_random_state
+from .trial_run import (
+    TRIAL_CHUNK_TOKENS,
+    TRIAL_TOKENS,
+    UNITS,
+    LayerTrial,
+    NoDropout,
+    first_tokens,
+    token_errors,
+    unit_of,
 )
-
-
-class _NoDropout(TorchFunctionMode):
-    """Whole and in chunks it would draw otherwise; that it acts on each token alone is known."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in DROPOUTS:
-            return args[0] if args else (kwargs or {})["input"]
-        return func(*args, **(kwargs or {}))
-
 
 _visiting: ContextVar[bool] = ContextVar("fpdt_visiting", default=False)
 
@@ -84,10 +53,10 @@ class LayerTrials:
     """The trials of one model: layers that are built alike are tried once.
 
     Attributes:
-        passed: what the layers were built like that passed, and the argument through which they ask for their place.
+        passed: what the layers were built like that passed, and what they were seen to do.
     """
 
-    passed: dict[tuple[object, ...], str | None] = field(default_factory=dict)
+    passed: dict[tuple[object, ...], LayerTraits] = field(default_factory=dict)
 
     def check(
         self,
@@ -114,23 +83,23 @@ class LayerTrials:
             return None
         device = hidden_BSD.device
         with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device_of(hidden_BSD):
-            trial = _Trial(layer, forward, _first_tokens(arguments, hidden_BSD, tokens), hidden_BSD, tokens)
+            trial = LayerTrial(layer, forward, first_tokens(arguments, hidden_BSD, tokens), hidden_BSD, tokens)
             # In a visit every window is in the mask; in a step those alone that are shorter than the sequence.
             trial.window, trial.keys = window, 2**62 if visiting() else hidden_BSD.shape[1]
             with (
                 untouched_random_state(device),
                 Autocast.now(device).again(),
                 trial.awake_adapters(),
-                _NoDropout(),
+                NoDropout(),
             ):
                 reason = trial.why_not(cache)
         if reason is None:
-            self.passed[build] = trial.place
+            self.passed[build] = trial.traits
         return reason
 
-    def place_argument(self, layer: nn.Module, window: int | None) -> str | None:
-        """The argument through which a layer that passed asks for its place; None of one that does not ask."""
-        return self.passed.get((window, *build_of(layer)))
+    def traits_of(self, layer: nn.Module, window: int | None) -> LayerTraits:
+        """What a layer that passed was seen to do; the usual of one that was not tried."""
+        return self.passed.get((window, *build_of(layer)), LayerTraits())
 
 
 def mixes_tokens(function: Callable[[Tensor], Tensor], hidden_BSD: Tensor) -> bool:
@@ -143,249 +112,6 @@ def mixes_tokens(function: Callable[[Tensor], Tensor], hidden_BSD: Tensor) -> bo
     device = hidden_BSD.device
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(1, TRIAL_TOKENS, hidden_BSD.shape[-1], generator=generator, device=device).to(hidden_BSD.dtype)
-    with torch.no_grad(), untouched_random_state(device), _NoDropout():
+    with torch.no_grad(), untouched_random_state(device), NoDropout():
         whole, parts = function(x), [function(part) for part in x.split(TRIAL_CHUNK_TOKENS, dim=1)]
-    return bool((_token_errors(torch.cat(parts, dim=1), whole) > UNITS * _unit((), hidden_BSD)).any())
-
-
-def _first_tokens(arguments: Mapping[str, Any], hidden_BSD: Tensor, kept: int) -> dict[str, Any]:
-    """Arguments for the first tokens of the first row alone, as tensors that autograd may save."""
-    rows, n_tokens = hidden_BSD.shape[:2]
-    chunk, plan = Chunk(0, 0, kept, 0, kept), ChunkPlan(n_tokens, n_tokens)
-
-    def first(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return type(value)(first(item) for item in value)
-        if not isinstance(value, Tensor):
-            return value
-        return (value[:1] if value.dim() > 1 and value.shape[0] == rows else value).detach().clone()
-
-    return {name: first(tokens_of(value, chunk, plan)) for name, value in arguments.items()}
-
-
-class _Trial:
-    """One layer on `tokens` random tokens."""
-
-    def __init__(
-        self, layer: nn.Module, forward: Callable[..., Any], kwargs: Mapping[str, Any], like_BSD: Tensor, tokens: int
-    ) -> None:
-        self.layer, self.forward, self.kwargs = layer, forward, kwargs
-        self.plan = ChunkPlan(tokens, min(TRIAL_CHUNK_TOKENS, -(-tokens * 2 // 3)))
-        self.dtype, self.device, self.width = like_BSD.dtype, like_BSD.device, like_BSD.shape[-1]
-        self.weights = [p for p in layer.parameters() if p.requires_grad]
-        self.start = RandomState.now(self.device)
-        self.generator = torch.Generator(self.device).manual_seed(0)
-        self.draws = False
-        self.window: int | None = None
-        self.place: str | None = None
-        self.keys = 2**62
-        self.tolerance = UNITS * _unit(layer.parameters(), like_BSD)
-
-    def why_not(self, cache: str | None) -> str | None:
-        """The first reason found; `place` is known then."""
-        before = Buffers(self.layer)
-        try:
-            self.place = cache if cache and asks_for_place(cache, self.with_cache) else None
-            self.draws = self._draws()
-            reason = self._why_not_alone()
-            for _ in range(DRAWS if reason is None and not self.draws else 0):
-                reason, clear = self._why_not_in_chunks()
-                if clear:
-                    break
-            # What was seen of outputs may come from a buffer, and says less.
-            return before.changed() or reason
-        except NotImplementedError as error:  # of the attention function, or of what stands in for it
-            return str(error).removeprefix("hf_fpdt: ").rstrip(".")
-        finally:
-            before.restore()
-
-    # -- one run ------------------------------------------------------------------------------------------------------
-
-    def draw(self) -> Tensor:
-        """Random hidden states or gradients [1, tokens, D]."""
-        noise = torch.randn(
-            1, self.plan.n_tokens, self.width, generator=self.generator, device=self.device, dtype=torch.float32
-        )
-        return noise.mul_(INPUT_SIZE).to(self.dtype)
-
-    def run(self, x_BSD: Tensor, chunk: Chunk | None = None, kwargs: Mapping[str, Any] | None = None) -> Tensor:
-        """The layer's outputs; every run finds the same random state."""
-        kwargs = self.kwargs if kwargs is None else kwargs
-        if chunk is not None:
-            kwargs = {name: tokens_of(value, chunk, self.plan) for name, value in kwargs.items()}
-        if self.place is not None:
-            kwargs = {**kwargs, self.place: PlaceCache(0 if chunk is None else chunk.start)}
-        self.start.restore()
-        with calling(call := TrialCall(self.window, self.keys)):
-            y_BSD = hidden_states_of(self.forward(x_BSD, **kwargs))
-        if call.calls != 1:
-            how = "calls its attention function twice" if call.calls else "never calls its attention function"
-            raise NotImplementedError(f"it {how}; FPDT drives one call in each layer")
-        return y_BSD
-
-    def with_cache(self, cache: Mapping[str, PlaceCache]) -> None:
-        """The layer on all tokens, with a cache."""
-        with torch.no_grad():
-            self.run(self.draw(), kwargs={**self.kwargs, **cache})
-
-    def _draws(self) -> bool:
-        """Whether the layer draws random numbers beside dropout: other ones for a chunk than for the whole."""
-        with torch.no_grad():
-            self.run(self.draw())
-        return not self.start.is_now()
-
-    # -- each token alone ---------------------------------------------------------------------------------------------
-
-    def _why_not_alone(self) -> str | None:
-        """Half of the tokens change: the others' outputs may not, nor may either half have gradients in the other."""
-        order = torch.randperm(self.plan.n_tokens, generator=self.generator, device=self.device)
-        half = order < len(order) // 2
-        x, other, dy = self.draw(), self.draw(), self.draw()
-        y, _ = self._gradient_across(x, dy, half)
-        if not bool(y.isfinite().all()):
-            return None  # weights that are not there yet say nothing
-        for kept in (half, ~half):
-            changed = torch.where(kept[:, None], x, other)
-            y_changed, crossing = self._gradient_across(changed, dy, kept)
-            if crossing or self._differ(_token_errors(y_changed, y)[kept]):
-                return (
-                    "what it computes for one token depends on other tokens beside those that attention reads"
-                    f"{self._where(x, changed, kept)}"
-                )
-        if self.draws or self.place is not None:
-            return None  # by place
-        with torch.no_grad():
-            y_shifted = self.run(x.roll(SHIFT, 1), kwargs=self._shifted(self.kwargs)).roll(-SHIFT, 1)
-        return PLACES_COUNT if self._differ(_token_errors(y_shifted, y)) else None
-
-    def _differ(self, errors: Tensor) -> bool:
-        """Whether tokens of two runs on as many tokens each differ by more than rounding."""
-        # Products in 8 bits choose the columns that they do not narrow by all tokens; that is rounding of theirs.
-        quantised = any(not weight.is_floating_point() for weight in self.layer.parameters())
-        same = self.tolerance if quantised else self.tolerance * SAME_SHAPE_UNITS / UNITS
-        return bool((errors > self.tolerance).any() | ((errors > same).float().mean() > 0.25))
-
-    def _shifted(self, value: Any) -> Any:
-        """Arguments whose tokens stand elsewhere, as those of `tokens_of` are cut."""
-        if isinstance(value, Mapping):
-            return {name: self._shifted(item) for name, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._shifted(item) for item in value)
-        axis = min(1, value.dim() - 1) if isinstance(value, Tensor) and value.dim() else None
-        return value if axis is None or value.shape[axis] != self.plan.n_tokens else value.roll(SHIFT, axis)
-
-    def _gradient_across(self, x: Tensor, dy: Tensor, rows: Tensor) -> tuple[Tensor, bool]:
-        """Outputs, and whether those of `rows` have a gradient in the input of other tokens."""
-        x = x.clone().requires_grad_()
-        y = self.run(x)
-        if not y.requires_grad:
-            return y.detach(), False
-        (dx,) = torch.autograd.grad([y], [x], [torch.where(rows[:, None], dy.to(y.dtype), 0)], allow_unused=True)
-        return y.detach(), dx is not None and bool((dx[:, ~rows] != 0).any())
-
-    def _where(self, x: Tensor, changed: Tensor, rows: Tensor) -> str:
-        """The first module whose outputs for `rows` differ, though its tokens do not."""
-        outputs: list[list[tuple[nn.Module, Tensor]]] = []
-        for hidden in (x, changed):
-            outputs.append([])
-            handles = [m.register_forward_hook(_recorder(outputs[-1], rows)) for m in self.layer.modules()]
-            try:
-                with torch.no_grad():
-                    self.run(hidden)
-            finally:
-                for handle in handles:
-                    handle.remove()
-        names = {module: name for name, module in self.layer.named_modules()}
-        for (module, one), (_, other) in zip(*outputs, strict=False):
-            same = one.shape == other.shape and bool((one - other).norm() <= self.tolerance * one.norm())
-            if not same and names.get(module):
-                return f", first in {names[module]} ({type(module).__name__})"
-        return ""
-
-    # -- in chunks ----------------------------------------------------------------------------------------------------
-
-    def _why_not_in_chunks(self) -> tuple[str | None, bool]:
-        """A reason, and whether the answer is clear: routing may send a token to other experts by rounding alone."""
-        x, dy = self.draw(), self.draw()
-        whole, parts = GradientSums(self.weights), GradientSums(self.weights)
-        y_whole, dx_whole = self._step(x, dy, whole)
-        y, dx = torch.empty_like(y_whole), torch.empty_like(dx_whole)
-        sums = whole.totals()  # in the weights' own dtype: half of the memory
-        for chunk in self.plan.chunks:
-            tokens = chunk.rank_slice
-            y[:, tokens], dx[:, tokens] = self._step(x[:, tokens], dy[:, tokens], parts, chunk)
-        off = (_token_errors(y, y_whole) > self.tolerance) | (_token_errors(dx, dx_whole) > 2 * self.tolerance)
-        if not bool(off.any()):
-            return self._why_not_sums(sums, parts.totals()), True
-        if any(bool(off[chunk.rank_slice].float().mean() > 0.5) for chunk in self.plan.chunks):
-            return PLACES_COUNT, True
-        return None, False
-
-    def _step(self, x: Tensor, dy: Tensor, sums: GradientSums, chunk: Chunk | None = None) -> tuple[Tensor, Tensor]:
-        """Outputs and gradients of inputs; those of weights are added up."""
-        x = x.clone().requires_grad_()
-        y = self.run(x, chunk)
-        (dx,) = sums.differentiate([y], [dy.to(y.dtype)], [x]) if y.requires_grad else (None,)
-        return y.detach(), torch.zeros_like(x) if dx is None else dx
-
-    def _why_not_sums(self, wholes: Mapping[int, Tensor], totals: Mapping[int, Tensor]) -> str | None:
-        """Weights' gradients of the whole beside those of its chunks, added up."""
-        names = {id(p): name for name, p in self.layer.named_parameters()}
-        largest = max((_mean_square(grad) for grad in wholes.values()), default=0.0)
-        for key, grad in wholes.items():
-            error = _norm(totals[key] - grad) if key in totals else float("inf")
-            size = max(_mean_square(grad), SMALL * largest) * grad.numel() ** 0.5
-            if not error <= 2 * self.tolerance * size:
-                return f"the gradient of {names[key]} is no sum over tokens"
-        return None
-
-    @contextmanager
-    def awake_adapters(self) -> Iterator[None]:
-        """Weights that begin at zero hide what is before them: inside, they are small numbers."""
-        asleep = [p for p in self.weights if p.is_floating_point() and not bool(p.any())]
-        for weight in asleep:
-            weight.data.normal_(std=ADAPTER_SIZE, generator=self.generator)
-        try:
-            yield
-        finally:
-            for weight in asleep:
-                weight.data.zero_()
-
-
-def _recorder(found: list[tuple[nn.Module, Tensor]], rows: Tensor) -> Callable[..., None]:
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        value = output[0] if isinstance(output, (tuple, list)) and output else output
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return
-        axis = next((axis for axis in (1, 0) if value.dim() > axis and value.shape[axis] == len(rows)), None)
-        if axis is not None:
-            found.append((module, value.detach().movedim(axis, 0)[rows].double()))
-
-    return record
-
-
-def _token_errors(values_BSD: Tensor, truth_BSD: Tensor) -> Tensor:
-    """|values - truth| / |truth| of each token, [S]."""
-    values, truth = values_BSD.double(), truth_BSD.double()
-    return ((values - truth).norm(dim=(0, 2)) / truth.norm(dim=(0, 2)).clamp_min(1e-30)).nan_to_num(0.0)
-
-
-def _mean_square(grad: Tensor) -> float:
-    return _norm(grad) / max(1, grad.numel()) ** 0.5
-
-
-def _norm(grad: Tensor) -> float:
-    """Without a wide copy: experts' gradients have gigabytes."""
-    return float(torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)))
-
-
-def _unit(weights: Iterable[Tensor], like_BSD: Tensor) -> float:
-    """The unit in the last place of the narrowest dtype that is computed with."""
-    kind = like_BSD.device.type
-    dtypes = {like_BSD.dtype, *(weight.dtype for weight in weights)}
-    if torch.is_autocast_enabled(kind):
-        dtypes.add(torch.get_autocast_dtype(kind))
-    # Quantised weights are computed with in bfloat16, mostly.
-    units = [torch.finfo(dtype if dtype.is_floating_point else torch.bfloat16).eps for dtype in dtypes]
-    tf32 = kind == "cuda" and torch.get_float32_matmul_precision() != "highest"
-    return max(*units, torch.finfo(torch.float16).eps if tf32 else FP32_UNIT)
+    return bool((token_errors(torch.cat(parts, dim=1), whole) > UNITS * unit_of((), hidden_BSD)).any())

@@ -78,7 +78,9 @@ def moments(found: PlannedStep) -> list[Moment]:
         seen.append(Moment(phase, layer, chunk, used["device"], pool.used_bytes, kv_pool.used_bytes, used["disk"]))
 
     recorder: Observer = look
-    fits = list(Rehearsal(forecast.kept, found.step.layer_bytes(), plan.kv, shelves, recorder).play())
+    fits = list(
+        Rehearsal(forecast.kept, found.step.layer_bytes(forecast.kept.layers), plan.kv, shelves, recorder).play()
+    )
     assert all(fits)
     return seen
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..layout import seen_pairs
-from ..plan import KeptLayers, ModelSizes, StepSizes
+from ..plan import KeptLayers, LayerMix, ModelSizes, StepSizes
 from .collectives import Collectives, ShardedWeights, StepCollectives
 from .rates import GPU
 
@@ -106,21 +106,45 @@ LOGIT_BYTES, HEAD_SUM_BYTES = 7, 12
 def step_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU, *, full: bool) -> float:
     """Seconds that every rank of the group computes in one step, copies to and from the host all under it."""
     m, tokens = step.model, step.batch * step.plan.n_tokens / step.plan.sp_size
-    linear = 2 * tokens * m.met_parameters / gpu.matmul
     hidden, intermediate = FULL_TRAFFIC if full else GATED_TRAFFIC if m.gated else PLAIN_TRAFFIC
     rest = tokens * (hidden * m.hidden + intermediate * m.intermediate) * step.element_bytes / gpu.memory
     passes = (FULL_PASSES if full else ADAPTER_PASSES) - _unread_share(m)
     rates = gpu.attention_rates(m.head_dim, m.value_dim)
     attention = {window: _attention(step, window) for window in set(step.windows)}
     seconds = 0.0
-    for window, layers in Counter(step.windows).items():
+    for (window, mix), layers in Counter(zip(step.windows, m.all_mixes, strict=True)).items():
         forward, backward = (operations / rate for operations, rate in zip(attention[window], rates, strict=True))
-        seconds += layers * (forward + backward + (passes * linear + STEP_TRAFFIC * rest))
-    windows = step.windows_of_last(kept.layers)
+        token_wise = passes * _linear_seconds(m, mix, tokens, gpu) + STEP_TRAFFIC * rest
+        scans = tokens * SCAN_PASSES * _scan_seconds(mix, step, gpu)
+        seconds += layers * ((forward + backward) * mix.attends + token_wise + scans)
+    windows, mixes = step.windows_of_last(kept.layers), step.mixes_of_last(kept.layers)
     reruns = Counter(window for window, there in zip(windows, kept.attentions, strict=True) if not there)
     again = sum(count * attention[window][0] for window, count in reruns.items()) / rates[0]
-    again += kept.rebuilt * (linear + REBUILD_TRAFFIC * rest)
+    # A rebuilt input is made by the layer below it.
+    for there, mix in zip(kept.inputs[1:], mixes[:-1], strict=True):
+        made = _linear_seconds(m, mix, tokens, gpu) + REBUILD_TRAFFIC * rest + tokens * _scan_seconds(mix, step, gpu)
+        again += made * (not there)
     return seconds + again + _head_seconds(step, tokens, gpu, full=full)
+
+
+# The scan of a recurrent layer goes through tiles of tokens on the matrix units, and takes as long as so many
+# operations of its formula at the rate of large products; then its backward pass, forward passes of it. From the gated
+# delta rule of flash-linear-attention on one H100 (32 heads of 128 x 128, 32K tokens: 2.5 ms forward, 7.2 backward).
+SCAN_SLOWER, SCAN_PASSES = 16.0, 2 + 2.9
+# Passes over device memory around it, in channels of its convolutions a token.
+SCAN_TRAFFIC = 12
+
+
+def _scan_seconds(mix: LayerMix, step: StepSizes, gpu: GPU) -> float:
+    """Of one token, forward."""
+    return (
+        SCAN_SLOWER * mix.scan_operations / gpu.matmul + SCAN_TRAFFIC * mix.channels * step.element_bytes / gpu.memory
+    )
+
+
+def _linear_seconds(m: ModelSizes, mix: LayerMix, tokens: float, gpu: GPU) -> float:
+    """One layer's products, forward."""
+    return 2 * tokens * (mix.linear_weights if m.mixes else m.met_parameters) / gpu.matmul
 
 
 # A kernel computes whole tiles of keys, and a window has two edges: it takes the time of so many keys more a query,

@@ -63,7 +63,7 @@ class ModelPass:
 
     def __init__(self, store: CheckpointStore, plan: PassPlacement, step: StepSizes, first_layer: int) -> None:
         self._store, self._step, self.plan, self.first_layer = store, step, plan, first_layer
-        self.order = ForwardOrder(forward_bytes(plan.kept, step.layer_bytes()), plan.budgets)
+        self.order = ForwardOrder(forward_bytes(plan.kept, step.layer_bytes(plan.kept.layers)), plan.budgets)
         self._last: weakref.ref[Any] | None = None
 
     def awaits(self, index: int, step: StepSizes) -> bool:

@@ -26,7 +26,7 @@ from ..plan import ModelSizes, attention_sizes, largest
 from .adapters import warn_of_another_rope
 from .attention_function import NAME
 from .head import loss_reasons, patch_head, unshared_loss_reasons
-from .layers import ChunkedLayer, check_entered, decoder_layers, decoder_of, enter_layer, leave_layer
+from .layers import ChunkedLayer, check_entered, decoder_layers, decoder_of, enter_layer, layer_mixes, leave_layer
 from .liger import load_liger, why_not_liger
 from .patch import check_patched, is_patched, unpatch
 from .refusals import why_not_shared, why_unsupported
@@ -80,13 +80,17 @@ def apply_fpdt(
         if try_layers(target):
             # The masks that the model made are what its layers go by, whatever its configuration says.
             windows: Any = tuple(layer._fpdt_window for layer in layers)
-            settings.sizes = replace(settings.sizes, windows=windows)
+            settings.sizes = replace(settings.sizes, windows=windows, mixes=_mixes(layers, settings.sizes.experts))
     except NotImplementedError as error:
         handle.remove()
         why = str(error).removeprefix("hf_fpdt: ")
         raise NotImplementedError(f"hf_fpdt: FPDT cannot run {type(target).__name__}: {why}") from error
     warn_of_another_rope(target)
     return handle
+
+
+def _mixes(layers: list[Any], experts: int) -> Any:
+    return layer_mixes(layers, [layer._fpdt_traits for layer in layers], experts)
 
 
 def try_layers(model: PreTrainedModel) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..engine import Layer, LayerRun, cache_argument, look_of, run_layer, visiting
+from ..engine import Layer, LayerRun, LayerTraits, cache_argument, look_of, run_layer, visiting
 from ..layout import Block
+from ..plan import LayerMix
 from .attention_function import window_of_mask
 from .fused import fuse_layer
 from .patch import arguments_by_name, caches_in
@@ -79,6 +80,34 @@ def mostly_trained(parameters: list[nn.Parameter]) -> bool:
     return 2 * sum(p.numel() for p in parameters if p.requires_grad) > sum(p.numel() for p in parameters)
 
 
+def layer_mixes(layers: Sequence[Any], traits: Sequence[LayerTraits], experts: int) -> tuple[LayerMix, ...]:
+    """What each layer does, for the arithmetic; () where all attend, and none carries a state.
+
+    Args:
+        layers: of a decoder.
+        traits: what each was seen to do.
+        experts: chosen experts that one token visits.
+    """
+    if all(each.attends and not each.states for each in traits):
+        return ()
+    return tuple(
+        LayerMix(each.attends, _met_weights(layer, experts), each.states, each.channels)
+        for layer, each in zip(layers, traits, strict=True)
+    )
+
+
+def _met_weights(layer: nn.Module, experts: int) -> int:
+    """Weights of matrices and convolutions that one token meets, adapters aside; of experts those that it visits."""
+    met = 0
+    for name, module in layer.named_modules():
+        for weight in module.parameters(recurse=False) if "lora_" not in name else ():
+            if weight.dim() == 2 or isinstance(module, nn.Conv1d):
+                met += weight.numel()
+            elif weight.dim() == 3:  # of all experts
+                met += weight.numel() * experts // weight.shape[0]
+    return met
+
+
 class ChunkedLayer(nn.Module):
     """Mixed into the class of each decoder layer; `_fpdt_*` are set by `enter_layer`."""
 
@@ -86,7 +115,7 @@ class ChunkedLayer(nn.Module):
     _fpdt_layer: Layer
     _fpdt_class: Any
     _fpdt_window: int | None  # keys that a query sees, by the mask that the model made when layers were tried
-    _fpdt_place: str | None  # the argument through which it asks how many tokens came before
+    _fpdt_traits: LayerTraits  # what it was seen to do when it was tried
     _fpdt_looks: set[tuple[object, ...]]  # those that passed a trial
     _fpdt_checkpointing: bool | None  # None: never asked for, on this instance
 
@@ -118,8 +147,8 @@ class ChunkedLayer(nn.Module):
             self._fpdt_try(hidden, arguments, window)
             if visiting():
                 self._fpdt_window = window
-                return hidden
-            return self._fpdt_in_chunks(hidden, arguments, window)
+                return self._fpdt_traits.returned(hidden)
+            return self._fpdt_traits.returned(self._fpdt_in_chunks(hidden, arguments, window))
 
     def _fpdt_in_chunks(self, hidden: Tensor, arguments: dict[str, Any], window: int | None) -> Tensor:
         settings, parameters = self._fpdt_settings, list(self.parameters())
@@ -138,7 +167,7 @@ class ChunkedLayer(nn.Module):
             store.kv_plan(step, *placed) if model_pass is None else model_pass.plan.kv,
             model_pass,
             window,
-            self._fpdt_place,
+            self._fpdt_traits,
             full=settings.progress is not None and mostly_trained(parameters),
         )
         return run_layer(run, hidden, parameters)
@@ -160,7 +189,7 @@ class ChunkedLayer(nn.Module):
         if reason is not None:
             raise NotImplementedError(f"hf_fpdt: {self._fpdt_layer.name} cannot be run in chunks: {reason}.")
         self._fpdt_looks.add(look)
-        self._fpdt_place = trials.place_argument(self, window)
+        self._fpdt_traits = trials.traits_of(self, window)
 
 
 def enter_layer(layer: Any, settings: Settings, index: int) -> None:
@@ -169,7 +198,7 @@ def enter_layer(layer: Any, settings: Settings, index: int) -> None:
     checkpointing = layer.__dict__.pop("gradient_checkpointing", None)
     layer.__class__ = _chunked_class(original)
     layer._fpdt_settings, layer._fpdt_looks = settings, set()
-    layer._fpdt_window, layer._fpdt_place = None, None
+    layer._fpdt_window, layer._fpdt_traits = None, LayerTraits()
     layer._fpdt_layer = Layer(
         name=f"layer {index} ({original.__name__})",
         index=index,
@@ -216,7 +245,7 @@ def _raw_forward(layer_class: Any) -> Callable[..., Any]:
 _signature = functools.lru_cache(inspect.signature)
 
 
-def _needs_whole_sequence(layer: nn.Module, arguments: dict[str, Any]) -> bool:
+def _needs_whole_sequence(layer: ChunkedLayer, arguments: dict[str, Any]) -> bool:
     """Generation with a cache, or evaluation under a mask: the layer runs as it is, over the bare attention function.
 
     In training an empty cache is dropped, as transformers' own checkpointing does. Without gradients nothing is
@@ -232,7 +261,8 @@ def _needs_whole_sequence(layer: nn.Module, arguments: dict[str, Any]) -> bool:
             )
     arguments |= _no_caches(arguments)
     mask = arguments.get("attention_mask")
-    return mask is not None and window_of_mask(mask) is None and not torch.is_grad_enabled()
+    by_token = mask is not None and mask.dim() == 2 and not layer._fpdt_traits.attends  # cut as hidden states are
+    return not (mask is None or by_token or torch.is_grad_enabled()) and window_of_mask(mask) is None
 
 
 def _no_caches(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +296,7 @@ def _check_window(asked: int | None, planned: int | None, name: str) -> None:
 
 
 def _why_not_sliced(key: str, value: Tensor, n_tokens: int) -> str | None:
-    if key == "attention_mask":
+    if key == "attention_mask" and value.dim() > 2:
         return "masks are not supported in training; pad on the right with label -100 and pass no 4-D mask."
     if value.requires_grad:
         return "only hidden states may carry a gradient into a layer."

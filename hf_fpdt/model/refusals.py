@@ -27,6 +27,9 @@ _REFUSED_WRAPPERS = (
 
 # What `config.layer_types` may call layers that attention alone mixes tokens in, each in its own reach.
 _KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+# Those that may carry a state from token to token, attend beside it, or do neither. A trial of each layer says whether
+# its state is all that a chunk needs of the ones before.
+_RECURRENT_KINDS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "moe", "mlp"})
 # Kinds of PEFT's layers, by the name of their package, that need the whole sequence or a whole forward pass.
 _SEQUENCE_TUNERS = ("lily", "poly")
 # What configurations, and a few modules, call the dropout of attention's weights.
@@ -96,7 +99,7 @@ def _registry_reasons(model: Any, layers: Sequence[nn.Module]) -> list[str]:
 
 
 def _config_reasons(config: Any) -> list[str]:
-    other_kinds = sorted(set(getattr(config, "layer_types", None) or ()) - _KINDS)
+    other_kinds = sorted(set(getattr(config, "layer_types", None) or ()) - _KINDS - _RECURRENT_KINDS)
     reasons = []
     if getattr(config, "is_encoder_decoder", False):
         reasons.append("encoder-decoder models are not causal throughout")

@@ -30,6 +30,7 @@ from .by_layer import (
     windows_of,
 )
 from .checkpointing import KeptLayers, forward_bytes
+from .model_sizes import CONV, LayerMix, StateSize
 from .operations import BACKWARD_OPERATIONS, WorkPhase, attention_of_all, chunk_work, pass_work, strict_flops
 from .optimizers import OPTIMIZERS, state_bytes, sum_bytes
 from .placement import (
@@ -68,6 +69,7 @@ __all__ = [
     "BACKWARD_OPERATIONS",
     "Budgets",
     "BufferPool",
+    "CONV",
     "DEVICE_MARGIN",
     "DEVICE_RESERVE",
     "ExistingBuffers",
@@ -76,6 +78,7 @@ __all__ = [
     "KVBytes",
     "KeptLayers",
     "LOOKAHEAD",
+    "LayerMix",
     "LayersDiffer",
     "ModelSizes",
     "NO_LIMIT",
@@ -87,6 +90,7 @@ __all__ = [
     "SOON",
     "STAGING_BUFFERS",
     "Slot",
+    "StateSize",
     "StepSizes",
     "Tier",
     "TierAllocator",

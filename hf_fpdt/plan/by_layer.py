@@ -71,12 +71,19 @@ def attention_sizes(config: Any) -> AttentionSizes:
         LayersDiffer: they have not.
     """
     heads = one_value(config, "num_attention_heads")
+    if heads is None and has_no_attention(config):
+        return AttentionSizes(1, 1, 0, 0)
     if is_latent(config):
         # Keys and values come out of a latent for every query head; a part of the keys has positions.
         width = one_value(config, "qk_nope_head_dim") + one_value(config, "qk_rope_head_dim")
         return AttentionSizes(heads, heads, width, one_value(config, "v_head_dim"))
     head_dim = one_value(config, "head_dim") or one_value(config, "hidden_size") // heads
     return AttentionSizes(heads, one_value(config, "num_key_value_heads") or heads, head_dim, head_dim)
+
+
+def has_no_attention(config: Any) -> bool:
+    """Whether the types of its layers say that none attends."""
+    return set(getattr(config, "layer_types", None) or [None]) <= {"linear_attention", "conv", "mamba"}
 
 
 def is_latent(config: Any) -> bool:
@@ -126,7 +133,8 @@ def head_dims(config: Any) -> list[int]:
 
 def why_no_sizes(config: Any) -> list[str]:
     """Reasons why the sizes that a plan is made of cannot be read off a text configuration; [] if they can."""
-    missing = [name for name in NEEDED_SIZES if None in by_layer(config, name)]
+    needed = [name for name in NEEDED_SIZES if name != "num_attention_heads" or not has_no_attention(config)]
+    missing = [name for name in needed if None in by_layer(config, name)]
     reasons = [f"its configuration has no {name}, so its memory cannot be planned" for name in missing]
     for name in (*NEEDED_SIZES, *OPTIONAL_SIZES):
         try:

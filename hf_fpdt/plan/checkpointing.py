@@ -25,11 +25,14 @@ class KeptLayers:
 
     Attributes:
         inputs: whether a layer's input is kept; the lowest one's always is.
-        attentions: whether a layer's attention output and lse are.
+        attentions: whether a layer's attention output and lse are; True of a layer without attention, which has none
+            to run again.
+        without: layers without attention.
     """
 
     inputs: tuple[bool, ...]
     attentions: tuple[bool, ...]
+    without: int = 0
 
     def base(self, layer: int) -> int:
         """The layer from whose input that of `layer` is rebuilt: itself where it is kept."""
@@ -58,13 +61,19 @@ class KeptLayers:
         return sum(not above and not out for above, out in zip(self.inputs[1:], self.attentions[:-1], strict=True))
 
     def __str__(self) -> str:
-        inputs, outs = self.inputs.count(True), self.attentions.count(True)
+        inputs, outs = self.inputs.count(True), self.attentions.count(True) - self.without
         return f"{inputs} inputs and {outs} attention outputs of {self.layers} layers"
 
 
 def forward_bytes(kept: KeptLayers, sizes: LayerBytes) -> int:
     """What the store holds when the forward pass ends."""
-    return kept.inputs.count(True) * sizes.input_total + kept.attentions.count(True) * sizes.attention_total
+    attentions = _attention_bytes(kept.attentions, range(kept.layers), sizes)
+    return kept.inputs.count(True) * sizes.input_total + attentions + sizes.all_states
+
+
+def _attention_bytes(kept: Sequence[bool], layers: Iterable[int], sizes: LayerBytes) -> int:
+    """Attention outputs of those of `layers` that keep theirs."""
+    return sum(sizes.attention_of(layer) for layer in layers if kept[layer])
 
 
 def peak_bytes(kept: KeptLayers, sizes: LayerBytes) -> int:
@@ -76,19 +85,21 @@ def peak_bytes(kept: KeptLayers, sizes: LayerBytes) -> int:
             peak = max(peak, held)
         # The layer below a rebuilt input was run again, attention too where its output had not been kept.
         rebuilt = layer + 1 < kept.layers and not kept.inputs[layer + 1]
-        held -= sizes.input_total + sizes.attention_total * (kept.attentions[layer] or rebuilt)
+        held -= sizes.input_total + sizes.attention_of(layer) * (kept.attentions[layer] or rebuilt)
+        held -= sizes.state_total(layer)
     return peak
 
 
 def rebuild_bytes(attentions: Sequence[bool], base: int, layer: int, sizes: LayerBytes) -> int:
     """What rebuilding the inputs base+1 … layer adds: them, and the attention outputs that were not kept."""
-    missing = sum(not kept for kept in attentions[base:layer])
-    return (layer - base) * sizes.input_total + missing * sizes.attention_total
+    missing = sum(sizes.attention_of(each) for each in range(base, layer) if not attentions[each])
+    return (layer - base) * sizes.input_total + missing
 
 
 def segmented(inputs: int, attentions: Sequence[bool], sizes: LayerBytes, budget: int) -> KeptLayers | None:
     """A plan that keeps `inputs` inputs and never holds more than `budget` bytes; None where there is none."""
-    room = budget - inputs * sizes.input_total - sum(attentions) * sizes.attention_total
+    kept_bytes = _attention_bytes(attentions, range(len(attentions)), sizes) + sizes.all_states
+    room = budget - inputs * sizes.input_total - kept_bytes
     bases: list[int] = []
     top = len(attentions)
     while top and room >= 0 and len(bases) < inputs:
@@ -96,12 +107,14 @@ def segmented(inputs: int, attentions: Sequence[bool], sizes: LayerBytes, budget
         while base and rebuild_bytes(attentions, base - 1, top - 1, sizes) <= room:
             base -= 1
         bases.append(base)
-        room += sizes.input_total + sum(attentions[base:top]) * sizes.attention_total
+        room += sizes.input_total + _attention_bytes(attentions, range(base, top), sizes)
+        room += sum(map(sizes.state_total, range(base, top)))
         top = base
     if top or room < 0:
         return None
     _split_largest(bases, len(attentions), inputs)
-    return KeptLayers(tuple(layer in bases for layer in range(len(attentions))), tuple(attentions))
+    without = sizes.attends[: len(attentions)].count(False)
+    return KeptLayers(tuple(layer in bases for layer in range(len(attentions))), tuple(attentions), without)
 
 
 def _split_largest(bases: list[int], layers: int, count: int) -> None:
@@ -124,16 +137,17 @@ def candidates(policy: str, sizes: LayerBytes, budget: int, ratios: Sequence[flo
     if policy == "segment":
         yield from _least(layers, sizes, budget)
         return
-    outs = {"attention": [layers], "input": [0]}.get(policy, range(layers + 1))
+    attending = [layer for layer in range(layers) if sizes.has_attention(layer)]
+    outs = {"attention": [len(attending)], "input": [0]}.get(policy, range(len(attending) + 1))
     ins = [layers] if policy == "input" else range(1, layers + 1)
     # First of the layers whose attention costs most; of equals the last, whose outputs are freed first, and make room
     # for what is rebuilt below.
-    order = sorted(range(layers), key=lambda layer: (ratios[layer], layer), reverse=True)
+    order = sorted(attending, key=lambda layer: (ratios[layer], layer), reverse=True)
     reruns = {n_out: _sum(ratios[layer] for layer in order[n_out:]) for n_out in outs}
     costs = sorted((reruns[n_out] + (layers - n_in), -n_in, n_out) for n_out in outs for n_in in ins)
     for _, minus_n_in, n_out in costs:
-        kept = set(order[:n_out])
-        plan = segmented(-minus_n_in, [layer in kept for layer in range(layers)], sizes, budget)
+        rerun = set(order[n_out:])
+        plan = segmented(-minus_n_in, [layer not in rerun for layer in range(layers)], sizes, budget)
         if plan is not None:
             yield plan
 
@@ -153,7 +167,7 @@ def _least(layers: int, sizes: LayerBytes, budget: int) -> Iterator[KeptLayers]:
 
 def _without_outputs(layers: int, sizes: LayerBytes, budget: int) -> Iterator[KeptLayers]:
     """Plans without attention outputs that never hold more than `budget`, those that keep most inputs first."""
-    none = [False] * layers
+    none = [not sizes.has_attention(layer) for layer in range(layers)]
     plans = (segmented(inputs, none, sizes, budget) for inputs in range(layers, 0, -1))
     return (plan for plan in plans if plan is not None)
 
@@ -167,7 +181,7 @@ def least_bytes(policy: str, layers: int, sizes: LayerBytes) -> int:
             return _without_outputs(layers, sizes, budget)
         return candidates(policy, sizes, budget, (0.0,) * layers)
 
-    low, high = 0, layers * (sizes.input_total + sizes.attention_total)
+    low, high = 0, layers * (sizes.input_total + sizes.attention_total) + sizes.all_states
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if next(plans(middle), None) is None else (low, middle)

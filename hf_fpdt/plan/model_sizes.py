@@ -9,6 +9,51 @@ from .by_layer import attention_sizes, by_layer, is_latent, largest, latent_weig
 
 
 @dataclass(frozen=True)
+class StateSize:
+    """One state that a recurrent layer hands from chunk to chunk.
+
+    Attributes:
+        name: what the layer's cache calls it, with its number: "conv 0", "recurrent 0".
+        elements: of one sequence.
+        itemsize: bytes of one; 0: as hidden states have.
+    """
+
+    name: str
+    elements: int
+    itemsize: int = 0
+
+
+@dataclass(frozen=True)
+class LayerMix:
+    """What one layer of a model with recurrent layers does with its sequence, and with each token.
+
+    Attributes:
+        attends: whether it calls attention.
+        linear_weights: of its matrices and convolutions, what one token meets; adapters aside.
+        states: what it hands from chunk to chunk; () where it carries nothing.
+        channels: of its convolutions together.
+    """
+
+    attends: bool = True
+    linear_weights: int = 0
+    states: tuple[StateSize, ...] = ()
+    channels: int = 0
+
+    @property
+    def scanned(self) -> int:
+        """Elements of the states that every token decays, adds to and reads; those of convolutions aside."""
+        return sum(state.elements for state in self.states if not state.name.startswith(CONV))
+
+    @property
+    def scan_operations(self) -> int:
+        """Of one token, forward: two each for the decay, the outer product that is added, and the reading."""
+        return SCAN_OPERATIONS * self.scanned
+
+
+CONV, SCAN_OPERATIONS = "conv", 6
+
+
+@dataclass(frozen=True)
 class ModelSizes:
     """What the arithmetic needs to know of a model.
 
@@ -25,9 +70,10 @@ class ModelSizes:
         latent_weights: of the projections around attention where keys and values come out of a latent (MLA).
         idle_width: width of all experts of a layer that one token does not visit.
         experts: chosen experts that one token visits; 0: there are none to choose.
+        mixes: of each layer what it does; (): every layer attends, and none carries a state.
 
     Raises:
-        ValueError: there are windows, but not one for each layer.
+        ValueError: there are windows or mixes, but not one for each layer.
     """
 
     layers: int
@@ -43,12 +89,15 @@ class ModelSizes:
     latent_weights: int = 0
     idle_width: int = 0
     experts: int = 0
+    mixes: tuple[LayerMix, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.windows and len(self.windows) != self.layers:
-            raise ValueError(
-                f"ModelSizes(windows={self.windows}): one for each of {self.layers} layers is expected, or ()."
-            )
+        for name in ("windows", "mixes"):
+            value = getattr(self, name)
+            if value and len(value) != self.layers:
+                raise ValueError(
+                    f"ModelSizes({name}={value}): one for each of {self.layers} layers is expected, or ()."
+                )
         if not self.value_dim:
             object.__setattr__(self, "value_dim", self.head_dim)
 
@@ -60,6 +109,15 @@ class ModelSizes:
         """Of each layer; None too where a sequence of so many tokens does not reach its window."""
         windows = self.windows or (None,) * self.layers
         return tuple(None if window is None or window >= n_tokens else window for window in windows)
+
+    def mix(self, layer: int) -> LayerMix:
+        """What a layer does."""
+        return self.mixes[layer] if self.mixes else LayerMix(linear_weights=self.linear_weights)
+
+    @property
+    def all_mixes(self) -> tuple[LayerMix, ...]:
+        """Of each layer."""
+        return self.mixes or (self.mix(0),) * self.layers
 
     def attention_forward(self, pairs: float) -> float:
         """Operations of one layer's attention, forward, on so many pairs of a query and a key: two products."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..layout import Chunk, seen_pairs
 from .checkpointing import KeptLayers
+from .model_sizes import LayerMix
 from .sizes import ModelSizes, StepSizes
 
 # The backward kernel of attention makes the scores again: five products where the forward one has two. So it is where
@@ -21,15 +22,18 @@ def strict_flops(model: ModelSizes, vocabulary: int, n_tokens: int, *, full: boo
 
     tokens · (4·N + 6·L·S·heads·head_dim) where adapters train, 6·N where every weight does. N are the linear weights
     of the base model and of its head: no adapters, no embeddings. The second term is causal attention, at half; a
-    layer with a window has fewer pairs, and values of another width count by it.
+    layer with a window has fewer pairs, and values of another width count by it. A recurrent layer scans its states
+    instead: 6 operations a token and element of them forward (see `LayerMix`), and twice as many backward.
     """
-    weights = model.layers * model.linear_weights + vocabulary * model.hidden
-    return n_tokens * (6 if full else 4) * weights + 3 * attention_of_all(model, n_tokens)
+    weights = sum(mix.linear_weights for mix in model.all_mixes) + vocabulary * model.hidden
+    scans = 3 * sum(mix.scan_operations for mix in model.mixes)
+    return n_tokens * ((6 if full else 4) * weights + scans) + 3 * attention_of_all(model, n_tokens)
 
 
 def attention_of_all(model: ModelSizes, n_tokens: int) -> float:
     """Operations of attention forward, in all layers, on one sequence."""
-    windows = Counter(model.windows_at(n_tokens))
+    mixes = model.all_mixes
+    windows = Counter(window for window, mix in zip(model.windows_at(n_tokens), mixes, strict=True) if mix.attends)
     return sum(count * model.attention_forward(seen_pairs(0, n_tokens, window)) for window, count in windows.items())
 
 
@@ -56,7 +60,14 @@ class Work:
 
 
 def chunk_work(
-    step: StepSizes, chunk: Chunk, phase: WorkPhase, *, attends: bool, full: bool, window: int | None = None
+    step: StepSizes,
+    chunk: Chunk,
+    phase: WorkPhase,
+    *,
+    attends: bool,
+    full: bool,
+    window: int | None = None,
+    mix: LayerMix | None = None,
 ) -> Work:
     """One layer's work on one chunk.
 
@@ -64,28 +75,31 @@ def chunk_work(
         attends: whether attention runs forward in this phase.
         full: whether every weight trains, not adapters alone.
         window: the keys that a query of the layer sees; None: all before it.
+        mix: what the layer does; None: what the model's first does.
     """
     m, ranks = step.model, step.plan.sp_size
-    linear = 2.0 * step.batch * (chunk.rank_stop - chunk.rank_start) * m.linear_weights
-    pairs = step.batch * seen_pairs(chunk.start, chunk.stop, window) / ranks
+    mix = m.mix(0) if mix is None else mix
+    tokens = step.batch * (chunk.rank_stop - chunk.rank_start)
+    linear, scan = 2.0 * tokens * mix.linear_weights, float(tokens * mix.scan_operations)
+    pairs = step.batch * seen_pairs(chunk.start, chunk.stop, window) / ranks * mix.attends
     attention = m.attention_forward(pairs)
     if phase != "backward":
-        done = linear + attention * attends
+        done = linear + scan + attention * attends
         return Work(done, done if phase == "forward" else 0.0)
     # Replay, gradients of inputs and of weights; the kernel's backward makes the scores again.
     gradients = (2 if full else 1) * linear
-    done = linear + gradients + m.attention_backward(pairs) + attention * attends
-    return Work(done, gradients + 2 * attention)
+    done = linear + gradients + 3 * scan + m.attention_backward(pairs) + attention * attends
+    return Work(done, gradients + 2 * scan + 2 * attention)
 
 
 def pass_work(step: StepSizes, kept: KeptLayers, *, full: bool) -> Work:
     """All layers of the pass, the last ones of the model, forward and backward."""
-    windows, total = step.windows_of_last(kept.layers), Work()
-    # Layers with one window that do the same things, and how many there are.
-    alike = Counter((windows[layer], done) for layer in range(kept.layers) for done in _done(kept, layer))
+    kinds, total = zip(step.windows_of_last(kept.layers), step.mixes_of_last(kept.layers), strict=True), Work()
+    # Layers of one kind that do the same things, and how many there are.
+    alike = Counter((kind, done) for layer, kind in enumerate(kinds) for done in _done(kept, layer))
     for chunk in step.plan.chunks:
-        for (window, (phase, attends)), count in alike.items():
-            total += chunk_work(step, chunk, phase, attends=attends, full=full, window=window) * count
+        for ((window, mix), (phase, attends)), count in alike.items():
+            total += chunk_work(step, chunk, phase, attends=attends, full=full, window=window, mix=mix) * count
     return total
 
 

@@ -103,7 +103,7 @@ def plan_pass(
     Raises:
         MemoryError: there is none; the message has the arithmetic and the ways out.
     """
-    kv, sizes = step.kv_bytes(budgets.device, layers), step.layer_bytes()
+    kv, sizes = step.kv_bytes(budgets.device, layers), step.layer_bytes(layers)
     # What a window reaches is on the device whatever its budget.
     device = max(0, budgets.device - kv.device_bytes)
     rest = Budgets(device, max(0, budgets.host - _staging_bytes(budgets, sizes)), budgets.disk)
@@ -127,7 +127,7 @@ def _staging_bytes(budgets: Budgets, sizes: LayerBytes) -> int:
 
 
 def _too_much(policy: str, step: StepSizes, layers: int, budgets: Budgets, kv: KVBytes) -> str:
-    sizes = step.layer_bytes()
+    sizes = step.layer_bytes(layers)
     needed, staging = _least_that_fits(policy, layers, sizes, kv), _staging_bytes(budgets, sizes)
     on_host = f"; of it {_gib(kv.host_bytes + staging)} on the host, whatever files hold" if staging else ""
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in vars(budgets).items() if size or name != "disk")
@@ -171,7 +171,7 @@ def described(plan: PassPlacement, step: StepSizes, budgets: Budgets) -> str:
     predicted, kept = plan.forecast, plan.kept
     places = f"device {_gib(predicted.device_bytes)}, host {_gib(predicted.host_bytes)}"
     files = f", files {_gib(predicted.disk_bytes)}" if predicted.disk_bytes else ""
-    total = _gib(peak_bytes(kept, step.layer_bytes()))
+    total = _gib(peak_bytes(kept, step.layer_bytes(kept.layers)))
     return (
         f"{_where_kv(plan.kv, plan.kv.backward_resident, step)}; keeps {kept} ({total}: {places}{files}); in backward "
         f"{kept.attention_reruns} layers run attention again, {kept.rebuilt} run their linears once more; budgets "
@@ -191,10 +191,11 @@ def _where_kv(kv: KVBytes, resident: int, step: StepSizes) -> str:
 
 
 def described_windows(step: StepSizes) -> list[str]:
-    """Of each window that the sequence reaches the layers that have it, the widest first; [] where none has one."""
+    """Of each window that the sequence reaches the layers that have it, the widest first, after those with a state."""
     counts = Counter(window for window in step.windows if window is not None)
-    layers = step.model.layers
-    return [
+    layers, carry = step.model.layers, sum(bool(mix.states) for mix in step.model.mixes)
+    states = [f"{carry} of {layers} layers carry a state"] if carry else []
+    return states + [
         f"{count} of {layers} layers see {'blocks of ' if isinstance(window, Block) else ''}{window:,} keys"
         for window, count in sorted(counts.items(), reverse=True)
     ]

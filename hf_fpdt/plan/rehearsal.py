@@ -98,8 +98,9 @@ class Rehearsal:
             yield from self._backward(layer)
 
     def _put(self, layer: int, name: str, chunk: int, *, rebuilt: bool = False) -> Iterator[bool]:
-        sizes = {"input": self.sizes.inputs, "out": self.sizes.outs, "lse": self.sizes.lses}[name]
-        place = self.shelves.place(sizes[chunk], SOON if rebuilt else self.order.next(sizes[chunk]))
+        sizes = {"input": self.sizes.inputs, "out": self.sizes.outs, "lse": self.sizes.lses}.get(name)
+        nbytes = self.sizes.states_of(layer)[name] if sizes is None else sizes[chunk]
+        place = self.shelves.place(nbytes, SOON if rebuilt else self.order.next(nbytes))
         if place is not None:
             self.places[layer, name, chunk] = place
         yield place is not None
@@ -116,9 +117,11 @@ class Rehearsal:
             if self.kept.inputs[layer]:
                 yield from self._put(layer, "input", chunk)
             yield from self._put_kv(kv, layer, chunk, self.kv.forward_resident)
-            if self.kept.attentions[layer]:
+            if self.kept.attentions[layer] and self.sizes.has_attention(layer):
                 yield from self._put(layer, "out", chunk)
                 yield from self._put(layer, "lse", chunk)
+            for name in self.sizes.states_of(layer) if chunk < self.chunks[-1] else ():
+                yield from self._put(layer, name, chunk + 1)
             self.look("forward", layer, chunk)
         self._close(kv)
 
@@ -156,7 +159,7 @@ class Rehearsal:
         for chunk in self.chunks[:-1]:
             yield from self._put_kv(kv, layer, chunk, self.kv.backward_resident)
         for chunk in reversed(self.chunks):
-            self._take(layer, "input", "out", "lse", chunk=chunk)
+            self._take(layer, "input", "out", "lse", *self.sizes.states_of(layer), chunk=chunk)
             if chunk == self.chunks[-1] and not self.kv.is_windowed(layer):
                 # Gradients of the row's last keys are the next row's, and never leave the device.
                 for earlier in range(self.kv.backward_resident, chunk - 1):

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from ..layout import ChunkPlan, first_key, seen_pairs
 from .kv_bytes import KVBytes, holds
-from .model_sizes import ModelSizes
+from .model_sizes import LayerMix, ModelSizes
 
 __all__ = ["DeviceItem", "KVBytes", "LayerBytes", "ModelSizes", "PHASES", "Phase", "StepSizes"]
 
@@ -28,11 +29,36 @@ class LayerBytes:
         inputs: the layer's input.
         outs: attention's output for this rank's heads.
         lses: its lse.
+        attends: of each layer of the pass whether it has attention; (): all have.
+        states: of each layer of the pass the states that it hands on, by name, between any two chunks; (): none.
     """
 
     inputs: tuple[int, ...]
     outs: tuple[int, ...]
     lses: tuple[int, ...]
+    attends: tuple[bool, ...] = ()
+    states: tuple[Mapping[str, int], ...] = ()
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether a layer of the pass, the lowest 0, has attention."""
+        return self.attends[layer] if self.attends else True
+
+    def attention_of(self, layer: int) -> int:
+        """Output and lse of all chunks of one layer of the pass."""
+        return self.attention_total if self.has_attention(layer) else 0
+
+    def states_of(self, layer: int) -> Mapping[str, int]:
+        """The states of one layer of the pass, at each border between chunks."""
+        return self.states[layer] if self.states else {}
+
+    def state_total(self, layer: int) -> int:
+        """Of all borders."""
+        return sum(self.states_of(layer).values()) * (len(self.inputs) - 1)
+
+    @cached_property
+    def all_states(self) -> int:
+        """Of all layers and borders."""
+        return sum(map(self.state_total, range(len(self.states))))
 
     @cached_property
     def input_total(self) -> int:
@@ -47,7 +73,8 @@ class LayerBytes:
     @property
     def longest(self) -> int:
         """Of the longest entry."""
-        return max(self.inputs + self.outs + self.lses)
+        states = (size for layer in self.states for size in layer.values())
+        return max(*self.inputs, *self.outs, *self.lses, *states)
 
 
 Phase = Literal["forward", "loss", "backward"]
@@ -67,6 +94,9 @@ EXPERT_COPIES = (4.0, 8.5)
 # query heads and of all key and value heads. One model, 32 plain heads and every weight trained, held 17.4 hidden
 # sizes; the three shares are by counting tensors.
 ATTENTION_COPIES = (3.0, 7.0, 3.7)
+# The same of a recurrent mixer, which is the peak where its kernel keeps most: multiples of the hidden size and of the
+# channels of its convolutions. By counting tensors of the gated delta rule.
+RECURRENT_COPIES = (5.0, 12.0)
 # On the device of what a chunk reads from elsewhere: its own input and attention output, and three reads ahead.
 CHECKPOINTS_UNDER_WAY = 5
 # Of streamed K, V, dK, dV: the diagonal, the chunk at hand, the one that comes; no more than there are.
@@ -137,15 +167,35 @@ class StepSizes:
         """Key/value heads of a rank, repeated where there are fewer than ranks."""
         return math.lcm(self.model.kv_heads, self._ranks) // self._ranks
 
-    def layer_bytes(self) -> LayerBytes:
-        """What a layer would keep, by chunk."""
+    def layer_bytes(self, layers: int | None = None) -> LayerBytes:
+        """What a layer would keep, by chunk.
+
+        Args:
+            layers: those of the pass, the last ones of the model; None: all.
+        """
         m, heads = self.model, self.model.q_heads // self._ranks
         tokens = [self.batch * (chunk.stop - chunk.start) for chunk in self.plan.chunks]
         return LayerBytes(
             inputs=tuple(n // self._ranks * m.hidden * self.element_bytes for n in tokens),
             outs=tuple(n * heads * m.value_dim * self.attention_bytes for n in tokens),
             lses=tuple(n * heads * self._sum_bytes for n in tokens),
+            **self._layers_own(m.layers if layers is None else layers),
         )
+
+    def _layers_own(self, layers: int) -> dict[str, Any]:
+        """Of each of the last so many layers, whether it attends, and its states; nothing where all attend alone."""
+        mixes = self.mixes_of_last(layers)
+        if not any(not mix.attends or mix.states for mix in mixes):
+            return {}
+        states = (
+            {each.name: self.batch * each.elements * (each.itemsize or self.element_bytes) for each in mix.states}
+            for mix in mixes
+        )
+        return {"attends": tuple(mix.attends for mix in mixes), "states": tuple(map(MappingProxyType, states))}
+
+    def mixes_of_last(self, layers: int) -> tuple[LayerMix, ...]:
+        """What each of the last so many layers of the model does."""
+        return self.model.all_mixes[self.model.layers - layers :]
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -164,8 +214,11 @@ class StepSizes:
         """
         m, tokens = self.model, [self.batch * (chunk.stop - chunk.start) for chunk in self.plan.chunks]
         keys, values = self.kv_heads * m.head_dim, self.kv_heads * m.value_dim
-        windows = self.windows_of_last(m.layers if layers is None else layers)
+        layers = m.layers if layers is None else layers
+        windows, mixes = self.windows_of_last(layers), self.mixes_of_last(layers)
         reached = {window for window in windows if window is not None}
+        # Layers without attention have no K and V at all: a ring of nothing.
+        ringed = tuple(window is not None or not mix.attends for window, mix in zip(windows, mixes, strict=True))
         kv = KVBytes(
             parts=tuple(n * keys * self.attention_bytes for n in tokens),
             grads=tuple(n * keys * self._sum_bytes for n in tokens),
@@ -173,7 +226,7 @@ class StepSizes:
             backward_resident=len(tokens),
             value_parts=tuple(n * values * self.attention_bytes for n in tokens),
             value_grads=tuple(n * values * self._sum_bytes for n in tokens),
-            windowed=tuple(window is not None for window in windows) if reached else (),
+            windowed=ringed if any(ringed) else (),
             forward_ring=max((self.ring_bytes(window, backward=False) for window in reached), default=0),
             backward_ring=max((self.ring_bytes(window, backward=True) for window in reached), default=0),
         )
@@ -202,7 +255,8 @@ class StepSizes:
             window: self.model.attention_forward(seen_pairs(0, n_tokens, window)) / n_tokens / linear
             for window in set(windows)
         }
-        return tuple(costs[window] for window in windows)
+        mixes = self.mixes_of_last(layers)
+        return tuple(costs[window] * mix.attends for window, mix in zip(windows, mixes, strict=True))
 
     def device_rows(self, kv: KVBytes) -> Iterator[DeviceItem]:
         """The table: what lies on the device beside weights, optimizer and checkpoints, and when."""
@@ -214,7 +268,7 @@ class StepSizes:
         yield DeviceItem("hidden", "gradients of a layer's output and input", ("backward",), 2 * unit, True)
         yield DeviceItem("resident_kv", "K, V of one layer, resident chunks", ("backward",), resident.backward, True)
         yield DeviceItem("resident_kv", "dK, dV of one layer, resident chunks", ("backward",), resident.grads, True)
-        if kv.windowed:
+        if kv.forward_ring:
             yield DeviceItem("ring_kv", "K, V in reach of a window", ("forward",), kv.forward_ring, False)
             yield DeviceItem("ring_kv", "K, V, dK, dV in reach of a window", ("backward",), kv.backward_ring, False)
         yield from self._chunk_rows(kv)
@@ -235,7 +289,7 @@ class StepSizes:
         m, chunk = self.model, self.plan.chunks[0]
         tokens = self.batch * (chunk.rank_stop - chunk.rank_start)
         unit = tokens * m.hidden * self.element_bytes
-        replay = max(self._mlp_bytes(tokens), self._attention_bytes(tokens))
+        replay = max(self._mlp_bytes(tokens), self._attention_bytes(tokens), self._recurrent_bytes(tokens))
         streamed = sum(kv.both_parts[0] + kv.both_grads[0]) if kv.backward_resident < len(kv.parts) else 0
         yield DeviceItem("activations", "a chunk's activations", ("forward",), replay // 2, False)
         yield DeviceItem("activations", "a replayed chunk's activations", ("backward",), replay, False)
@@ -257,9 +311,18 @@ class StepSizes:
 
     def _attention_bytes(self, tokens: int) -> int:
         m, (hidden, query, kv) = self.model, ATTENTION_COPIES
-        width = max(m.head_dim, m.value_dim)  # of queries; K and V of each its own
+        width = max(m.head_dim, m.value_dim, 1)  # of queries; K and V of each its own
         heads = query * m.q_heads + (m.head_dim + m.value_dim) / width * kv * self.kv_heads * self._ranks
         return int(tokens * (hidden * m.hidden * self.element_bytes + heads * width * self.attention_bytes))
+
+    def _recurrent_bytes(self, tokens: int) -> int:
+        """Of the layer with most channels; its states at one border are there twice, with their gradients."""
+        hidden, channels = RECURRENT_COPIES
+        widest = max(mix.channels for mix in self.model.all_mixes)
+        states = max((sum(layer.values()) for layer in self.layer_bytes().states), default=0)
+        return (
+            int(tokens * (hidden * self.model.hidden + channels * widest) * self.element_bytes) if widest else 0
+        ) + 4 * states
 
     def working_bytes(self, kv: KVBytes, *, checkpoints_elsewhere: bool = True, resident: bool = False) -> int:
         """The most that the table's rows take together in any phase.

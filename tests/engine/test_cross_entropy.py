@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_fpdt.engine.cross_entropy import _plain, cross_entropy
+from hf_fpdt.engine.cross_entropy import cross_entropy
+from hf_fpdt.engine.cross_entropy.step import _plain
 from tests.helpers.support import assert_as_accurate, assert_rejects
 
 IGNORED = -7

@@ -61,8 +61,8 @@ REASONS = (
     *("commands", "forecast", "plan.by_layer", "config.parse_tokens", "config._count", "config._number_or_auto"),
     *(
         "config._flag",
-        "engine.calls.hidden_states_of",
-        "engine.trial.run",
+        "engine.recurrent",
+        "engine.trial_run",
         "memory.disk._move",
         "labels.check_padding",
     ),

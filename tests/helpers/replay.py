@@ -31,6 +31,7 @@ def replayed(
     chunks, put_bytes = len(sizes.inputs), 0
     nbytes_of = {"input": sizes.inputs, "out": sizes.outs, "lse": sizes.lses}
     total = forward_bytes(kept, sizes)
+    states = sizes.states or ({},) * kept.layers
 
     def put(key: tuple[int, str, int], nbytes: int, tiers: list[str]) -> None:
         for tier in tiers:
@@ -65,7 +66,7 @@ def replayed(
 
     def keep(layer: int, name: str, chunk: int, rebuilt: bool) -> None:
         nonlocal put_bytes
-        left, nbytes = total - put_bytes, nbytes_of[name][chunk]
+        left, nbytes = total - put_bytes, nbytes_of[name][chunk] if name in nbytes_of else states[layer][name]
         tiers = ["device", "host", "disk"]
         if not rebuilt:
             put_bytes += nbytes
@@ -90,8 +91,10 @@ def replayed(
                 keep(layer, "input", chunk, above)
             if not above or keeps_row:
                 put_kv(layer, chunk, kv.forward_resident)
-            for name in ("out", "lse") if keeps_row else ():
+            for name in ("out", "lse") if keeps_row and (not sizes.attends or sizes.attends[layer]) else ():
                 keep(layer, name, chunk, above)
+            for name in states[layer] if not above and chunk + 1 < chunks else ():
+                keep(layer, name, chunk + 1, above)
             if above:
                 keep(layer + 1, "input", chunk, True)
         drop_kv()
@@ -100,7 +103,7 @@ def replayed(
         for chunk in range(chunks - 1):
             put_kv(layer, chunk, kv.backward_resident)
         for chunk in reversed(range(chunks)):
-            for name in ("input", "out", "lse"):
+            for name in ("input", "out", "lse", *states[layer]):
                 take((layer, name, chunk))
             for earlier in range(kv.backward_resident, chunks - 2) if chunk == chunks - 1 else ():
                 for name in () if windowed[layer] else ("dK", "dV"):

@@ -138,11 +138,20 @@ def random_step(rng: random.Random) -> tuple[KeptLayers, LayerBytes, KVBytes, Bu
         kv = replace(kv, value_parts=scaled[2], value_grads=scaled[3])  # values half as wide as keys
     if rng.random() < 0.5:
         kv = replace(kv, windowed=tuple(rng.random() < 0.7 for _ in range(layers)))
-    sizes = LayerBytes(*scaled[:3])
-    total = layers * (sizes.input_total + sizes.attention_total)
+    sizes, kept = LayerBytes(scaled[0], scaled[1], scaled[2]), random_kept(rng, layers)
+    if rng.random() < 0.4:
+        attends = tuple(rng.random() < 0.4 for _ in range(layers))
+        states = tuple(
+            {"conv 0": 100, "recurrent 0": rng.choice((PAGE, 900))} if rng.random() < 0.7 else {} for _ in attends
+        )
+        kv = replace(kv, windowed=tuple(not each for each in attends))
+        sizes = replace(sizes, attends=attends, states=states)
+        attentions = tuple(out or not each for out, each in zip(kept.attentions, attends, strict=True))
+        kept = replace(kept, attentions=attentions)
+    total = layers * (sizes.input_total + sizes.attention_total) + sizes.all_states
     budgets = Budgets(rng.randrange(total), rng.randrange(3 * total // 2) + 4 * PAGE, rng.choice((0, total)))
     have = {page_rounded(rng.choice(lengths)): rng.randrange(4) for _ in range(rng.randrange(3))}
-    return random_kept(rng, layers), sizes, kv, budgets, have
+    return kept, sizes, kv, budgets, have
 
 
 def assert_predicted(tell: Callable[..., Forecast | None]) -> None:
@@ -166,6 +175,8 @@ def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.Monke
             "gradients of values too": lambda k, s, kv, *a: forecast(k, s, replace(kv, value_grads=()), *a),
             "windows forgotten": lambda k, s, kv, *a: forecast(k, s, replace(kv, windowed=()), *a),
             "lse forgotten": lambda k, s, *a: forecast(k, replace(s, lses=(0,) * len(s.lses)), *a),
+            "states forgotten": lambda k, s, *a: forecast(k, replace(s, states=()), *a),
+            "every layer attends": lambda k, s, *a: forecast(k, replace(s, attends=()), *a),
             "buffers that exist forgotten": lambda k, s, kv, budgets, _: forecast(k, s, kv, budgets, NONE),
         },
     )
@@ -180,7 +191,8 @@ def total(counts: Mapping[int, int]) -> int:
 def predicted(n_tokens: int, host: int, have: ExistingBuffers = NONE) -> Forecast | None:
     """Three layers in chunks of 1,024 tokens, 64 bytes a token, all on the host."""
     lengths = [min(1024, n_tokens - start) for start in range(0, n_tokens, 1024)]
-    sizes = LayerBytes(*(tuple(n * width for n in lengths) for width in (64, 64, 2)))
+    inputs, outs, lses = (tuple(n * width for n in lengths) for width in (64, 64, 2))
+    sizes = LayerBytes(inputs, outs, lses)
     kv = KVBytes(tuple(16 * n for n in lengths), tuple(32 * n for n in lengths), 0, 0)
     return forecast(KeptLayers((True,) * 3, (True,) * 3), sizes, kv, Budgets(0, host), have)
 

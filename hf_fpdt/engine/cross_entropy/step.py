@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from ..numerics import accumulation_dtype
+from ...numerics import accumulation_dtype
 
 
 def cross_entropy(
@@ -24,7 +24,7 @@ def cross_entropy(
     """
     logits = logits_TV.detach()
     if logits.is_cuda and logits.dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
-        from .cross_entropy_triton import cross_entropy_rows
+        from .kernel import cross_entropy_rows
 
         losses, gradient = cross_entropy_rows(logits, labels_T, ignore_index, wants_gradient=wants_gradient)
         return losses.sum(), gradient

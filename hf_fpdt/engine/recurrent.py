@@ -1,0 +1,183 @@
+"""Recurrent layers (gated delta net, KDA, Mamba-2, short convolutions): what they hand from one chunk to the next.
+
+Transformers' mixers all speak to a cache: given one and more than one token they go on from its states, and put the
+last ones in. `StandInCache` is given to a layer in a cache's place for one chunk. It hands over the states that the
+chunk before left, and takes those that this one leaves; nothing of the model is wrapped, and nothing is written in
+place, so that autograd goes through. Forward the chunks ascend. Backward they descend, and each is one forward and
+backward pass: (output, last states) against (gradient of the output, gradient of the states that the next chunk began
+with). A layer that only convolves, or has attention beside its recurrence, is no other case.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import CONV, StateSize
+
+# What layers call a cache: since transformers 5.24, and before.
+_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params")
+RECURRENT = "recurrent"
+
+
+@dataclass(frozen=True)
+class LayerTraits:
+    """What a layer was seen to do when it was tried.
+
+    Attributes:
+        attends: whether it calls attention.
+        cache: what it calls its cache, where it is to be given one.
+        states: what it hands from chunk to chunk.
+        channels: of its convolutions together.
+        outputs: where it returns a tuple, of how many, hidden states and Nones; 0: hidden states alone.
+    """
+
+    attends: bool = True
+    cache: str | None = None
+    states: tuple[StateSize, ...] = ()
+    channels: int = 0
+    outputs: int = 0
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether it carries a state."""
+        return bool(self.states)
+
+    def returned(self, hidden_BSD: Tensor) -> Any:
+        """Hidden states as the layer returns them."""
+        return (hidden_BSD, *(None,) * (self.outputs - 1)) if self.outputs else hidden_BSD
+
+
+class StandInCache:
+    """Stands in for transformers' cache during one chunk of one layer.
+
+    Args:
+        before: tokens of the sequence before the chunk.
+        states: what the chunk before left, by name; {} at the beginning.
+        leaves: whether the layer gets leaves of them that want gradients.
+
+    Attributes:
+        asked: whether the layer asked how many tokens came before.
+        given: the states as the layer got them.
+        finals: those that the layer left.
+    """
+
+    def __init__(self, before: int, states: Mapping[str, Tensor] | None = None, *, leaves: bool = False) -> None:
+        self.before, self.asked = before, False
+        self.given = {
+            name: state.detach().requires_grad_(leaves and state.is_floating_point())
+            for name, state in (states or {}).items()
+        }
+        self.finals: dict[str, Tensor] = {}
+
+    # -- what every layer may ask -------------------------------------------------------------------------------------
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """Tokens before."""
+        self.asked = True
+        return self.before
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What was given: attention has the keys before elsewhere."""
+        return key, value
+
+    # -- transformers' protocol of recurrent layers -------------------------------------------------------------------
+
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        """Whether there are states to go on from."""
+        return bool(self.given)
+
+    def is_recording_past(self, *_: Any, **__: Any) -> bool:
+        """Yes: the way of a single token, which writes states in place, is not ours."""
+        return True
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The last inputs of a convolution, [B, channels, kernel]; None at the beginning."""
+        return self.given.get(f"{CONV} {state_idx}")
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """The state of a scan; None at the beginning."""
+        return self.given.get(f"{RECURRENT} {state_idx}")
+
+    def update_conv_state(
+        self, new_BCS: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        """The last inputs before the chunk and the chunk's own, [B, C, kernel + S]."""
+        before = self.get_conv_state(layer_idx, state_idx)
+        if before is None:
+            if conv_kernel_size is None:
+                raise NotImplementedError("its convolution does not say how many inputs it needs of those before")
+            before = new_BCS.new_zeros(*new_BCS.shape[:-1], conv_kernel_size)
+        inputs = torch.cat([before, new_BCS], dim=-1)
+        self.finals[f"{CONV} {state_idx}"] = inputs[..., -before.shape[-1] :]
+        return inputs
+
+    def update_recurrent_state(self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        """Takes the state that a scan ended with."""
+        self.finals[f"{RECURRENT} {state_idx}"] = new
+        return new
+
+    @property
+    def layers(self) -> _OneLayer:
+        """By any index the same layer: how transformers before 5.24 reads states."""
+        return _OneLayer(self)
+
+    def sizes(self) -> tuple[StateSize, ...]:
+        """Of the states that the layer left: those of hidden states' own width do not say their bytes."""
+        return tuple(
+            StateSize(name, state[0].numel(), 0 if name.startswith(CONV) else state.element_size())
+            for name, state in self.finals.items()
+        )
+
+    def channels(self) -> int:
+        """Of the convolutions together."""
+        return sum(state.shape[1] for name, state in self.finals.items() if name.startswith(CONV))
+
+
+class _OneLayer:
+    """A layer of the cache, as transformers before 5.24 asks for it."""
+
+    record_past = True
+
+    def __init__(self, cache: StandInCache) -> None:
+        self._cache = cache
+
+    def __getitem__(self, layer_idx: int) -> _OneLayer:
+        return self
+
+    @property
+    def conv_states(self) -> _States:
+        """By number."""
+        return _States(self._cache.get_conv_state)
+
+    @property
+    def recurrent_states(self) -> _States:
+        """By number."""
+        return _States(self._cache.get_recurrent_state)
+
+
+class _States:
+    def __init__(self, state: Callable[[int, int], Tensor | None]) -> None:
+        self._state = state
+
+    def __getitem__(self, state_idx: int) -> Tensor | None:
+        return self._state(0, state_idx)
+
+
+def cache_argument(forward: Callable[..., Any]) -> str | None:
+    """What a layer's forward calls its cache; None where it takes none."""
+    return next((name for name in _NAMES if name in inspect.signature(forward).parameters), None)
+
+
+def hidden_states_of(output: Any) -> Tensor:
+    """Of a layer's output, which must be hidden states alone, or a tuple of them and Nones."""
+    values = output if isinstance(output, (tuple, list)) else (output,)
+    if not values or not isinstance(values[0], Tensor) or any(value is not None for value in values[1:]):
+        names = ", ".join(type(value).__name__ for value in values)
+        raise NotImplementedError(f"it returns {names}, not hidden states alone")
+    return values[0]
