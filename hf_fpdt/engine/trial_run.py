@@ -173,7 +173,7 @@ class LayerTrial:
         kwargs: Mapping[str, Any] | None = None,
         cache: StandInCache | None = None,
     ) -> Tensor:
-        """The layer's outputs; every run finds the same random state. The whole has no cache unless it asks for one."""
+        """Its outputs; every run finds the same random state. The whole has a cache if the layer asks for one."""
         kwargs = self.kwargs if kwargs is None else kwargs
         if chunk is not None:
             kwargs = {name: tokens_of(value, chunk, self.plan) for name, value in kwargs.items()}

@@ -19,6 +19,8 @@ from .liger import Liger
 
 logger = logging.getLogger(__name__)
 LOGITS_BYTES = 2**30
+# Tokens that the kernels of recurrences go through at a time are divisors of it.
+KERNEL_BLOCK = 256
 
 
 @dataclass
@@ -81,14 +83,27 @@ class Settings:
 
     def plan_of(self, rank_tokens: int, *, on_gpu: bool) -> ChunkPlan:
         """The cut of the sequence of which each rank holds `rank_tokens`."""
-        chunk_tokens = resolve_chunk_tokens(self.plugin, on_gpu=on_gpu)
-        return ChunkPlan(rank_tokens * self.group.size, chunk_tokens, self.group.size)
+        chunk_tokens, n_tokens = resolve_chunk_tokens(self.plugin, on_gpu=on_gpu), rank_tokens * self.group.size
+        if any(mix.states for mix in self.sizes.mixes):
+            chunk_tokens = no_single_token(n_tokens, chunk_tokens, self.group.size)
+        return ChunkPlan(n_tokens, chunk_tokens, self.group.size)
 
     def loss_chunk_tokens(self, config: Any) -> int:
         """Tokens whose logits exist at a time."""
         if self.plugin.loss_chunk_tokens != "auto":
             return self.plugin.loss_chunk_tokens
         return auto_loss_tokens(config.get_text_config().vocab_size)
+
+
+def no_single_token(n_tokens: int, chunk_tokens: int, sp_size: int = 1) -> int:
+    """Tokens of a chunk, a little fewer where the last chunk would be of one token for each rank.
+
+    Recurrent layers take a single token by a way of its own, for decoding: it writes states in place, and its kernels
+    have no backward pass. Borders stay multiples of 256 where they were, so that a kernel's inner blocks do.
+    """
+    while n_tokens > chunk_tokens > 2 * sp_size and n_tokens % chunk_tokens == sp_size:
+        chunk_tokens -= KERNEL_BLOCK if chunk_tokens % KERNEL_BLOCK == 0 < chunk_tokens - KERNEL_BLOCK else sp_size
+    return chunk_tokens
 
 
 def _shape(hidden_BSD: Tensor) -> tuple[object, ...]:

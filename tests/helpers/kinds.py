@@ -104,10 +104,12 @@ def with_adapters(model: PreTrainedModel, dropout: float = 0.0) -> nn.Module:
     ]
     # Linears that return more than a product.
     routers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "Router" in type(m).__name__]
+    # PEFT has none for the last linear of a Mamba, whose fused kernel takes its weight past the module.
+    mamba = ["out_proj"] if model.config.model_type in ("falcon_h1", "nemotron_h", "mamba2") else []
     config = LoraConfig(
         r=4,
         target_modules="all-linear",
-        exclude_modules=routers or None,
+        exclude_modules=[*routers, *mamba] or None,
         target_parameters=experts if not dropout else None,
         lora_dropout=dropout,
         init_lora_weights=False,
