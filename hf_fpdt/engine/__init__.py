@@ -17,13 +17,13 @@ In reading order:
     progress              the line inside a long step
 """
 
-from .calls import current_call
+from .calls import TrialCall, calling, current_call
 from .layer import run_layer
 from .layer_run import Layer, LayerRun
-from .layer_state import is_fsdps, look_of
+from .layer_state import build_of, is_fsdps, look_of
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
-from .recurrent import LayerTraits, StandInCache, cache_argument
+from .recurrent import LayerTraits, StandInCache, cache_argument, hidden_states_of
 from .replay_state import RandomState, untouched_random_state
 from .trial import TRIAL_TOKENS, LayerTrials, mixes_tokens, visit, visiting
 from .whole import attend_whole
@@ -38,10 +38,14 @@ __all__ = [
     "StandInCache",
     "StepProgress",
     "TRIAL_TOKENS",
+    "TrialCall",
     "attend_whole",
+    "build_of",
     "cache_argument",
+    "calling",
     "chunked_loss",
     "current_call",
+    "hidden_states_of",
     "is_fsdps",
     "look_of",
     "mixes_tokens",

@@ -7,7 +7,6 @@ the sequence, and everything else stays.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..layout import Block
 from ..plan import LayerMix
 from .attention_function import window_of_mask
 from .fused import fuse_layer
-from .patch import arguments_by_name, caches_in
+from .patch import arguments_by_name, caches_in, signature_of
 from .refusals import check_adapters
 from .settings import Settings
 
@@ -131,7 +130,7 @@ class ChunkedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, chunk by chunk; as it is for generation with a cache."""
         raw = self._fpdt_layer.raw_forward
-        arguments = arguments_by_name(_signature(raw), self, *args, **kwargs)
+        arguments = arguments_by_name(signature_of(raw), self, *args, **kwargs)
         name = next(iter(arguments))
         hidden = arguments.pop(name)
         if visiting():
@@ -203,7 +202,7 @@ def enter_layer(layer: Any, settings: Settings, index: int) -> None:
         name=f"layer {index} ({original.__name__})",
         index=index,
         module=layer,
-        raw_forward=_raw_forward(original),
+        raw_forward=raw_forward_of(original),
         kernel=settings.plugin.kernel,
         store=settings.store,
         group=settings.group,
@@ -234,15 +233,11 @@ def _chunked_class(original: Any) -> type[nn.Module]:
 
 
 @functools.lru_cache
-def _raw_forward(layer_class: Any) -> Callable[..., Any]:
+def raw_forward_of(layer_class: Any) -> Callable[..., Any]:
     """The layer's forward without the checkpointing wrapper that newer transformers put around it."""
     forward = layer_class.forward
     wrapped = forward.__code__.co_name == "forward_with_checkpointing"
     return forward.__wrapped__ if wrapped else forward
-
-
-# Asked for in every layer of every generated token; a class's forward does not change.
-_signature = functools.lru_cache(inspect.signature)
 
 
 def _needs_whole_sequence(layer: ChunkedLayer, arguments: dict[str, Any]) -> bool:

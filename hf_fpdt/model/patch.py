@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,10 @@ CACHE, OLD_CACHE_NAMES = "cache", ("past_key_values", "cache_params")
 def caches_in(arguments: dict[str, Any]) -> list[str]:
     """The names of the arguments that are caches of keys and values; told from what they can do, not from the name."""
     return [name for name, value in arguments.items() if hasattr(value, "get_seq_length")]
+
+
+# Asked for in every layer of every generated token; a class's forward does not change.
+signature_of = functools.lru_cache(inspect.signature)
 
 
 def arguments_by_name(signature: inspect.Signature, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama as llama
 import hf_fpdt.model.apply
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.model import fused
-from hf_fpdt.model.layers import _raw_forward, decoder_layers
+from hf_fpdt.model.layers import raw_forward_of, decoder_layers
 from hf_fpdt.model.liger import load_liger, why_not_liger
 from tests.helpers.models import GROUPED, SIZES
 from tests.helpers.support import assert_as_accurate, assert_rejects
@@ -49,7 +49,7 @@ def found_in(layer: Any) -> set[str]:
     names = {module: name for name, module in layer.named_modules()}
     pieces = {name for module, name in names.items() if fused._twin_of(module) is not None}
     kind: Any = type(layer)
-    return pieces | {names[value.readers[0]] for value in fused._known_values(layer, _raw_forward(kind))}
+    return pieces | {names[value.readers[0]] for value in fused._known_values(layer, raw_forward_of(kind))}
 
 
 @pytest.mark.parametrize("name", FOUND)

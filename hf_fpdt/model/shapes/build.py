@@ -1,0 +1,84 @@
+"""Models with random weights made from a configuration, and their sizes for the planner."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ...config import AUTO_CHUNK_TOKENS_GPU
+from ...forecast import Training, Weights
+from ...memory import parameter_count
+from ...plan import ModelSizes, take_layers
+from ..layers import decoder_layers, layer_mixes
+from ..settings import auto_loss_tokens
+from .seen import traits_without_weights
+
+LORA_RANK = 16
+
+
+def with_layers(config: PreTrainedConfig, n_layers: int) -> PreTrainedConfig:
+    """The configuration with its number of layers changed in place, and returned."""
+    text: Any = config.get_text_config()
+    take_layers(text, [i % text.num_hidden_layers for i in range(n_layers)])
+    return config
+
+
+def build_random(
+    config: PreTrainedConfig, device: torch.device | str, dtype: torch.dtype, lora: bool
+) -> PreTrainedModel:
+    """A model in training mode with the weights of a new one, made on the device: a CPU takes a minute for them.
+
+    Args:
+        config: its sizes, such as `llama_8b()` or one of `AutoConfig.from_pretrained`.
+        device: where the weights are made and stay.
+        dtype: of every parameter, adapters included.
+        lora: train adapters of rank 16 on every linear and freeze the rest; False: train every weight.
+    """
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return (with_lora(model) if lora else model).train()
+
+
+def with_lora(model: PreTrainedModel) -> Any:
+    """The model with adapters of rank 16 on every linear, of its own dtype, and all else frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        # PEFT still asks by the old name of a property; nothing a user could change.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        lora = LoraConfig(r=LORA_RANK, target_modules="all-linear")
+        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+
+
+def training_of(config: PreTrainedConfig, *, lora: bool) -> Training:
+    """Sizes of a model with this configuration; it is built without memory for its weights, to count them."""
+    return training_of_model(build_random(config, "meta", torch.bfloat16, False), lora=lora)
+
+
+def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
+    """Sizes of a model; with `lora` its adapters are put into it, and what they train is counted."""
+    if lora:
+        with_lora(model)
+    layers = decoder_layers(model)
+    inside = [list(layer.parameters()) for layer in layers]
+    total, trained = parameter_count(model.parameters()), parameter_count(model.parameters(), trained=True)
+    in_layers = [parameter_count(parameters, trained=True) for parameters in inside]
+    text = model.config.get_text_config()
+    largest = max(map(parameter_count, inside))
+    sizes = ModelSizes.of(text, layers=len(layers), layer_parameters=largest)
+    return Training(
+        model=replace(sizes, mixes=layer_mixes(layers, traits_without_weights(model), sizes.experts)),
+        weights=Weights(
+            total=total,
+            trained=trained,
+            largest_trained=max(trained - sum(in_layers), *in_layers),
+            outside=total - sum(map(parameter_count, inside)),
+        ),
+        vocabulary=text.vocab_size,
+        chunk_tokens=AUTO_CHUNK_TOKENS_GPU,
+        loss_tokens=auto_loss_tokens(text.vocab_size),
+    )
