@@ -11,12 +11,14 @@ with). A layer that only convolves, or has attention beside its recurrence, is n
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..plan import CONV, StateSize
 
@@ -167,6 +169,41 @@ class _States:
 
     def __getitem__(self, state_idx: int) -> Tensor | None:
         return self._state(0, state_idx)
+
+
+def kernels_of(layer: nn.Module) -> dict[str, Callable[..., Any]]:
+    """By name, the functions that a layer's modules call and that a package may have in place of PyTorch's.
+
+    Transformers chooses between the two when a model's file is imported: flash-linear-attention, mamba-ssm,
+    causal-conv1d where they are installed.
+    """
+    found = {}
+    for module in layer.modules():
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        names = vars(sys.modules[type(module).__module__])
+        for name in code.co_names if code is not None else ():
+            if _chosen(names.get(name)):
+                found[name] = names[name]
+    return found
+
+
+def _chosen(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.endswith("hub_kernels.py") and hasattr(function, "__wrapped__")
+
+
+@contextmanager
+def plain_kernels(layer: nn.Module) -> Iterator[None]:
+    """Inside, all of these are transformers' own functions in PyTorch."""
+    names = [vars(module) for module in {sys.modules[type(module).__module__] for module in layer.modules()}]
+    before = [(each, name, function) for each in names for name, function in each.items() if _chosen(function)]
+    for each, name, function in before:
+        each[name] = function.__wrapped__
+    try:
+        yield
+    finally:
+        for each, name, function in before:
+            each[name] = function
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:

@@ -7,6 +7,7 @@ over the batch may sit in any layer. So the layer itself is asked, see `trial_ru
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,16 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .gradients import GradientSums
 from .layer_state import build_of
-from .recurrent import LayerTraits
+from .recurrent import LayerTraits, kernels_of, plain_kernels
 from .replay_state import Autocast, untouched_random_state
 from .trial_run import (
+    SMALL,
     TRIAL_CHUNK_TOKENS,
     TRIAL_TOKENS,
     UNITS,
     LayerTrial,
     NoDropout,
     first_tokens,
+    mean_size,
+    repeated,
     token_errors,
     unit_of,
 )
@@ -46,6 +51,16 @@ def visit() -> Iterator[None]:
         yield
     finally:
         _visiting.reset(token)
+
+
+# Of the size of what PyTorch's path gives: in bfloat16 both round.
+KERNEL_TOLERANCE = 0.1
+KERNEL_TRIAL_TIMES = 6
+INSTALL = (
+    "install a pair that does (Triton 3.7.1 or newer with flash-linear-attention 0.6.0 or newer), or uninstall the "
+    "package: PyTorch's path is exact, and much slower"
+)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -83,7 +98,8 @@ class LayerTrials:
             return None
         device = hidden_BSD.device
         with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device_of(hidden_BSD):
-            trial = LayerTrial(layer, forward, first_tokens(arguments, hidden_BSD, tokens), hidden_BSD, tokens)
+            first = first_tokens(arguments, hidden_BSD, tokens)
+            trial = LayerTrial(layer, forward, first, hidden_BSD, tokens)
             # In a visit every window is in the mask; in a step those alone that are shorter than the sequence.
             trial.window, trial.keys = window, 2**62 if visiting() else hidden_BSD.shape[1]
             with (
@@ -92,7 +108,12 @@ class LayerTrials:
                 trial.awake_adapters(),
                 NoDropout(),
             ):
-                reason = trial.why_not(cache)
+                reason = None
+                if device.type == "cuda" and kernels_of(layer):
+                    longer = repeated(first, tokens, KERNEL_TRIAL_TIMES)
+                    twin = LayerTrial(layer, forward, longer, hidden_BSD, tokens * KERNEL_TRIAL_TIMES)
+                    reason = why_not_kernels(twin)
+                reason = trial.why_not(cache) if reason is None else reason
         if reason is None:
             self.passed[build] = trial.traits
         return reason
@@ -100,6 +121,37 @@ class LayerTrials:
     def traits_of(self, layer: nn.Module, window: int | None) -> LayerTraits:
         """What a layer that passed was seen to do; the usual of one that was not tried."""
         return self.passed.get((window, *build_of(layer)), LayerTraits())
+
+
+def why_not_kernels(trial: LayerTrial) -> str | None:
+    """Why what is installed for a layer's recurrence may not be used here; None if its gradients are PyTorch's.
+
+    Kernels of the gated delta rule gave wrong gradients in silence on Hopper with some releases of Triton.
+    """
+    layer, x, dy = trial.layer, trial.draw(), trial.draw()
+    names = ", ".join(kernels_of(layer))
+    plain_sums, own_sums = GradientSums(trial.weights), GradientSums(trial.weights)
+    with plain_kernels(layer):
+        y_plain, dx_plain, _ = trial.step(x, dy, plain_sums)
+    try:
+        y, dx, _ = trial.step(x, dy, own_sums)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return f"{names} fails on this machine ({error}); {INSTALL}"
+    plain, own = plain_sums.totals(), own_sums.totals()
+    least = SMALL * max((mean_size(grad) for grad in plain.values()), default=0.0)
+    weights = [(name, own.get(id(p)), plain[id(p)]) for name, p in layer.named_parameters() if id(p) in plain]
+    for name, value, truth in [("its output", y, y_plain), ("the gradient of its input", dx, dx_plain), *weights]:
+        size = max(mean_size(truth), 0.0 if truth is y_plain or truth is dx_plain else least)
+        off = float("inf") if value is None else mean_size(value.float() - truth.float()) / max(size, 1e-30)
+        if not off <= KERNEL_TOLERANCE:
+            return (
+                f"{names} computes something else on this machine than transformers does in PyTorch: {name} is off by "
+                f"{off:.2g} of its size, and {KERNEL_TOLERANCE:g} is allowed; {INSTALL}"
+            )
+    logger.info("hf_fpdt: %s: gradients of %s are those of PyTorch's path", type(layer).__name__, names)
+    return None
 
 
 def mixes_tokens(function: Callable[[Tensor], Tensor], hidden_BSD: Tensor) -> bool:

@@ -84,6 +84,16 @@ def first_tokens(arguments: Mapping[str, Any], hidden_BSD: Tensor, kept: int) ->
     return {name: first(tokens_of(value, chunk, plan)) for name, value in arguments.items()}
 
 
+def repeated(value: Any, tokens: int, times: int) -> Any:
+    """Arguments for so many times as many tokens, as those of `tokens_of` are cut."""
+    if isinstance(value, Mapping):
+        return {name: repeated(item, tokens, times) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(repeated(item, tokens, times) for item in value)
+    axis = min(1, value.dim() - 1) if isinstance(value, Tensor) and value.dim() else None
+    return value if axis is None or value.shape[axis] != tokens else torch.cat([value] * times, axis)
+
+
 class LayerTrial:
     """One layer on `tokens` random tokens.
 
@@ -110,7 +120,7 @@ class LayerTrial:
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.draws = False
         self.window: int | None = None
-        self.traits, self._asks = LayerTraits(), False
+        self.traits, self._known, self._asks = LayerTraits(), False, False
         self.keys = 2**62
         self.tolerance = UNITS * unit_of(layer.parameters(), like_BSD)
 
@@ -148,7 +158,7 @@ class LayerTrial:
         hidden_states_of(output)
         if call.calls > 1:
             raise NotImplementedError("it calls its attention function twice; FPDT drives one call in each layer")
-        self._asks = stand_in.asked
+        self._known, self._asks = True, stand_in.asked
         return LayerTraits(
             attends=call.calls == 1,
             cache=cache if stand_in.asked or stand_in.finals else None,
@@ -184,7 +194,7 @@ class LayerTrial:
         self.start.restore()
         with calling(call := TrialCall(self.window, self.keys)):
             y_BSD = hidden_states_of(self.forward(x_BSD, **kwargs))
-        if (call.calls == 1) != self.traits.attends:
+        if self._known and (call.calls == 1) != self.traits.attends:
             raise NotImplementedError("it calls its attention function in some runs, and not in others")
         return y_BSD
 
@@ -278,13 +288,13 @@ class LayerTrial:
         """A reason, and which tokens come out otherwise in chunks."""
         x, dy = self.draw(), self.draw()
         whole, parts = GradientSums(self.weights), GradientSums(self.weights)
-        y_whole, dx_whole, _ = self._step(x, dy, whole)
+        y_whole, dx_whole, _ = self.step(x, dy, whole)
         y, dx = torch.empty_like(y_whole), torch.empty_like(dx_whole)
         sums = whole.totals()  # in the weights' own dtype: half of the memory
         before, d_states = self._states_before(x), dict[str, Tensor]()
         for chunk in reversed(self.plan.chunks):
             tokens, cache = chunk.rank_slice, StandInCache(chunk.start, before[chunk.index], leaves=True)
-            y[:, tokens], dx[:, tokens], d_states = self._step(
+            y[:, tokens], dx[:, tokens], d_states = self.step(
                 x[:, tokens], dy[:, tokens], parts, chunk, cache, d_states
             )
         off = (token_errors(y, y_whole) > self.tolerance) | (token_errors(dx, dx_whole) > 2 * self.tolerance)
@@ -304,7 +314,7 @@ class LayerTrial:
             states.append(cache.finals)
         return states if self.traits.is_recurrent else states * len(self.plan.chunks)
 
-    def _step(
+    def step(
         self,
         x: Tensor,
         dy: Tensor,
@@ -328,10 +338,10 @@ class LayerTrial:
     def _why_not_sums(self, wholes: Mapping[int, Tensor], totals: Mapping[int, Tensor]) -> str | None:
         """Weights' gradients of the whole beside those of its chunks, added up."""
         names = {id(p): name for name, p in self.layer.named_parameters()}
-        largest = max((_mean_square(grad) for grad in wholes.values()), default=0.0)
+        largest = max((mean_size(grad) for grad in wholes.values()), default=0.0)
         for key, grad in wholes.items():
             error = _norm(totals[key] - grad) if key in totals else float("inf")
-            size = max(_mean_square(grad), SMALL * largest) * grad.numel() ** 0.5
+            size = max(mean_size(grad), SMALL * largest) * grad.numel() ** 0.5
             if not error <= 2 * self.tolerance * size:
                 return f"the gradient of {names[key]} is no sum over tokens"
         return None
@@ -367,7 +377,7 @@ def token_errors(values_BSD: Tensor, truth_BSD: Tensor) -> Tensor:
     return ((values - truth).norm(dim=(0, 2)) / truth.norm(dim=(0, 2)).clamp_min(1e-30)).nan_to_num(0.0)
 
 
-def _mean_square(grad: Tensor) -> float:
+def mean_size(grad: Tensor) -> float:
     return _norm(grad) / max(1, grad.numel()) ** 0.5
 
 

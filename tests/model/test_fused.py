@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama as llama
 import hf_fpdt.model.apply
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.model import fused
-from hf_fpdt.model.layers import raw_forward_of, decoder_layers
+from hf_fpdt.model.layers import decoder_layers, raw_forward_of
 from hf_fpdt.model.liger import load_liger, why_not_liger
 from tests.helpers.models import GROUPED, SIZES
 from tests.helpers.support import assert_as_accurate, assert_rejects

@@ -33,9 +33,10 @@ def traits_without_weights(model: PreTrainedModel) -> list[LayerTraits]:
     ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
     # One of four dimensions goes to the layers as it is; of any other the values would be looked at.
     mask = torch.ones(1, 1, _TOKENS, _TOKENS, dtype=torch.bool, device="meta")
-    with torch.no_grad(), torch.device("meta"), _attention_is_ours(model), _watched(layers, seen):
-        with suppress(*_ERRORS):  # what was seen by then was seen
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    watching = _watched(layers, seen)
+    # Where it ends early, what was seen by then was seen.
+    with suppress(*_ERRORS), torch.no_grad(), torch.device("meta"), _attention_is_ours(model), watching:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
     return [seen.get(build_of(layer), LayerTraits()) for layer in layers]
 
 
@@ -55,7 +56,7 @@ def _watched(layers: list[nn.Module], seen: dict[tuple[object, ...], LayerTraits
     """Inside, each layer that is built like none before is run once with a cache of ours, and gives back its input."""
     before = {id(layer): vars(layer).get("forward") for layer in layers}
     for layer in layers:
-        layer.forward = _watching(layer, raw_forward_of(cast("Any", type(layer))), seen)  # type: ignore[assignment]
+        layer.forward = _watching(layer, raw_forward_of(cast("Any", type(layer))), seen)
     try:
         yield
     finally:
