@@ -55,7 +55,8 @@ def visit() -> Iterator[None]:
 
 # Of the size of what PyTorch's path gives: in bfloat16 both round.
 KERNEL_TOLERANCE = 0.1
-KERNEL_TRIAL_TIMES = 6
+# A recurrence's kernel is tuned and compiled for blocks of 64 tokens: on fewer it would be once more, for no use.
+KERNEL_TRIAL_TIMES = 8
 INSTALL = (
     "install a pair that does (Triton 3.7.1 or newer with flash-linear-attention 0.6.0 or newer), or uninstall the "
     "package: PyTorch's path is exact, and much slower"
@@ -99,6 +100,8 @@ class LayerTrials:
         device = hidden_BSD.device
         with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device_of(hidden_BSD):
             first = first_tokens(arguments, hidden_BSD, tokens)
+            if device.type == "cuda" and kernels_of(layer):
+                first, tokens = repeated(first, tokens, KERNEL_TRIAL_TIMES), tokens * KERNEL_TRIAL_TIMES
             trial = LayerTrial(layer, forward, first, hidden_BSD, tokens)
             # In a visit every window is in the mask; in a step those alone that are shorter than the sequence.
             trial.window, trial.keys = window, 2**62 if visiting() else hidden_BSD.shape[1]
@@ -108,11 +111,7 @@ class LayerTrials:
                 trial.awake_adapters(),
                 NoDropout(),
             ):
-                reason = None
-                if device.type == "cuda" and kernels_of(layer):
-                    longer = repeated(first, tokens, KERNEL_TRIAL_TIMES)
-                    twin = LayerTrial(layer, forward, longer, hidden_BSD, tokens * KERNEL_TRIAL_TIMES)
-                    reason = why_not_kernels(twin)
+                reason = why_not_kernels(trial) if tokens > TRIAL_TOKENS else None
                 reason = trial.why_not(cache) if reason is None else reason
         if reason is None:
             self.passed[build] = trial.traits

@@ -113,7 +113,7 @@ class LayerTrial:
         self, layer: nn.Module, forward: Callable[..., Any], kwargs: Mapping[str, Any], like_BSD: Tensor, tokens: int
     ) -> None:
         self.layer, self.forward, self.kwargs = layer, forward, kwargs
-        self.plan = ChunkPlan(tokens, min(TRIAL_CHUNK_TOKENS, -(-tokens * 2 // 3)))
+        self.plan = ChunkPlan(tokens, min(TRIAL_CHUNK_TOKENS, -(-tokens * 2 // 3)) if tokens <= TRIAL_TOKENS else 256)
         self.dtype, self.device, self.width = like_BSD.dtype, like_BSD.device, like_BSD.shape[-1]
         self.weights = [p for p in layer.parameters() if p.requires_grad]
         self.start = RandomState.now(self.device)

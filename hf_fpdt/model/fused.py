@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
@@ -82,6 +83,8 @@ def _twin_of(module: Any) -> Callable[..., Any] | None:
     kind: Any = type(module)
     if _runs(module, llama.LlamaRMSNorm.forward):
         return _rms_norm_forward
+    if _runs(module, gemma3.Gemma3RMSNorm.forward) and _same_code(kind._norm, gemma3.Gemma3RMSNorm._norm):
+        return _rms_norm_from_zero_forward
     if _runs(module, llama.LlamaMLP.forward):
         return _swiglu_forward if type(module.act_fn) is type(ACT2FN["silu"]) else None
     rotary = None if _replaced(module) else _rotary_of(kind)
@@ -92,6 +95,12 @@ def _rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     if not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
         return self._fpdt.forward(hidden_states)
     return self._fpdt.settings.liger.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _rms_norm_from_zero_forward(self: Any, x: Tensor) -> Tensor:
+    if not x.is_cuda or x.dtype != self.weight.dtype:
+        return self._fpdt.forward(x)
+    return self._fpdt.settings.liger.rms_norm_from_zero(x, self.weight, self.eps)
 
 
 def _swiglu_forward(self: Any, x: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ class Liger:
         """Llama's RMSNorm of x [..., D]; a gradient that comes in is never overwritten, others may read it."""
         return self._rms_norm(x, weight, eps, 0.0, "llama", False)
 
+    def rms_norm_from_zero(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Gemma's RMSNorm, times 1 + weight and rounded at last; a gradient that comes in is never overwritten."""
+        return self._rms_norm(x, weight, eps, 1.0, "gemma", False)
+
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) · up. Backward leaves the gradients in `gate` and `up`, so nothing else may need their values."""
         return self._silu_mul(gate, up)

@@ -94,9 +94,9 @@ EXPERT_COPIES = (4.0, 8.5)
 # query heads and of all key and value heads. One model, 32 plain heads and every weight trained, held 17.4 hidden
 # sizes; the three shares are by counting tensors.
 ATTENTION_COPIES = (3.0, 7.0, 3.7)
-# The same of a recurrent mixer, which is the peak where its kernel keeps most: multiples of the hidden size and of the
-# channels of its convolutions. By counting tensors of the gated delta rule.
-RECURRENT_COPIES = (5.0, 12.0)
+# What a recurrent mixer keeps beside its layer's MLP, since one backward pass goes through both: multiples of the
+# channels of its convolutions. Qwen3.5-9B over the kernels of flash-linear-attention held 4.4 of them.
+RECURRENT_COPIES = 5.0
 # On the device of what a chunk reads from elsewhere: its own input and attention output, and three reads ahead.
 CHECKPOINTS_UNDER_WAY = 5
 # Of streamed K, V, dK, dV: the diagonal, the chunk at hand, the one that comes; no more than there are.
@@ -289,7 +289,7 @@ class StepSizes:
         m, chunk = self.model, self.plan.chunks[0]
         tokens = self.batch * (chunk.rank_stop - chunk.rank_start)
         unit = tokens * m.hidden * self.element_bytes
-        replay = max(self._mlp_bytes(tokens), self._attention_bytes(tokens), self._recurrent_bytes(tokens))
+        replay = max(self._mlp_bytes(tokens) + self._recurrent_bytes(tokens), self._attention_bytes(tokens))
         streamed = sum(kv.both_parts[0] + kv.both_grads[0]) if kv.backward_resident < len(kv.parts) else 0
         yield DeviceItem("activations", "a chunk's activations", ("forward",), replay // 2, False)
         yield DeviceItem("activations", "a replayed chunk's activations", ("backward",), replay, False)
@@ -317,12 +317,9 @@ class StepSizes:
 
     def _recurrent_bytes(self, tokens: int) -> int:
         """Of the layer with most channels; its states at one border are there twice, with their gradients."""
-        hidden, channels = RECURRENT_COPIES
         widest = max(mix.channels for mix in self.model.all_mixes)
         states = max((sum(layer.values()) for layer in self.layer_bytes().states), default=0)
-        return (
-            int(tokens * (hidden * self.model.hidden + channels * widest) * self.element_bytes) if widest else 0
-        ) + 4 * states
+        return int(tokens * RECURRENT_COPIES * widest * self.element_bytes) + 4 * states
 
     def working_bytes(self, kv: KVBytes, *, checkpoints_elsewhere: bool = True, resident: bool = False) -> int:
         """The most that the table's rows take together in any phase.

@@ -24,15 +24,18 @@ from tests.helpers.support import assert_as_accurate, assert_rejects
 
 # What is found in one layer of an architecture: norms, gated MLP, attention for its rotary embedding, unread linears.
 PROJECTIONS = " self_attn.q_proj self_attn.k_proj self_attn.v_proj"
+GEMMA_NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
 FOUND = {
     "llama": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj" + PROJECTIONS,
     "mistral": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj" + PROJECTIONS,
     "qwen2": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj" + PROJECTIONS,
     "qwen3": "input_layernorm post_attention_layernorm self_attn.q_norm self_attn.k_norm mlp self_attn mlp.down_proj"
     + PROJECTIONS,
-    "gemma": "self_attn mlp.down_proj"
-    + PROJECTIONS,  # its norm adds one to the weight, its MLP has another activation
-    "gemma2": "",  # a norm after the MLP reads its value; its attention is none of those known
+    # Its norm adds one to the weight, which has a kernel of its own; its MLP has another activation.
+    "gemma": "input_layernorm post_attention_layernorm self_attn mlp.down_proj" + PROJECTIONS,
+    # A norm after the MLP reads its value; its attention is none of those known.
+    "gemma2": " ".join(f"{place}_layernorm" for place in GEMMA_NORMS),
+    "qwen3_5_text": "input_layernorm post_attention_layernorm mlp",  # a recurrent layer
     "granite": "input_layernorm post_attention_layernorm mlp self_attn" + PROJECTIONS,  # scales the MLP's value
     "gpt_neox": "attention attention.query_key_value mlp.dense_4h_to_h attention.dense",
 }
@@ -109,7 +112,7 @@ def results(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "gemma", "qwen3_5_text"])
 def test_gpu_a_model_of_twins_is_as_accurate_as_its_own_pieces(name: str) -> None:
     """bf16, against the same model in float64; with a broken variant of each kernel rejected."""
     if why_not_liger() is not None:
@@ -143,8 +146,8 @@ def test_gpu_a_model_of_twins_is_as_accurate_as_its_own_pieces(name: str) -> Non
         "gate": {"_silu_mul": lambda gate, up: liger._silu_mul(up, gate)},
         "rotation": {"_rotary": lambda q, k, cos, sin: liger._rotary(q, k, cos, -sin)},
     }
-    if name == "gpt_neox":
-        broken = {"rotation": broken["rotation"]}
+    missing = {"gpt_neox": ("norm", "gate"), "gemma": ("gate",), "qwen3_5_text": ("rotation",)}.get(name, ())
+    broken = {what: change for what, change in broken.items() if what not in missing}
     variants = {}
     for what, change in broken.items():
         with pytest.MonkeyPatch.context() as patch:
