@@ -17,7 +17,7 @@ a chunk began with are kept, and their gradients go down with the rows (see `rec
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import compress
 from typing import Any
 
@@ -37,7 +37,7 @@ from .calls import (
 )
 from .gradients import GradientSums
 from .layer_run import LayerKV, LayerRun
-from .recurrent import StandInCache, hidden_states_of
+from .recurrent import StandInCache, hidden_states_of, scans_over
 from .replay_state import RandomState, untouched_random_state
 
 
@@ -106,7 +106,7 @@ class _ChunkedLayer(torch.autograd.Function):
 
 def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall, cache: StandInCache) -> Tensor:
     """The layer's own forward on one chunk, its attention done by `call`, its states those of `cache`."""
-    with calling(call):
+    with calling(call), scans_over(run.layer.module, run.layer.group) if run.state_names else nullcontext():
         y_BSD = hidden_states_of(run.layer.forward(x_BSD, **run.arguments_of(chunk, cache)))
     did, usual = (call.qkv is not None, list(cache.finals)), (run.traits.attends, run.state_names)
     if did != usual:

@@ -136,7 +136,8 @@ class LayerRun:
     def cache_of(self, chunk: Chunk, states: Mapping[str, Tensor], *, leaves: bool = False) -> StandInCache:
         """What stands in for a cache in a chunk, before which these states were left."""
         own = (chunk.stop - chunk.start) // self.plan.sp_size
-        return StandInCache(chunk.start + self.layer.group.rank * own, states, leaves=leaves)
+        before = chunk.start + self.layer.group.rank * own
+        return StandInCache(before, states, leaves=leaves, group=self.layer.group)
 
     @property
     def state_names(self) -> list[str]:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..parallel import STATES, SequenceParallelGroup, heads_of_scan, inputs_before, over_ranks
 from ..plan import CONV, StateSize
 
 # What layers call a cache: since transformers 5.24, and before.
@@ -36,6 +37,7 @@ class LayerTraits:
         cache: what it calls its cache, where it is to be given one.
         states: what it hands from chunk to chunk.
         channels: of its convolutions together.
+        scan_heads: of each input of its scan.
         outputs: where it returns a tuple, of how many, hidden states and Nones; 0: hidden states alone.
     """
 
@@ -43,6 +45,7 @@ class LayerTraits:
     cache: str | None = None
     states: tuple[StateSize, ...] = ()
     channels: int = 0
+    scan_heads: tuple[int, ...] = ()
     outputs: int = 0
 
     @property
@@ -62,6 +65,7 @@ class StandInCache:
         before: tokens of the sequence before the chunk.
         states: what the chunk before left, by name; {} at the beginning.
         leaves: whether the layer gets leaves of them that want gradients.
+        group: the ranks that share the chunk.
 
     Attributes:
         asked: whether the layer asked how many tokens came before.
@@ -69,8 +73,16 @@ class StandInCache:
         finals: those that the layer left.
     """
 
-    def __init__(self, before: int, states: Mapping[str, Tensor] | None = None, *, leaves: bool = False) -> None:
+    def __init__(
+        self,
+        before: int,
+        states: Mapping[str, Tensor] | None = None,
+        *,
+        leaves: bool = False,
+        group: SequenceParallelGroup | None = None,
+    ) -> None:
         self.before, self.asked = before, False
+        self._group = SequenceParallelGroup() if group is None else group
         self.given = {
             name: state.detach().requires_grad_(leaves and state.is_floating_point())
             for name, state in (states or {}).items()
@@ -115,9 +127,8 @@ class StandInCache:
             if conv_kernel_size is None:
                 raise NotImplementedError("its convolution does not say how many inputs it needs of those before")
             before = new_BCS.new_zeros(*new_BCS.shape[:-1], conv_kernel_size)
-        inputs = torch.cat([before, new_BCS], dim=-1)
-        self.finals[f"{CONV} {state_idx}"] = inputs[..., -before.shape[-1] :]
-        return inputs
+        before, self.finals[f"{CONV} {state_idx}"] = inputs_before(self._group, before, new_BCS)
+        return torch.cat([before, new_BCS], dim=-1)
 
     def update_recurrent_state(self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
         """Takes the state that a scan ended with."""
@@ -193,17 +204,46 @@ def _chosen(function: Any) -> bool:
 
 
 @contextmanager
-def plain_kernels(layer: nn.Module) -> Iterator[None]:
-    """Inside, all of these are transformers' own functions in PyTorch."""
+def _rebound(layer: nn.Module, other: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, each of these is what `other` makes of it; one thread at a time is in a layer."""
     names = [vars(module) for module in {sys.modules[type(module).__module__] for module in layer.modules()}]
     before = [(each, name, function) for each in names for name, function in each.items() if _chosen(function)]
     for each, name, function in before:
-        each[name] = function.__wrapped__
+        each[name] = other(function)
     try:
         yield
     finally:
         for each, name, function in before:
             each[name] = function
+
+
+def plain_kernels(layer: nn.Module) -> AbstractContextManager[None]:
+    """Inside, all of these are transformers' own functions in PyTorch."""
+    return _rebound(layer, lambda function: function.__wrapped__)
+
+
+def scans_over(layer: nn.Module, group: SequenceParallelGroup) -> AbstractContextManager[None]:
+    """Inside, a layer's scans go over the tokens of all ranks, each for its own heads."""
+    if group.size == 1:
+        return nullcontext()
+    return _rebound(layer, lambda function: over_ranks(function, group) if _is_scan(function) else function)
+
+
+def scans_seen(layer: nn.Module, heads: set[int]) -> AbstractContextManager[None]:
+    """Inside, the numbers of heads of a scan's inputs are added to `heads`."""
+
+    def seen(function: Any) -> Any:
+        def scan(*args: Any, **kwargs: Any) -> Any:
+            heads.update(heads_of_scan(dict(enumerate(args)) | kwargs).values())
+            return function(*args, **kwargs)
+
+        return scan if _is_scan(function) else function
+
+    return _rebound(layer, seen)
+
+
+def _is_scan(function: Any) -> bool:
+    return any(name in inspect.signature(function).parameters for name in STATES)
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:

@@ -30,7 +30,7 @@ from .calls import TrialCall, calling
 from .gradients import GradientSums
 from .layer_run import tokens_of
 from .layer_state import Buffers
-from .recurrent import LayerTraits, StandInCache, hidden_states_of
+from .recurrent import LayerTraits, StandInCache, hidden_states_of, scans_seen
 from .replay_state import RandomState
 
 # Two chunks, of 32 and of 16: multiples of 16, which products in 8 bits insist on.
@@ -146,10 +146,10 @@ class LayerTrial:
 
     def _seen(self, cache: str | None) -> LayerTraits:
         """What the layer does with all tokens and a cache; with none where it wants more of a cache than ours."""
-        stand_in, call = StandInCache(0), TrialCall(self.window, self.keys)
+        stand_in, call, heads = StandInCache(0), TrialCall(self.window, self.keys), set[int]()
         self.start.restore()
         try:
-            with torch.no_grad(), calling(call):
+            with torch.no_grad(), calling(call), scans_seen(self.layer, heads):
                 output = self.forward(self.draw(), **{**self.kwargs, **({} if cache is None else {cache: stand_in})})
         except (AttributeError, TypeError):
             if cache is None:
@@ -164,6 +164,7 @@ class LayerTrial:
             cache=cache if stand_in.asked or stand_in.finals else None,
             states=stand_in.sizes(),
             channels=stand_in.channels(),
+            scan_heads=tuple(sorted(heads)),
             outputs=len(output) if isinstance(output, (tuple, list)) else 0,
         )
 

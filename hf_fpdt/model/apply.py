@@ -21,7 +21,7 @@ from ..config import FPDTPlugin, auto_chunk_tokens
 from ..engine import TRIAL_TOKENS, StepProgress, untouched_random_state, visit
 from ..forecast import peak_of
 from ..memory import CheckpointStore, TrainingMemory
-from ..parallel import SequenceParallelGroup, build_group, check_heads
+from ..parallel import SequenceParallelGroup, build_group, check_heads, why_not_scan_heads
 from ..plan import ModelSizes, attention_sizes, largest
 from .adapters import warn_of_another_rope
 from .attention_function import NAME
@@ -69,7 +69,9 @@ def apply_fpdt(
     if reasons := why_refused(target):
         raise NotImplementedError(f"hf_fpdt: FPDT cannot run {type(target).__name__}: {'; '.join(reasons)}.")
     group = build_group(plugin.sp_size) if group is None else group
-    check_heads(attention_sizes(target.config.get_text_config())[0], group.size)
+    heads = attention_sizes(target.config.get_text_config())
+    if heads.head_dim:  # none of a model without attention
+        check_heads(heads.q_heads, group.size)
     if group.size > 1 and (reasons := why_not_shared(target) + unshared_loss_reasons(target)):
         raise NotImplementedError(
             f"hf_fpdt: FPDT cannot run {type(target).__name__} with sp_size above 1: {'; '.join(reasons)}."
@@ -81,12 +83,19 @@ def apply_fpdt(
             # The masks that the model made are what its layers go by, whatever its configuration says.
             windows: Any = tuple(layer._fpdt_window for layer in layers)
             settings.sizes = replace(settings.sizes, windows=windows, mixes=_mixes(layers, settings.sizes.experts))
+            _check_scans(layers, group.size)
     except NotImplementedError as error:
         handle.remove()
         why = str(error).removeprefix("hf_fpdt: ")
         raise NotImplementedError(f"hf_fpdt: FPDT cannot run {type(target).__name__}: {why}") from error
     warn_of_another_rope(target)
     return handle
+
+
+def _check_scans(layers: list[Any], sp_size: int) -> None:
+    for layer in layers:
+        if why := why_not_scan_heads(layer._fpdt_traits.scan_heads, sp_size):
+            raise NotImplementedError(f"hf_fpdt: {layer._fpdt_layer.name} cannot be shared by ranks: {why}.")
 
 
 def _mixes(layers: list[Any], experts: int) -> Any:

@@ -67,6 +67,8 @@ def why_not_shared(model: Any) -> list[str]:
             f"its rotary embedding ({', '.join(kinds)}) takes its frequencies from how long the sequence is, of which "
             "a rank sees a part"
         )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        reasons.append("it takes no position_ids, by which a rank's part of a sequence is known")
     if model.base_model is not model and model.get_output_embeddings() is None:
         reasons.append("labels are shifted to the next token before they are cut, and its head is no language model's")
     return reasons

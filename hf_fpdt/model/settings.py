@@ -96,13 +96,22 @@ class Settings:
 
 
 def no_single_token(n_tokens: int, chunk_tokens: int, sp_size: int = 1) -> int:
-    """Tokens of a chunk, a little fewer where the last chunk would be of one token for each rank.
+    """Tokens of a chunk, a little fewer where the last chunk would be of one token.
 
     Recurrent layers take a single token by a way of its own, for decoding: it writes states in place, and its kernels
     have no backward pass. Borders stay multiples of 256 where they were, so that a kernel's inner blocks do.
+
+    Raises:
+        ValueError: each of several ranks would have one token of the last chunk; the batch was cut before.
     """
-    while n_tokens > chunk_tokens > 2 * sp_size and n_tokens % chunk_tokens == sp_size:
-        chunk_tokens -= KERNEL_BLOCK if chunk_tokens % KERNEL_BLOCK == 0 < chunk_tokens - KERNEL_BLOCK else sp_size
+    if sp_size > 1 and n_tokens % chunk_tokens == sp_size:
+        raise ValueError(
+            f"hf_fpdt: of {n_tokens:,} tokens in chunks of {chunk_tokens:,} the last chunk leaves each of {sp_size} "
+            "ranks a single token, which recurrent layers take as one to be decoded: pad the sequence by "
+            f"{sp_size} tokens (label -100), or choose another chunk_tokens."
+        )
+    while n_tokens > chunk_tokens > 2 and n_tokens % chunk_tokens == 1:
+        chunk_tokens -= KERNEL_BLOCK if chunk_tokens % KERNEL_BLOCK == 0 < chunk_tokens - KERNEL_BLOCK else 1
     return chunk_tokens
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from ..layout import ChunkPlan, first_key, seen_pairs
 from .kv_bytes import KVBytes, holds
-from .model_sizes import LayerMix, ModelSizes
+from .model_sizes import CONV, LayerMix, ModelSizes
 
 __all__ = ["DeviceItem", "KVBytes", "LayerBytes", "ModelSizes", "PHASES", "Phase", "StepSizes"]
 
@@ -187,8 +187,14 @@ class StepSizes:
         mixes = self.mixes_of_last(layers)
         if not any(not mix.attends or mix.states for mix in mixes):
             return {}
+        # Of a scan a rank has the states of its own heads; inputs of convolutions are the same on all.
         states = (
-            {each.name: self.batch * each.elements * (each.itemsize or self.element_bytes) for each in mix.states}
+            {
+                each.name: self.batch
+                * (each.elements if each.name.startswith(CONV) else each.elements // self._ranks)
+                * (each.itemsize or self.attention_bytes)
+                for each in mix.states
+            }
             for mix in mixes
         )
         return {"attends": tuple(mix.attends for mix in mixes), "states": tuple(map(MappingProxyType, states))}
