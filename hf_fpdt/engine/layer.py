@@ -54,6 +54,7 @@ class _ChunkedLayer(torch.autograd.Function):
     def forward(ctx: Any, run: LayerRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
         output: Tensor | None = None
         states: dict[str, Tensor] = {}
+        versions = _versions(parameters)
         with (
             torch.cuda.device_of(hidden),  # kernels of Triton and flash-attn-4 run where the process is
             record_function(f"fpdt::forward {run.layer.name}"),
@@ -73,7 +74,10 @@ class _ChunkedLayer(torch.autograd.Function):
                 run.advance("forward", chunk)
         assert output is not None
         ctx.run, ctx.hidden_dtype, ctx.parameters = run, hidden.dtype, parameters
-        ctx.save_for_backward(*parameters)  # autograd then refuses weights that were changed before backward
+        # Autograd then refuses weights that were changed before backward. It cannot tell where the layer itself counts
+        # as changed what it runs with: PEFT takes experts that it adapts out of their module and puts them back.
+        now = _versions(parameters)
+        ctx.save_for_backward(*(p for p, one, other in zip(parameters, versions, now, strict=True) if one == other))
         return output
 
     @staticmethod
@@ -102,6 +106,11 @@ class _ChunkedLayer(torch.autograd.Function):
                     run.advance("backward", chunk, attends=attends)
         grads = sums.totals()
         return None, d_hidden, *(grads.get(id(p)) for p in parameters)
+
+
+def _versions(parameters: Sequence[Tensor]) -> list[int]:
+    """How often each was written; tensors of inference mode do not say."""
+    return [0 if p.is_inference() else p._version for p in parameters]
 
 
 def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall, cache: StandInCache) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -156,7 +155,8 @@ class LayerRun:
     def check_unchanged(self, parameters: Sequence[Tensor]) -> None:
         """Raise RuntimeError unless the layer would compute in backward what it computed in forward with these."""
         layer = self.layer
-        if not all(map(operator.is_, layer.module.parameters(), parameters)):
+        # In whatever order: PEFT takes experts that it adapts out of their module and puts them back, last.
+        if {id(p) for p in layer.module.parameters()} != {id(p) for p in parameters}:
             raise RuntimeError(
                 f"hf_fpdt: {layer.name} has other weights now than in forward (torch.func.functional_call?), and "
                 "backward runs it again: call backward while they are in place, or copy their values into its "

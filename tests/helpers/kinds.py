@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,7 +97,9 @@ def windows_of(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "sliding_window", None))
 
 
-def with_adapters(model: PreTrainedModel, dropout: float = 0.0) -> nn.Module:
+def with_adapters(
+    model: PreTrainedModel, dropout: float = 0.0, targets: str | Sequence[str] = "all-linear"
+) -> nn.Module:
     """LoRA on every linear, on gpt-oss's experts too, that does something from the first step; sinks train."""
     experts = [
         name for name, p in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj")) and p.dim() == 3
@@ -108,9 +110,9 @@ def with_adapters(model: PreTrainedModel, dropout: float = 0.0) -> nn.Module:
     mamba = ["out_proj"] if model.config.model_type in ("falcon_h1", "nemotron_h", "mamba2") else []
     config = LoraConfig(
         r=4,
-        target_modules="all-linear",
+        target_modules=targets,
         exclude_modules=[*routers, *mamba] or None,
-        target_parameters=experts if not dropout else None,
+        target_parameters=experts if not dropout and targets == "all-linear" else None,
         lora_dropout=dropout,
         init_lora_weights=False,
     )

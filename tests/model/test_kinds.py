@@ -134,9 +134,21 @@ def test_accumulated_steps_are_exact(name: str) -> None:
     assert_exact(step, truth)
 
 
-def chunked(model: nn.Module) -> Any:
+@pytest.mark.parametrize("checkpoints", ["input", "segment"])
+@pytest.mark.parametrize("targets", ["all-linear", ["o_proj", "gate_proj", "up_proj"]], ids=["all", "some"])
+def test_adapters_of_experts_are_exact_however_often_layers_run(targets: Any, checkpoints: str) -> None:
+    """PEFT takes weights of experts out of their module and puts them back, last, whenever they run."""
+    model = with_adapters(kind("deepseek_v3", num_hidden_layers=3), targets=targets)
+    other = tokens(2, 29, seed=3)
+    plugin = FPDTPlugin(chunk_tokens=CHUNK, loss_chunk_tokens=6, checkpoints=checkpoints)
+    truth, step = (accumulated(m, IDS, other) for m in (model, chunked(model, plugin)))
+    assert any("experts" in grad for grad in truth.grads)
+    assert_exact(step, truth)
+
+
+def chunked(model: nn.Module, plugin: FPDTPlugin = PLUGIN) -> Any:
     model = copy.deepcopy(model)
-    apply_fpdt(model, PLUGIN)
+    apply_fpdt(model, plugin)
     return model
 
 
