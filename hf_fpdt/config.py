@@ -92,7 +92,8 @@ class FPDTPlugin:
             where that does not fit: the largest half, quarter, … that does. Smaller saves memory; below about 16K a
             GPU is no longer busy.
         kernel: Attention kernel, a name of `hf_fpdt.kernels`. "auto": the fastest that serves this machine and dtype.
-            A named kernel that cannot serve raises with its reason; nothing falls back in silence.
+            A named kernel that cannot serve the model is refused when FPDT is applied, as far as it is known where
+            the model will run; nothing falls back in silence.
         checkpoints: What the backward pass finds of the forward pass. "attention": every layer's attention output, so
             that attention is not run again, and as many inputs as the budgets hold; the others are rebuilt, token by
             token. "input": every layer's input; half the memory, one more attention forward a layer. "segment": the

@@ -10,7 +10,8 @@ In reading order:
 """
 
 from .kernels.contract import Kernel
-from .kernels.table import KERNELS, select_kernel
+from .kernels.math import SCORE_BYTES
+from .kernels.table import KERNELS, select_kernel, why_not_served
 from .online import backward_row, forward_row, kernel_spans
 from .reference import attention, peaked_qkv
 from .sinks import sinks_gradient
@@ -20,6 +21,7 @@ __all__ = [
     "AttentionSpec",
     "KERNELS",
     "Kernel",
+    "SCORE_BYTES",
     "attention",
     "backward_row",
     "forward_row",
@@ -27,4 +29,5 @@ __all__ = [
     "peaked_qkv",
     "select_kernel",
     "sinks_gradient",
+    "why_not_served",
 ]

@@ -17,18 +17,19 @@ In reading order:
     progress              the line inside a long step
 """
 
-from .calls import TrialCall, calling, current_call
+from .calls import TrialCall, asked_without_memory, calling, current_call
 from .layer import run_layer
 from .layer_run import Layer, LayerRun
 from .layer_state import build_of, is_fsdps, look_of
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
-from .recurrent import LayerTraits, StandInCache, cache_argument, hidden_states_of
+from .recurrent import Asked, LayerTraits, StandInCache, cache_argument, hidden_states_of
 from .replay_state import RandomState, untouched_random_state
 from .trial import TRIAL_TOKENS, LayerTrials, mixes_tokens, visit, visiting
 from .whole import attend_whole
 
 __all__ = [
+    "Asked",
     "Head",
     "Layer",
     "LayerRun",
@@ -39,6 +40,7 @@ __all__ = [
     "StepProgress",
     "TRIAL_TOKENS",
     "TrialCall",
+    "asked_without_memory",
     "attend_whole",
     "build_of",
     "cache_argument",

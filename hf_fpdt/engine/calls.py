@@ -6,9 +6,10 @@ pass, `CaptureCall`, `ReplayCall` and `RebuildCall` in a backward pass. See `lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ from ..attention import (
 )
 from ..layout import Chunk, Span, query_rows
 from ..parallel import repeat_heads, sum_repeated_heads
+from ..plan import AttentionSizes
 from .layer_run import LayerKV, LayerRun
+from .recurrent import Asked
 
 # Keys of one backward call at most: a kernel's own dK, dV and fp32 sums are as long as its keys, and must not grow
 # with the sequence.
@@ -232,7 +235,14 @@ class ReplayCall(AttentionCall):
 
 
 class TrialCall(Call):
-    """Attention of each token to itself alone; it depends on q, k and v."""
+    """Attention of each token to itself alone; it depends on q, k and v.
+
+    Attributes:
+        calls: how often it was called.
+        asked: what it was asked for.
+    """
+
+    asked: Asked | None = None
 
     def __init__(self, window: int | None = None, n_tokens: int = 2**62) -> None:
         self.calls, self.window, self.n_tokens = 0, window, n_tokens
@@ -248,7 +258,35 @@ class TrialCall(Call):
     ) -> Tensor:
         """Output [B, S, N, H of V]."""
         self.calls += 1
+        heads = AttentionSizes(q_BSNH.shape[2], k_BSGH.shape[2], spec.head_dim, spec.value_dim)
+        self.asked = Asked(spec, q_BSNH.dtype, heads)
         k, v = (x.repeat_interleave(q_BSNH.shape[2] // x.shape[2], dim=2) for x in (k_BSGH, v_BSGH))
         scores = (q_BSNH * k).sum(-1, keepdim=True).mul(spec.scale)
         scores = scores if sinks_N is None else scores - sinks_N[:, None]
         return scores.sigmoid() * v
+
+
+class _AskCall(TrialCall):
+    """What is computed after attention is not run."""
+
+    def attend(
+        self,
+        q_BSNH: Tensor,
+        k_BSGH: Tensor,
+        v_BSGH: Tensor,
+        *,
+        spec: AttentionSpec,
+        sinks_N: Tensor | None = None,
+    ) -> Tensor:
+        """Output [B, S, N, H of V]."""
+        super().attend(q_BSNH, k_BSGH, v_BSGH, spec=spec, sinks_N=sinks_N)
+        raise AttentionReached
+
+
+def asked_without_memory(
+    forward: Callable[..., Any], hidden_BSD: Tensor, arguments: Mapping[str, Any], window: int | None
+) -> Asked | None:
+    """What a layer whose weights have no memory asks of attention; None of one that does not call it."""
+    with torch.no_grad(), calling(call := _AskCall(window)), suppress(AttentionReached):
+        forward(hidden_BSD, **arguments)
+    return call.asked

@@ -20,12 +20,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention import AttentionSpec
 from ..parallel import STATES, SequenceParallelGroup, heads_of_scan, inputs_before, over_ranks
-from ..plan import CONV, StateSize
+from ..plan import CONV, AttentionSizes, StateSize
 
 # What layers call a cache: since transformers 5.24, and before.
 _NAMES = ("cache", "past_key_values", "past_key_value", "cache_params")
 RECURRENT = "recurrent"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a layer asks of attention when it is called.
+
+    Attributes:
+        spec: the kind, with the window that the mask has.
+        dtype: of queries.
+        heads: how many there are, and how wide they are.
+    """
+
+    spec: AttentionSpec
+    dtype: torch.dtype
+    heads: AttentionSizes
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class LayerTraits:
         channels: of its convolutions together.
         scan_heads: of each input of its scan.
         outputs: where it returns a tuple, of how many, hidden states and Nones; 0: hidden states alone.
+        asked: of attention, where it calls that.
     """
 
     attends: bool = True
@@ -47,6 +64,7 @@ class LayerTraits:
     channels: int = 0
     scan_heads: tuple[int, ...] = ()
     outputs: int = 0
+    asked: Asked | None = None
 
     @property
     def is_recurrent(self) -> bool:

@@ -166,6 +166,7 @@ class LayerTrial:
             channels=stand_in.channels(),
             scan_heads=tuple(sorted(heads)),
             outputs=len(output) if isinstance(output, (tuple, list)) else 0,
+            asked=call.asked,
         )
 
     # -- one run ------------------------------------------------------------------------------------------------------

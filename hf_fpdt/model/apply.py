@@ -18,11 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import FPDTPlugin, auto_chunk_tokens
-from ..engine import TRIAL_TOKENS, StepProgress, untouched_random_state, visit
+from ..engine import TRIAL_TOKENS, Asked, StepProgress, untouched_random_state, visit
 from ..forecast import peak_of
 from ..memory import CheckpointStore, TrainingMemory
 from ..parallel import SequenceParallelGroup, build_group, check_heads, why_not_scan_heads
-from ..plan import ModelSizes, attention_sizes, largest
+from ..plan import NO_LIMIT, ModelSizes, attention_sizes, largest
 from .adapters import warn_of_another_rope
 from .attention_function import NAME
 from .head import loss_reasons, patch_head, unshared_loss_reasons
@@ -80,10 +80,10 @@ def apply_fpdt(
     handle = FPDTHandle(target, layers, settings)
     try:
         if try_layers(target):
-            # The masks that the model made are what its layers go by, whatever its configuration says.
-            windows: Any = tuple(layer._fpdt_window for layer in layers)
-            settings.sizes = replace(settings.sizes, windows=windows, mixes=_mixes(layers, settings.sizes.experts))
+            _learn(target, layers, settings)
             _check_scans(layers, group.size)
+            if (reason := settings.why_not_served(_may_run_on(target))) is not None:
+                raise NotImplementedError(f"hf_fpdt: {reason}.")
     except NotImplementedError as error:
         handle.remove()
         why = str(error).removeprefix("hf_fpdt: ")
@@ -98,21 +98,56 @@ def _check_scans(layers: list[Any], sp_size: int) -> None:
             raise NotImplementedError(f"hf_fpdt: {layer._fpdt_layer.name} cannot be shared by ranks: {why}.")
 
 
-def _mixes(layers: list[Any], experts: int) -> Any:
-    return layer_mixes(layers, [layer._fpdt_traits for layer in layers], experts)
+def _learn(model: PreTrainedModel, layers: list[Any], settings: Settings) -> None:
+    """Go by what was seen of the layers, whatever the configuration says: masks, heads of attention, states."""
+    windows, traits = tuple(layer._fpdt_window for layer in layers), [layer._fpdt_traits for layer in layers]
+    mixes = layer_mixes(layers, traits, settings.sizes.experts)
+    settings.sizes = replace(settings.sizes, windows=windows if any(windows) else (), mixes=mixes)
+    if asked := [each.asked for each in traits if each.asked is not None]:
+        # Of layers without attention nobody asks.
+        settings.sizes = settings.sizes.with_heads([(each.asked or asked[0]).heads for each in traits])
+    # A window that no sequence reaches is none.
+    longest = largest(model.config.get_text_config(), "max_position_embeddings") or NO_LIMIT
+    specs = [replace(a.spec, window=None) if (a.spec.window or 0) >= longest else a.spec for a in asked]
+    settings.asked = tuple(dict.fromkeys(replace(a, spec=spec) for a, spec in zip(asked, specs, strict=True)))
+
+
+def seen_of(model: PreTrainedModel) -> tuple[ModelSizes, tuple[Asked, ...]]:
+    """Sizes of a model whose weights have no memory, and what its layers ask of attention, each kind once.
+
+    Returns:
+        Where they cannot be asked, sizes by the configuration alone and ().
+
+    Raises:
+        NotImplementedError: the model is not supported.
+    """
+    handle = apply_fpdt(model, FPDTPlugin(sp_size=1, kernel="auto", progress=False))
+    settings = handle._settings
+    handle.remove()
+    return settings.sizes, settings.asked
+
+
+def _may_run_on(model: PreTrainedModel) -> list[torch.device]:
+    """Where it is; a model that is on the CPU, or has no memory yet, may be moved to a GPU where there is one."""
+    if model.device.type not in ("cpu", "meta"):
+        return [model.device]
+    return [torch.device(kind) for kind in ("cuda", "cpu") if kind == "cpu" or torch.cuda.is_available()]
 
 
 def try_layers(model: PreTrainedModel) -> bool:
     """A pass of the model over a few random tokens that tries each layer, and runs none.
 
+    Where weights have no memory, layers are asked what attention they call, and tried at their first step.
+
     Returns:
-        Whether there was one. Where it cannot be (weights without memory, a model that takes more than token ids)
-        layers are tried at their first step.
+        Whether all layers were seen. Where they cannot be (some weights without memory, a model that takes more than
+        token ids) they are tried at their first step.
 
     Raises:
         NotImplementedError: the model, or one of its layers, cannot be run in chunks.
     """
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+    bare = {tensor.is_meta for tensor in (*model.parameters(), *model.buffers())}
+    if len(bare) > 1:
         return False
     text, device = model.config.get_text_config(), next(model.parameters()).device
     tokens = min(TRIAL_TOKENS, largest(text, "max_position_embeddings") or TRIAL_TOKENS)
@@ -120,13 +155,16 @@ def try_layers(model: PreTrainedModel) -> bool:
     ids = torch.randint(3, max(4, min(text.vocab_size, 1000)), (1, tokens), generator=generator).to(device)
     with torch.no_grad(), untouched_random_state(device), _in_training_mode(model), visit():
         try:
-            model(input_ids=ids)
+            (decoder_of(model) if True in bare else model)(input_ids=ids)  # no head can be tried without memory
         except NotImplementedError:
+            if True in bare:  # what cannot be asked of values that are not there
+                return False
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             logger.debug("hf_fpdt: layers will be tried at the first step: %s", error)
             return False
-    return True
+    layers: list[Any] = decoder_layers(model)
+    return True not in bare or all(layer._fpdt_traits.asked is not None for layer in layers)
 
 
 @contextmanager

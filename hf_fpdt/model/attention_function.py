@@ -132,7 +132,7 @@ def _under_mask(
 
 def _at_autocast(x: Tensor) -> Tensor:
     """Autocast runs attention in its own dtype; RoPE may have made q and k wider."""
-    kind = x.device.type
+    kind = "cpu" if x.is_meta else x.device.type  # without memory there is none
     narrow = torch.is_autocast_enabled(kind) and x.dtype == torch.float32
     return x.to(torch.get_autocast_dtype(kind)) if narrow else x
 

@@ -30,7 +30,7 @@ from ..engine import (
 from ..labels import IGNORE_INDEX, check_padding, shifted
 from ..parallel import SAMPLE_KEY, batch_shared_by, check_shard
 from ..plan import by_layer
-from .layers import base_of, check_stack, decoder_of
+from .layers import base_of, check_stack, decoder_layers, decoder_of
 from .patch import arguments_by_name, caches_in, patch
 from .refusals import check_loss_arguments, homes_of
 from .settings import Settings
@@ -84,6 +84,8 @@ def patch_head(model: Any, settings: Settings) -> None:
 
 
 def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
+    if hidden.is_meta:
+        return hidden
     if visiting() and mixes_tokens(self._fpdt.forward, hidden):
         raise NotImplementedError(f"its final norm ({type(self).__name__}) looks at other tokens than one")
     plan = self._fpdt.settings.plan(hidden)
@@ -130,11 +132,14 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return call.outputs
     arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
     if visiting():
-        outputs = self._fpdt.forward(**arguments | {"use_cache": False})
+        # Behind a cache no mask is looked for in positions, which those without memory cannot be asked.
+        bare = any(p.is_meta for p in self.parameters())
+        outputs = self._fpdt.forward(**arguments | {"use_cache": bare})
         if call is not None:
             call.outputs = outputs
         return outputs
     check_stack(self, self._fpdt.settings)
+    _check_kernel(self, arguments)
     _check_router(self.config, arguments)
     # With a cache it is generation, in which every rank has the whole of a sequence.
     sharded = self._fpdt.settings.group.size > 1 and not caches_in(arguments)
@@ -151,6 +156,14 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return outputs
     # One token is enough for the model to make its output object; that token's logits are dropped.
     return _with(call.outputs, last_hidden_state=call.outputs[0][:, :1])
+
+
+def _check_kernel(model: Any, arguments: dict[str, Any]) -> None:
+    """Of what runs in chunks; a model may have been moved since FPDT was applied."""
+    given = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+    if given is not None and not caches_in(arguments):
+        is_sharded = any(hasattr(layer, "unshard") for layer in decoder_layers(model))
+        model._fpdt.settings.check_kernel(given.device, model.dtype, is_sharded=is_sharded)
 
 
 def _check_router(config: Any, arguments: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..engine import Layer, LayerRun, LayerTraits, cache_argument, look_of, run_layer, visiting
+from ..engine import (
+    Layer,
+    LayerRun,
+    LayerTraits,
+    asked_without_memory,
+    cache_argument,
+    look_of,
+    run_layer,
+    visiting,
+)
 from ..layout import Block
 from ..plan import LayerMix
 from .attention_function import window_of_mask
@@ -177,6 +187,10 @@ class ChunkedLayer(nn.Module):
         Raises:
             NotImplementedError: it cannot be run in chunks.
         """
+        if hidden.is_meta:
+            asked = asked_without_memory(self._fpdt_layer.forward, hidden, arguments, window)
+            self._fpdt_traits = replace(self._fpdt_traits, asked=asked)
+            return
         look = look_of(self)
         if look in self._fpdt_looks:
             return

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention import SCORE_BYTES, select_kernel, why_not_served
 from ..config import FPDTPlugin, resolve_chunk_tokens
-from ..engine import LayerTrials, StepProgress
+from ..engine import Asked, LayerTrials, StepProgress
 from ..layout import ChunkPlan, chunk_choices
 from ..memory import CheckpointStore
 from ..parallel import SequenceParallelGroup
@@ -21,6 +23,13 @@ logger = logging.getLogger(__name__)
 LOGITS_BYTES = 2**30
 # Tokens that the kernels of recurrences go through at a time are divisors of it.
 KERNEL_BLOCK = 256
+# What autocast computes in.
+HALF = (torch.bfloat16, torch.float16)
+PLAIN_PYTORCH = (
+    "hf_fpdt: no kernel that is here serves attention of %s in %s on %s, so it is done in plain PyTorch, exactly and "
+    "many times slower. `hf-fpdt check` says why of each kernel; flash-attn-4 (pip install flash-attn-4) serves most "
+    "kinds from Hopper on, the package flash-attn from Ampere on."
+)
 
 
 @dataclass
@@ -31,6 +40,8 @@ class Settings:
         trials: which layers were tried.
         chunks: tokens of a chunk that "auto" came to, by rows and tokens of hidden states and by their dtype.
         padding_tried: whether a head that is no language model's was found not to read padding.
+        asked: what layers ask of attention, each kind once; () where that is not known before the first step.
+        plain: of devices and dtypes those on which kernels were looked for, and whether there was but plain PyTorch.
     """
 
     plugin: FPDTPlugin
@@ -43,6 +54,47 @@ class Settings:
     trials: LayerTrials = field(default_factory=LayerTrials)
     chunks: dict[tuple[object, ...], int] = field(default_factory=dict)
     padding_tried: bool = False
+    asked: tuple[Asked, ...] = ()
+    plain: dict[tuple[str, torch.dtype], bool] = field(default_factory=dict)
+
+    def why_not_served(self, devices: Sequence[torch.device], dtypes: Sequence[torch.dtype] = HALF) -> str | None:
+        """Why the named kernel serves something that a layer asks on none of the devices; None where it serves all.
+
+        Args:
+            dtypes: those that queries may have beside the one in which they were seen; by default autocast's.
+        """
+        reasons = (why_not_served(self.plugin.kernel, _cases(devices, dtypes, a), a.spec) for a in self.asked)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def check_kernel(self, device: torch.device, weights: torch.dtype, *, is_sharded: bool) -> None:
+        """Before the first layer of a step, once for each device and dtype: does the kernel serve what layers ask?
+
+        Where plain PyTorch takes the place of a GPU's kernels, it is said, and its scores are planned for.
+
+        Args:
+            weights: their dtype.
+            is_sharded: whether FSDP2 shards layers, and may have a dtype of its own for them.
+
+        Raises:
+            NotImplementedError: the named kernel does not.
+        """
+        narrow = torch.is_autocast_enabled(device.type) and weights == torch.float32
+        dtype = torch.get_autocast_dtype(device.type) if narrow else weights
+        if (case := (device.type, dtype)) in self.plain:
+            return
+        dtypes = (dtype, *(HALF if is_sharded else ()))
+        if (reason := self.why_not_served([device], dtypes)) is not None:
+            raise NotImplementedError(f"hf_fpdt: {reason}.")
+        kinds = [asked.spec for asked in self.asked if self._is_plain(asked, device, dtypes)]
+        self.plain[case] = bool(kinds)
+        if kinds and self.plugin.kernel == "auto":
+            logger.warning(PLAIN_PYTORCH, kinds[0], dtype, device.type)
+
+    def _is_plain(self, asked: Asked, device: torch.device, dtypes: Sequence[torch.dtype]) -> bool:
+        if device.type == "cpu" or self.plugin.kernel not in ("auto", "math"):
+            return False
+        cases = _cases([device], dtypes, asked)
+        return {select_kernel(self.plugin.kernel, *case, asked.spec).name for case in cases} == {"math"}
 
     def step(self, hidden_BSD: Tensor, *, is_sharded: bool = False) -> StepSizes:
         """Sizes of the step in which a layer gets `hidden_BSD`; settles the chunk that "auto" is in such steps.
@@ -65,6 +117,7 @@ class Settings:
     def _step(self, hidden_BSD: Tensor, chunk_tokens: int) -> StepSizes:
         kind, dtype = hidden_BSD.device.type, hidden_BSD.dtype
         narrow = torch.is_autocast_enabled(kind) and dtype == torch.float32
+        is_plain = self.plain.get((kind, torch.get_autocast_dtype(kind) if narrow else dtype), False)
         return StepSizes(
             self.sizes,
             ChunkPlan(hidden_BSD.shape[1] * self.group.size, chunk_tokens, self.group.size),
@@ -74,6 +127,7 @@ class Settings:
             loss_tokens=self.loss_chunk_tokens(self.config),
             vocabulary=self.config.get_text_config().vocab_size,
             fused=self.liger is not None and hidden_BSD.is_cuda,
+            score_bytes=SCORE_BYTES * is_plain,
         )
 
     def plan(self, hidden_BSD: Tensor) -> ChunkPlan:
@@ -113,6 +167,12 @@ def no_single_token(n_tokens: int, chunk_tokens: int, sp_size: int = 1) -> int:
     while n_tokens > chunk_tokens > 2 and n_tokens % chunk_tokens == 1:
         chunk_tokens -= KERNEL_BLOCK if chunk_tokens % KERNEL_BLOCK == 0 < chunk_tokens - KERNEL_BLOCK else 1
     return chunk_tokens
+
+
+def _cases(
+    devices: Sequence[torch.device], dtypes: Sequence[torch.dtype], asked: Asked
+) -> list[tuple[torch.device, torch.dtype]]:
+    return [(device, dtype) for device in devices for dtype in dict.fromkeys((*dtypes, asked.dtype))]
 
 
 def _shape(hidden_BSD: Tensor) -> tuple[object, ...]:

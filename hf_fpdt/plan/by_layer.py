@@ -78,7 +78,8 @@ def attention_sizes(config: Any) -> AttentionSizes:
         width = one_value(config, "qk_nope_head_dim") + one_value(config, "qk_rope_head_dim")
         return AttentionSizes(heads, heads, width, one_value(config, "v_head_dim"))
     head_dim = one_value(config, "head_dim") or one_value(config, "hidden_size") // heads
-    return AttentionSizes(heads, one_value(config, "num_key_value_heads") or heads, head_dim, head_dim)
+    kv_heads, value_dim = one_value(config, "num_key_value_heads"), one_value(config, "v_head_dim")
+    return AttentionSizes(heads, kv_heads or heads, head_dim, value_dim or head_dim)
 
 
 def has_no_attention(config: Any) -> bool:

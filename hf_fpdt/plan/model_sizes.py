@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from .by_layer import attention_sizes, by_layer, is_latent, largest, latent_weights, one_value, windows_of
+from .by_layer import (
+    AttentionSizes,
+    attention_sizes,
+    by_layer,
+    is_latent,
+    largest,
+    latent_weights,
+    one_value,
+    windows_of,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class ModelSizes:
         hidden: hidden size D.
         intermediate: width of the MLP; of the experts that one token visits together; where layers differ, the
             largest, by which bytes are right and operations are counted as if every layer had it.
-        q_heads, kv_heads, head_dim: attention's N, G, and H of queries and keys.
+        q_heads, kv_heads, head_dim: attention's N, G, and H of queries and keys; where layers differ, the largest.
         rotary_dim: elements of cos and sin a token, of all kinds of layers together.
         layer_parameters: all parameters of one layer.
         value_dim: elements of a head of values; 0: as many as of keys.
@@ -71,9 +81,10 @@ class ModelSizes:
         idle_width: width of all experts of a layer that one token does not visit.
         experts: chosen experts that one token visits; 0: there are none to choose.
         mixes: of each layer what it does; (): every layer attends, and none carries a state.
+        heads: of each layer; (): of every layer those above.
 
     Raises:
-        ValueError: there are windows or mixes, but not one for each layer.
+        ValueError: there are windows, mixes or heads, but not one for each layer.
     """
 
     layers: int
@@ -90,9 +101,10 @@ class ModelSizes:
     idle_width: int = 0
     experts: int = 0
     mixes: tuple[LayerMix, ...] = ()
+    heads: tuple[AttentionSizes, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("windows", "mixes"):
+        for name in ("windows", "mixes", "heads"):
             value = getattr(self, name)
             if value and len(value) != self.layers:
                 raise ValueError(
@@ -100,6 +112,17 @@ class ModelSizes:
                 )
         if not self.value_dim:
             object.__setattr__(self, "value_dim", self.head_dim)
+
+    def with_heads(self, heads: Sequence[AttentionSizes]) -> ModelSizes:
+        """The same with these heads of each layer, as its attention was seen to have them."""
+        largest_of = AttentionSizes(*map(max, zip(*heads, strict=True)))
+        return replace(self, **largest_of._asdict(), heads=tuple(heads) if len(set(heads)) > 1 else ())
+
+    def heads_of(self, layer: int) -> AttentionSizes:
+        """Heads of a layer's attention."""
+        if self.heads:
+            return self.heads[layer]
+        return AttentionSizes(self.q_heads, self.kv_heads, self.head_dim, self.value_dim)
 
     def window(self, layer: int) -> int | None:
         """The keys that a query sees in a layer; None: all before it."""
@@ -129,7 +152,11 @@ class ModelSizes:
 
     @property
     def _attention_weights(self) -> int:
-        return self.latent_weights or 2 * self.hidden * (self.q_heads + self.kv_heads) * self.head_dim
+        """Of one layer; where they differ, of the mean."""
+        if self.latent_weights:
+            return self.latent_weights
+        heads = [self.heads_of(layer) for layer in range(self.layers if self.heads else 1)]
+        return self.hidden * sum((h.q_heads + h.kv_heads) * (h.head_dim + h.value_dim) for h in heads) // len(heads)
 
     @property
     def gated(self) -> bool:

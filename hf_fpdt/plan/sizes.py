@@ -137,6 +137,7 @@ class StepSizes:
         loss_tokens: tokens whose logits exist at a time.
         vocabulary: logits a token.
         fused: whether a GPU runs Liger's kernels in the layers.
+        score_bytes: of attention's scores, where plain PyTorch computes it.
     """
 
     model: ModelSizes
@@ -147,6 +148,7 @@ class StepSizes:
     loss_tokens: int = 0
     vocabulary: int = 0
     fused: bool = False
+    score_bytes: int = 0
 
     @property
     def _ranks(self) -> int:
@@ -165,7 +167,15 @@ class StepSizes:
     @property
     def kv_heads(self) -> int:
         """Key/value heads of a rank, repeated where there are fewer than ranks."""
-        return math.lcm(self.model.kv_heads, self._ranks) // self._ranks
+        return self._of_rank(self.model.kv_heads)
+
+    def _of_rank(self, kv_heads: int) -> int:
+        return math.lcm(kv_heads, self._ranks) // self._ranks
+
+    def _kv_widths(self, layer: int) -> tuple[int, int]:
+        """Elements of a token's K and of its V in a layer of the model, on a rank."""
+        heads = self.model.heads_of(layer)
+        return self._of_rank(heads.kv_heads) * heads.head_dim, self._of_rank(heads.kv_heads) * heads.value_dim
 
     def layer_bytes(self, layers: int | None = None) -> LayerBytes:
         """What a layer would keep, by chunk.
@@ -219,10 +229,13 @@ class StepSizes:
             layers: those of the pass, the last ones of the model; None: all.
         """
         m, tokens = self.model, [self.batch * (chunk.stop - chunk.start) for chunk in self.plan.chunks]
-        keys, values = self.kv_heads * m.head_dim, self.kv_heads * m.value_dim
         layers = m.layers if layers is None else layers
         windows, mixes = self.windows_of_last(layers), self.mixes_of_last(layers)
-        reached = {window for window in windows if window is not None}
+        widths = [self._kv_widths(layer) for layer in range(m.layers - layers, m.layers)]
+        kinds = {(window, w) for window, w, mix in zip(windows, widths, mixes, strict=True) if mix.attends}
+        # Of layers that have K and V of the sequence; where there is none, nobody asks.
+        keys, values = map(max, zip(*([w for window, w in kinds if window is None] or widths), strict=True))
+        reached = {(window, sum(w)) for window, w in kinds if window is not None}
         # Layers without attention have no K and V at all: a ring of nothing.
         ringed = tuple(window is not None or not mix.attends for window, mix in zip(windows, mixes, strict=True))
         kv = KVBytes(
@@ -233,8 +246,8 @@ class StepSizes:
             value_parts=tuple(n * values * self.attention_bytes for n in tokens),
             value_grads=tuple(n * values * self._sum_bytes for n in tokens),
             windowed=ringed if any(ringed) else (),
-            forward_ring=max((self.ring_bytes(window, backward=False) for window in reached), default=0),
-            backward_ring=max((self.ring_bytes(window, backward=True) for window in reached), default=0),
+            forward_ring=max((self._ring_bytes(*kind, backward=False) for kind in reached), default=0),
+            backward_ring=max((self._ring_bytes(*kind, backward=True) for kind in reached), default=0),
         )
         return kv if kv.all_windowed else holds(kv, device_budget)
 
@@ -244,14 +257,18 @@ class StepSizes:
         Those of the chunks that a row reads, in backward with their gradients, and the keys in reach side by side, as
         the kernel reads them: in forward a row that reads its own chunk alone has them so already.
         """
-        width = self.batch * self.kv_heads * (self.model.head_dim + self.model.value_dim)
+        widths = [sum(self._kv_widths(i)) for i, own in enumerate(self.windows) if own == window]
+        return self._ring_bytes(window, max(widths or [sum(self._kv_widths(0))]), backward=backward)
+
+    def _ring_bytes(self, window: int, width: int, *, backward: bool) -> int:
+        """The same; `width` are elements of a token's K and V together."""
         held_bytes, most = self.attention_bytes + self._sum_bytes * backward, 0
         for chunk in self.plan.chunks:
             first = first_key(chunk.start, window)
             held = chunk.stop - first // self.plan.chunk_tokens * self.plan.chunk_tokens
             copied = chunk.stop - first if backward or held > chunk.stop - chunk.start else 0
             most = max(most, held * held_bytes + copied * self.attention_bytes)
-        return width * most
+        return self.batch * width * most
 
     def attention_costs(self, layers: int) -> tuple[float, ...]:
         """Of the last so many layers, operations of attention forward over those of all the layer's linears."""
@@ -319,7 +336,8 @@ class StepSizes:
         m, (hidden, query, kv) = self.model, ATTENTION_COPIES
         width = max(m.head_dim, m.value_dim, 1)  # of queries; K and V of each its own
         heads = query * m.q_heads + (m.head_dim + m.value_dim) / width * kv * self.kv_heads * self._ranks
-        return int(tokens * (hidden * m.hidden * self.element_bytes + heads * width * self.attention_bytes))
+        tensors = int(tokens * (hidden * m.hidden * self.element_bytes + heads * width * self.attention_bytes))
+        return tensors + self.score_bytes
 
     def _recurrent_bytes(self, tokens: int) -> int:
         """Of the layer with most channels; its states at one border are there twice, with their gradients."""

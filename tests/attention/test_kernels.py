@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_fpdt.attention import reference
+from hf_fpdt.attention import SCORE_BYTES, reference
 from hf_fpdt.attention.kernels.contract import Kernel
 from hf_fpdt.attention.kernels.table import KERNELS, select_kernel
 from hf_fpdt.attention.online import backward_row, forward_row
@@ -21,6 +22,7 @@ from hf_fpdt.attention.spec import AttentionSpec
 from hf_fpdt.layout.chunks import Chunk, ChunkPlan
 from hf_fpdt.layout.spans import Span, row_spans
 from hf_fpdt.memory.kv import KVStore
+from tests.helpers.live_bytes import live_bytes
 from tests.helpers.support import assert_as_accurate, assert_rejects, max_error, peaked_qkv, relative_error
 
 GPU_KERNELS = ("fa4", "flash-attn-3", "cudnn", "flash-attn-2", "flash")
@@ -184,6 +186,50 @@ def test_math_is_not_narrowed_by_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         narrowed = KERNELS["math"].forward(*qkv, causal=True, spec=AttentionSpec.plain(16, 0.25))
     assert all(torch.equal(a, b) for a, b in zip(plain, narrowed, strict=True))
+
+
+MATH = importlib.import_module("hf_fpdt.attention.kernels.math")
+
+
+@pytest.mark.parametrize("spec", [{}, {"window": 9, "softcap": 3.0}], ids=["plain", "window and softcap"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_math_gives_the_same_with_few_scores_at_a_time(
+    causal: bool, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = peaked_qkv(2, 21, 50, 4, 2, 8, torch.float64)
+    how: dict[str, Any] = {"causal": causal, "spec": replace(AttentionSpec.plain(8), grouped=True, **spec)}
+
+    def run(most: int) -> list[Tensor]:
+        monkeypatch.setattr(MATH, "MOST_SCORES", most)
+        out, lse = KERNELS["math"].forward(q, k, v, **how)
+        return [out, lse, *KERNELS["math"].backward(out.sin(), q, k, v, out, lse, **how)]
+
+    whole = run(2**62)
+
+    def check(parts: list[Tensor]) -> None:
+        assert all(relative_error(part, one) < 1e-13 for part, one in zip(parts, whole, strict=True))
+
+    for most in (1, 50 * 2 * 4 * 4, 50 * 2 * 4 * 20):  # one query at a time, four, twenty
+        check(run(most))
+    last = [*whole[:3], *(torch.zeros_like(x) for x in whole[3:])]
+    assert_rejects(check, {"sums of the last part alone": last})
+
+
+def test_math_has_no_more_scores_than_are_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = peaked_qkv(1, 512, 512, 8, 8, 8, torch.float32)
+    how: dict[str, Any] = {"causal": True, "spec": replace(AttentionSpec.plain(8), softcap=3.0)}
+    share = 2**16 / MATH.MOST_SCORES
+
+    def check(most: int) -> None:
+        monkeypatch.setattr(MATH, "MOST_SCORES", most)
+        with live_bytes() as counter:
+            out, lse = KERNELS["math"].forward(q, k, v, **how)
+            KERNELS["math"].backward(out.sin(), q, k, v, out, lse, **how)
+        # Beside scores some tensors as large as q.
+        assert counter.peak <= share * SCORE_BYTES + 16 * q.nbytes
+
+    check(2**16)
+    assert_rejects(check, {"all at once": 2**62})
 
 
 @pytest.fixture

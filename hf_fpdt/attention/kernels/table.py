@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 from types import MappingProxyType
 
 import torch
@@ -46,9 +47,29 @@ def _select(name: str, device_type: str, dtype: torch.dtype, spec: AttentionSpec
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
     raise NotImplementedError(
-        f"hf_fpdt: kernel={name!r} cannot serve {case}: {'; '.join(reasons)}. Convert the model's dtype, install a "
-        'kernel, or take kernel="auto".'
+        f"hf_fpdt: kernel={name!r} cannot serve {case}: {'; '.join(reasons)}. Convert the model's dtype, or take "
+        f'kernel="auto" or one that can: {", ".join(_serving(device, dtype, spec))}.'
     )
+
+
+def why_not_served(name: str, cases: Iterable[tuple[torch.device, torch.dtype]], spec: AttentionSpec) -> str | None:
+    """Why the kernel called `name` serves attention of this kind in none of the cases; None where it does in one.
+
+    Args:
+        cases: where it may run, and in which dtype; the first is the likeliest, and the reason is of it.
+    """
+    cases = list(cases)
+    if name == "auto" or any(KERNELS[name].why_not(*case, spec) is None for case in cases):
+        return None
+    able = dict.fromkeys(other for case in cases for other in _serving(*case, spec))
+    return (
+        f"kernel={name!r} {KERNELS[name].why_not(*cases[0], spec)}, and attention of {spec} is asked for; take "
+        f'kernel="auto" or one that can: {", ".join(able)}'
+    )
+
+
+def _serving(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> list[str]:
+    return [kernel.name for kernel in KERNELS.values() if kernel.why_not(device, dtype, spec) is None]
 
 
 def _passed_over(reasons: list[str]) -> str:

@@ -13,6 +13,7 @@ from ...config import AUTO_CHUNK_TOKENS_GPU
 from ...forecast import Training, Weights
 from ...memory import parameter_count
 from ...plan import ModelSizes, take_layers
+from ..apply import seen_of
 from ..layers import decoder_layers, layer_mixes
 from ..settings import auto_loss_tokens
 from .seen import traits_without_weights
@@ -61,6 +62,7 @@ def training_of(config: PreTrainedConfig, *, lora: bool) -> Training:
 
 def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
     """Sizes of a model; with `lora` its adapters are put into it, and what they train is counted."""
+    seen = _seen_sizes(model)
     if lora:
         with_lora(model)
     layers = decoder_layers(model)
@@ -69,7 +71,8 @@ def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
     in_layers = [parameter_count(parameters, trained=True) for parameters in inside]
     text = model.config.get_text_config()
     largest = max(map(parameter_count, inside))
-    sizes = ModelSizes.of(text, layers=len(layers), layer_parameters=largest)
+    sizes = seen or ModelSizes.of(text, layers=len(layers), layer_parameters=largest)
+    sizes = replace(sizes, layer_parameters=largest)
     return Training(
         model=replace(sizes, mixes=layer_mixes(layers, traits_without_weights(model), sizes.experts)),
         weights=Weights(
@@ -82,3 +85,11 @@ def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
         chunk_tokens=AUTO_CHUNK_TOKENS_GPU,
         loss_tokens=auto_loss_tokens(text.vocab_size),
     )
+
+
+def _seen_sizes(model: PreTrainedModel) -> ModelSizes | None:
+    """By what its layers ask of attention; None of a model that cannot be trained, which has sizes all the same."""
+    try:
+        return seen_of(model)[0] if model.device.type == "meta" else None
+    except NotImplementedError:
+        return None
