@@ -118,13 +118,13 @@ def broken_steps(model: nn.Module, ids: Tensor, labels: Tensor | None = None, **
         name: train_step(model, ids, labels, attention_mask=mask.expand(len(ids), 1, -1, -1), **kwargs)
         for name, mask in masks.items()
     }
-    with _scaled(model, 1.05):
+    with scaled_attention(model, 1.05):
         broken["wrong scale"] = train_step(model, ids, labels, **kwargs)
     return {**broken, "labels off by one": train_step(model, ids, labels.roll(1, 1), **kwargs)}
 
 
 @contextmanager
-def _scaled(model: nn.Module, factor: float) -> Iterator[None]:
+def scaled_attention(model: nn.Module, factor: float) -> Iterator[None]:
     attentions: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), float)]
     assert attentions, "no module has the scale of attention"
     for module in attentions:
