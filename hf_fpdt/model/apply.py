@@ -26,7 +26,16 @@ from ..plan import NO_LIMIT, ModelSizes, attention_sizes, largest
 from .adapters import warn_of_another_rope
 from .attention_function import NAME
 from .head import loss_reasons, patch_head, unshared_loss_reasons
-from .layers import ChunkedLayer, check_entered, decoder_layers, decoder_of, enter_layer, layer_mixes, leave_layer
+from .layers import (
+    ChunkedLayer,
+    check_entered,
+    decoder_layers,
+    decoder_of,
+    enter_layer,
+    layer_mixes,
+    leave_layer,
+    merged_weights,
+)
 from .liger import load_liger, why_not_liger
 from .patch import check_patched, is_patched, unpatch
 from .refusals import why_not_shared, why_unsupported
@@ -185,6 +194,7 @@ def _settings(
 ) -> Settings:
     config = model.config.get_text_config()
     sizes = ModelSizes.of(config, layers=len(layers), layer_parameters=max(map(_count, layers)))
+    sizes = replace(sizes, merged=merged_weights(layers))
     store = CheckpointStore(plugin, group, TrainingMemory(model, layers))
     progress = StepProgress(device_peak()) if plugin.progress else None
     liger = load_liger() if plugin.fused else None

@@ -117,6 +117,13 @@ def _met_weights(layer: nn.Module, experts: int) -> int:
     return met
 
 
+def merged_weights(layers: Sequence[Any]) -> int:
+    """Of the layer with most: weights that PEFT's adapters of parameters are merged into whenever it runs."""
+    return max(
+        sum(m.get_param().numel() for m in layer.modules() if type(m).__name__ == "ParamWrapper") for layer in layers
+    )
+
+
 class ChunkedLayer(nn.Module):
     """Mixed into the class of each decoder layer; `_fpdt_*` are set by `enter_layer`."""
 

@@ -82,6 +82,7 @@ class ModelSizes:
         experts: chosen experts that one token visits; 0: there are none to choose.
         mixes: of each layer what it does; (): every layer attends, and none carries a state.
         heads: of each layer; (): of every layer those above.
+        merged: weights of one layer's experts that adapters are merged into, whole, whenever the layer runs.
 
     Raises:
         ValueError: there are windows, mixes or heads, but not one for each layer.
@@ -102,6 +103,7 @@ class ModelSizes:
     experts: int = 0
     mixes: tuple[LayerMix, ...] = ()
     heads: tuple[AttentionSizes, ...] = ()
+    merged: int = 0
 
     def __post_init__(self) -> None:
         for name in ("windows", "mixes", "heads"):

@@ -90,6 +90,9 @@ FUSED_GATED_COPIES, FUSED_PLAIN_COPIES = (5.0, 4.0), (6.5, 4.0)
 # The same where a token visits experts: of the hidden size for each of them, and of their widths together. Liger has
 # no kernels for them. Measured with gpt-oss-20b, whose experts have biases and a gate of many steps; others take less.
 EXPERT_COPIES = (4.0, 8.5)
+# Of experts' weights that adapters are merged into: the sum, its gradient, and what autograd makes of it in parts. By
+# counting with eager experts on a CPU.
+MERGED_COPIES = 4
 # The same in attention's backward, which is the peak where the MLP is narrow: multiples of the hidden size, of all
 # query heads and of all key and value heads. One model, 32 plain heads and every weight trained, held 17.4 hidden
 # sizes; the three shares are by counting tensors.
@@ -330,7 +333,8 @@ class StepSizes:
         hidden, intermediate = gated if m.gated else plain
         if m.experts:
             hidden, intermediate = hidden + m.experts * EXPERT_COPIES[0], EXPERT_COPIES[1]
-        return int(tokens * (hidden * m.hidden + intermediate * m.intermediate) * self.element_bytes)
+        activations = int(tokens * (hidden * m.hidden + intermediate * m.intermediate) * self.element_bytes)
+        return activations + MERGED_COPIES * m.merged * self.element_bytes
 
     def _attention_bytes(self, tokens: int) -> int:
         m, (hidden, query, kv) = self.model, ATTENTION_COPIES

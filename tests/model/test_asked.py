@@ -16,7 +16,7 @@ from hf_fpdt.model.apply import applied_settings
 from hf_fpdt.model.settings import Settings
 from hf_fpdt.plan.by_layer import AttentionSizes
 from hf_fpdt.plan.placement import DEVICE_MARGIN
-from tests.helpers.kinds import FAMILIES, kind, ring
+from tests.helpers.kinds import FAMILIES, kind, ring, with_adapters
 from tests.helpers.live_bytes import live_bytes
 from tests.helpers.models import CHUNK, tokens, train_step
 from tests.helpers.support import assert_rejects
@@ -112,10 +112,10 @@ def attention_adapters(model: Any) -> Any:
     return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
-def held_and_planned(name: str) -> tuple[dict[str, int], dict[str, int]]:
+def held_and_planned(name: str, adapt: Any = attention_adapters) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of a step with adapters and everything on the host: what was there, and what was planned."""
     ids = torch.randint(3, 80, (1, 96), generator=torch.Generator().manual_seed(0))
-    model = attention_adapters(kind(name, hidden_size=128, intermediate_size=192).float()).float()
+    model = adapt(kind(name, hidden_size=128, intermediate_size=192).float()).float()
     handle = apply_fpdt(
         model, FPDTPlugin(chunk_tokens=16, loss_chunk_tokens=16, device_budget_gib=0, host_budget_gib=1, fused=False)
     )
@@ -150,6 +150,12 @@ def test_a_step_holds_what_is_planned_and_no_more(name: str) -> None:
         return  # its experts compute every token, whichever it chose
     assert held == planned
     assert device[0] <= device[1]
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v2", "mixtral"])
+def test_experts_that_adapters_are_merged_into_are_planned_for(name: str) -> None:
+    held, planned = held_and_planned(name, with_adapters)
+    assert planned["device"] / 1.5 < held["device"] <= planned["device"]
 
 
 def test_windowed_layers_with_heads_of_their_own_are_planned_by_them() -> None:

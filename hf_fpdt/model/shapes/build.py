@@ -14,7 +14,7 @@ from ...forecast import Training, Weights
 from ...memory import parameter_count
 from ...plan import ModelSizes, take_layers
 from ..apply import seen_of
-from ..layers import decoder_layers, layer_mixes
+from ..layers import decoder_layers, layer_mixes, merged_weights
 from ..settings import auto_loss_tokens
 from .seen import traits_without_weights
 
@@ -72,7 +72,7 @@ def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
     text = model.config.get_text_config()
     largest = max(map(parameter_count, inside))
     sizes = seen or ModelSizes.of(text, layers=len(layers), layer_parameters=largest)
-    sizes = replace(sizes, layer_parameters=largest)
+    sizes = replace(sizes, layer_parameters=largest, merged=merged_weights(layers))
     return Training(
         model=replace(sizes, mixes=layer_mixes(layers, traits_without_weights(model), sizes.experts)),
         weights=Weights(
