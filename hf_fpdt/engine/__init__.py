@@ -17,13 +17,13 @@ In reading order:
     progress              the line inside a long step
 """
 
-from .calls import TrialCall, asked_without_memory, calling, current_call
+from .calls import current_call, traits_without_memory
 from .layer import run_layer
 from .layer_run import Layer, LayerRun
-from .layer_state import build_of, is_fsdps, look_of
+from .layer_state import is_fsdps, look_of
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
-from .recurrent import Asked, LayerTraits, StandInCache, cache_argument, hidden_states_of
+from .recurrent import Asked, LayerTraits, cache_argument
 from .replay_state import RandomState, untouched_random_state
 from .trial import TRIAL_TOKENS, LayerTrials, mixes_tokens, visit, visiting
 from .whole import attend_whole
@@ -36,18 +36,13 @@ __all__ = [
     "LayerTraits",
     "LayerTrials",
     "RandomState",
-    "StandInCache",
     "StepProgress",
     "TRIAL_TOKENS",
-    "TrialCall",
-    "asked_without_memory",
+    "traits_without_memory",
     "attend_whole",
-    "build_of",
     "cache_argument",
-    "calling",
     "chunked_loss",
     "current_call",
-    "hidden_states_of",
     "is_fsdps",
     "look_of",
     "mixes_tokens",

@@ -27,7 +27,7 @@ from ..layout import Chunk, Span, query_rows
 from ..parallel import repeat_heads, sum_repeated_heads
 from ..plan import AttentionSizes
 from .layer_run import LayerKV, LayerRun
-from .recurrent import Asked
+from .recurrent import Asked, LayerTraits, StandInCache
 
 # Keys of one backward call at most: a kernel's own dK, dV and fp32 sums are as long as its keys, and must not grow
 # with the sequence.
@@ -266,27 +266,45 @@ class TrialCall(Call):
         return scores.sigmoid() * v
 
 
-class _AskCall(TrialCall):
-    """What is computed after attention is not run."""
-
-    def attend(
-        self,
-        q_BSNH: Tensor,
-        k_BSGH: Tensor,
-        v_BSGH: Tensor,
-        *,
-        spec: AttentionSpec,
-        sinks_N: Tensor | None = None,
-    ) -> Tensor:
-        """Output [B, S, N, H of V]."""
-        super().attend(q_BSNH, k_BSGH, v_BSGH, spec=spec, sinks_N=sinks_N)
-        raise AttentionReached
+# Of experts, most of all, which look at values; they come after what is looked for.
+_WITHOUT_VALUES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
-def asked_without_memory(
-    forward: Callable[..., Any], hidden_BSD: Tensor, arguments: Mapping[str, Any], window: int | None
-) -> Asked | None:
-    """What a layer whose weights have no memory asks of attention; None of one that does not call it."""
-    with torch.no_grad(), calling(call := _AskCall(window)), suppress(AttentionReached):
-        forward(hidden_BSD, **arguments)
-    return call.asked
+def traits_without_memory(
+    forward: Callable[..., Any],
+    hidden_BSD: Tensor,
+    arguments: Mapping[str, Any],
+    window: int | None,
+    cache: str | None,
+) -> LayerTraits:
+    """What a layer whose weights have no memory does: attention with what it asks of it, and states.
+
+    Args:
+        forward: the layer's own, hidden states first.
+        hidden_BSD: what it is given, on the meta device.
+        arguments: its other arguments.
+        window: the keys that a query sees, by the mask that the model makes for the layer.
+        cache: what the layer calls its cache.
+
+    Returns:
+        Of a layer that cannot be run so, what most layers do: attention alone, and nothing asked.
+    """
+    stand_in, call, output = StandInCache(0), TrialCall(window), None
+    with suppress(*_WITHOUT_VALUES), torch.no_grad(), calling(call):
+        output = forward(hidden_BSD, **{**arguments, **({} if cache is None else {cache: stand_in})})
+    return LayerTraits(
+        attends=call.calls > 0 or (output is None and not stand_in.finals),
+        cache=cache if stand_in.asked or stand_in.finals else None,
+        states=stand_in.sizes(),
+        channels=stand_in.channels(),
+        outputs=len(output) if isinstance(output, (tuple, list)) else 0,
+        asked=call.asked,
+    )

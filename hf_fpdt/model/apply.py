@@ -173,7 +173,8 @@ def try_layers(model: PreTrainedModel) -> bool:
             logger.debug("hf_fpdt: layers will be tried at the first step: %s", error)
             return False
     layers: list[Any] = decoder_layers(model)
-    return True not in bare or all(layer._fpdt_traits.asked is not None for layer in layers)
+    traits = [layer._fpdt_traits for layer in layers]
+    return True not in bare or all(each.asked is not None or not each.attends for each in traits)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,10 +20,10 @@ from ..engine import (
     Layer,
     LayerRun,
     LayerTraits,
-    asked_without_memory,
     cache_argument,
     look_of,
     run_layer,
+    traits_without_memory,
     visiting,
 )
 from ..layout import Block
@@ -195,8 +195,8 @@ class ChunkedLayer(nn.Module):
             NotImplementedError: it cannot be run in chunks.
         """
         if hidden.is_meta:
-            asked = asked_without_memory(self._fpdt_layer.forward, hidden, arguments, window)
-            self._fpdt_traits = replace(self._fpdt_traits, asked=asked)
+            forward, cache = self._fpdt_layer.forward, cache_argument(self._fpdt_layer.raw_forward)
+            self._fpdt_traits = traits_without_memory(forward, hidden, arguments, window, cache)
             return
         look = look_of(self)
         if look in self._fpdt_looks:
@@ -270,7 +270,7 @@ def _needs_whole_sequence(layer: ChunkedLayer, arguments: dict[str, Any]) -> boo
     for name in caches_in(arguments):
         if not (layer.training and torch.is_grad_enabled()):
             return True
-        if arguments[name].get_seq_length() > 0:
+        if _has_past(arguments[name]):
             raise NotImplementedError(
                 "hf_fpdt: training behind a filled cache (prefix tuning?) is not supported; use LoRA or full "
                 "fine-tuning."
@@ -279,6 +279,16 @@ def _needs_whole_sequence(layer: ChunkedLayer, arguments: dict[str, Any]) -> boo
     mask = arguments.get("attention_mask")
     by_token = mask is not None and mask.dim() == 2 and not layer._fpdt_traits.attends  # cut as hidden states are
     return not (mask is None or by_token or torch.is_grad_enabled()) and window_of_mask(mask) is None
+
+
+def _has_past(cache: Any) -> bool:
+    """Whether there are keys or states of earlier tokens in a cache; of layers without either it cannot be asked."""
+    with suppress(ValueError):
+        if cache.get_seq_length() > 0:
+            return True
+    with suppress(ValueError, AttributeError):
+        return bool(cache.has_previous_state())
+    return False
 
 
 def _no_caches(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import accumulation_dtype
 from .group import SequenceParallelGroup, repeat_heads
 
 STATES = ("initial_state", "initial_states")
@@ -58,7 +57,7 @@ class _Halo(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_before: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...]:
         group, (state, new, tail) = ctx.group, ctx.shapes
-        kernel, wide = state[-1], accumulation_dtype(d_before.dtype)
+        kernel, wide = state[-1], torch.promote_types(d_before.dtype, torch.float32)
         sums = d_before.new_zeros(*state[:-1], kernel + group.size * tail, dtype=wide)
         left = kernel + group.rank * tail
         sums[..., left - kernel : left] += d_before

@@ -8,7 +8,6 @@ In reading order:
     dense            models whose layers attend to all before them
     attention_kinds  windows, sinks, latent attention
     recurrent        gated delta nets and Mamba-2 beside attention
-    seen             what the layers of a model do, seen without its weights
     build            models from a configuration; sizes for the planner
 """
 
@@ -23,7 +22,6 @@ from .attention_kinds import deepseek_v2_lite, gemma3_27b, gpt_oss_20b, mistral_
 from .build import LORA_RANK, build_random, training_of, training_of_model, with_layers, with_lora
 from .dense import MAX_POSITIONS, llama_1b, llama_8b, llama_70b, neox_6_9b, qwen3_32b
 from .recurrent import granite4_h_small, nemotron3_nano, qwen3_next_80b, qwen35_9b, qwen35_27b, qwen35_35b_a3b
-from .seen import traits_without_weights
 
 __all__ = [
     "LORA_RANK",
@@ -37,7 +35,6 @@ __all__ = [
     "qwen3_32b",
     "training_of",
     "training_of_model",
-    "traits_without_weights",
     "with_layers",
     "with_lora",
 ]

@@ -14,17 +14,26 @@ from ...forecast import Training, Weights
 from ...memory import parameter_count
 from ...plan import ModelSizes, take_layers
 from ..apply import seen_of
-from ..layers import decoder_layers, layer_mixes, merged_weights
+from ..layers import decoder_layers, merged_weights
 from ..settings import auto_loss_tokens
-from .seen import traits_without_weights
 
 LORA_RANK = 16
 
 
 def with_layers(config: PreTrainedConfig, n_layers: int) -> PreTrainedConfig:
-    """The configuration with its number of layers changed in place, and returned."""
+    """The configuration with its number of layers changed in place, and returned.
+
+    They are the first ones, over again where there are not as many; but no kind of layer is left out that there is
+    room for: of the kinds that are not among them the first ones are the last.
+    """
     text: Any = config.get_text_config()
-    take_layers(text, [i % text.num_hidden_layers for i in range(n_layers)])
+    layers = [i % text.num_hidden_layers for i in range(n_layers)]
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [None]
+    firsts = {kind: place for place, kind in reversed(list(enumerate(kinds)))}
+    missing = sorted(place for kind, place in firsts.items() if kind not in {kinds[i % len(kinds)] for i in layers})
+    if len(firsts) <= n_layers and missing:
+        layers[-len(missing) :] = missing
+    take_layers(text, layers)
     return config
 
 
@@ -51,7 +60,9 @@ def with_lora(model: PreTrainedModel) -> Any:
     with warnings.catch_warnings():
         # PEFT still asks by the old name of a property; nothing a user could change.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        lora = LoraConfig(r=LORA_RANK, target_modules="all-linear")
+        # PEFT has none for the last linear of a Mamba, whose fused kernel takes its weight past the module.
+        mambas = [f"{name}.out_proj" for name, m in model.named_modules() if hasattr(m, "A_log") and hasattr(m, "D")]
+        lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", exclude_modules=mambas or None)
         return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
@@ -74,7 +85,7 @@ def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
     sizes = seen or ModelSizes.of(text, layers=len(layers), layer_parameters=largest)
     sizes = replace(sizes, layer_parameters=largest, merged=merged_weights(layers))
     return Training(
-        model=replace(sizes, mixes=layer_mixes(layers, traits_without_weights(model), sizes.experts)),
+        model=sizes,
         weights=Weights(
             total=total,
             trained=trained,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from transformers import (
     GraniteMoeHybridConfig,
     NemotronHConfig,
@@ -12,9 +14,9 @@ from transformers import (
 
 from .dense import MAX_POSITIONS
 
-_ROPE = {"rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25}
+_ROPE = MappingProxyType({"rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25})
 # Kinds of Nemotron 3's layers by the letters of its reports, M a Mamba-2, E experts, * attention.
-_LETTERS = {"M": "linear_attention", "E": "moe", "*": "full_attention"}
+_LETTERS = MappingProxyType({"M": "linear_attention", "E": "moe", "*": "full_attention"})
 _NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
 
