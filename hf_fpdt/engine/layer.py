@@ -38,7 +38,7 @@ from .calls import (
 from .gradients import GradientSums
 from .layer_run import LayerKV, LayerRun
 from .recurrent import StandInCache, hidden_states_of, scans_over
-from .replay_state import RandomState, untouched_random_state
+from .replay_state import RandomState, untouched_random_state, versions_of
 
 
 def run_layer(run: LayerRun, hidden_BSD: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -54,7 +54,7 @@ class _ChunkedLayer(torch.autograd.Function):
     def forward(ctx: Any, run: LayerRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
         output: Tensor | None = None
         states: dict[str, Tensor] = {}
-        versions = _versions(parameters)
+        versions = versions_of(parameters)
         with (
             torch.cuda.device_of(hidden),  # kernels of Triton and flash-attn-4 run where the process is
             record_function(f"fpdt::forward {run.layer.name}"),
@@ -74,10 +74,8 @@ class _ChunkedLayer(torch.autograd.Function):
                 run.advance("forward", chunk)
         assert output is not None
         ctx.run, ctx.hidden_dtype, ctx.parameters = run, hidden.dtype, parameters
-        # Autograd then refuses weights that were changed before backward. It cannot tell where the layer itself counts
-        # as changed what it runs with: PEFT takes experts that it adapts out of their module and puts them back.
-        now = _versions(parameters)
-        ctx.save_for_backward(*(p for p, one, other in zip(parameters, versions, now, strict=True) if one == other))
+        # Autograd then refuses weights that were changed before backward; `check_unchanged` those that it cannot tell.
+        ctx.save_for_backward(*run.watched(parameters, versions))
         return output
 
     @staticmethod
@@ -106,11 +104,6 @@ class _ChunkedLayer(torch.autograd.Function):
                     run.advance("backward", chunk, attends=attends)
         grads = sums.totals()
         return None, d_hidden, *(grads.get(id(p)) for p in parameters)
-
-
-def _versions(parameters: Sequence[Tensor]) -> list[int]:
-    """How often each was written; tensors of inference mode do not say."""
-    return [0 if p.is_inference() else p._version for p in parameters]
 
 
 def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall, cache: StandInCache) -> Tensor:

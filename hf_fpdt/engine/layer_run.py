@@ -17,7 +17,7 @@ from ..parallel import SequenceParallelGroup
 from ..plan import KVBytes, StepSizes, WorkPhase, chunk_work, pass_work
 from .progress import StepProgress
 from .recurrent import LayerTraits, StandInCache
-from .replay_state import Autocast, RandomState, modes_of
+from .replay_state import Autocast, OwnWrites, RandomState, modes_of
 
 LayerKV = KVStore | WindowedKV  # K and V of one layer in one pass
 
@@ -35,6 +35,7 @@ class Layer:
         store: where K, V and checkpoints go.
         group: the ranks that share the sequence.
         progress: the line that is told of every chunk, if any.
+        own_writes: what its forward does to its own weights.
     """
 
     name: str
@@ -45,10 +46,14 @@ class Layer:
     store: CheckpointStore
     group: SequenceParallelGroup
     progress: StepProgress | None = None
+    own_writes: OwnWrites = field(init=False, default_factory=OwnWrites)
 
     def forward(self, hidden_BSD: Tensor, **arguments: Any) -> Any:
         """The layer's own forward."""
-        return self.raw_forward(self.module, hidden_BSD, **arguments)
+        if not self.own_writes:
+            return self.raw_forward(self.module, hidden_BSD, **arguments)
+        with self.own_writes.counted():
+            return self.raw_forward(self.module, hidden_BSD, **arguments)
 
     @property
     def is_sharded(self) -> bool:
@@ -98,6 +103,7 @@ class LayerRun:
     autocast: Autocast = field(init=False)
     _modes: tuple[object, ...] = field(init=False, default=())
     _output: tuple[StorageWeakRef, tuple[object, ...]] | None = field(init=False, default=None)
+    _versions: tuple[int, ...] = field(init=False, default=())
 
     @property
     def plan(self) -> ChunkPlan:
@@ -148,6 +154,17 @@ class LayerRun:
         if self.checkpoint is not None:
             self._output = StorageWeakRef(output_BSD.untyped_storage()), _reading(output_BSD)
 
+    def watched(self, parameters: Sequence[Tensor], before: Sequence[int]) -> list[Tensor]:
+        """Which weights autograd is to watch from now on; `check_unchanged` looks at the others.
+
+        Args:
+            before: the weights' versions when the forward pass began.
+        """
+        own = self.layer.own_writes
+        own.find(parameters, before)
+        self._versions = own.versions()
+        return own.others(parameters)
+
     def made(self, hidden_BSD: Tensor) -> bool:
         """Whether `hidden_BSD` is this layer's output, untouched; then running the layer again gives it again."""
         return self._output == (StorageWeakRef(hidden_BSD.untyped_storage()), _reading(hidden_BSD))
@@ -166,6 +183,12 @@ class LayerRun:
             raise RuntimeError(
                 f"hf_fpdt: adapters or training mode of {layer.name} changed between forward and backward, which runs "
                 "the layer again: call backward first (inside of disable_adapter(), before set_adapter() or eval())."
+            )
+        # Of weights that were found since, this run has no count, and autograd watches them.
+        if layer.own_writes.versions()[: len(self._versions)] != self._versions:
+            raise RuntimeError(
+                f"hf_fpdt: a weight of {layer.name} was modified by an inplace operation between forward and "
+                "backward, which runs the layer again: call backward first, then change weights (optimizer, merging)."
             )
 
     def advance(self, phase: WorkPhase, chunk: Chunk, *, attends: bool = True) -> None:

@@ -1,8 +1,8 @@
-"""State that a replay must find as the forward pass did: random generators, autocast, modules' modes."""
+"""State that a replay must find as the forward pass did: random generators, autocast, modules' modes, weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -87,3 +87,55 @@ def modes_of(layer: nn.Module) -> tuple[object, ...]:
         if "_active_adapter" in vars(module) or hasattr(type(module), "_active_adapter"):
             found += [getattr(module, name, None) for name in _ADAPTERS]
     return tuple(tuple(mode) if isinstance(mode, list) else mode for mode in found)
+
+
+def versions_of(weights: Sequence[Tensor]) -> list[int]:
+    """How often each was written; tensors of inference mode do not say."""
+    return [0 if weight.is_inference() else weight._version for weight in weights]
+
+
+class OwnWrites:
+    """What a layer's own forward writes to its weights, which is no change from one call to the next.
+
+    PEFT's adapters of parameters (`ParamWrapper`, of experts) put a parameter aside and back in every call: its values
+    stay, and autograd counts a write. So such a weight is looked at here; autograd watches the others.
+    """
+
+    def __init__(self) -> None:
+        self._weights: list[Tensor] = []
+        self._counts: list[int] = []
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Around each call of the layer's own forward."""
+        before = versions_of(self._weights)
+        try:
+            yield
+        finally:
+            for index, version in enumerate(before):
+                self._counts[index] += self._weights[index]._version - version
+
+    def __bool__(self) -> bool:
+        """Whether there are such weights."""
+        return bool(self._weights)
+
+    def find(self, weights: Sequence[Tensor], before: Sequence[int]) -> None:
+        """Add what was written in the forward pass that is over.
+
+        Args:
+            before: the weights' versions when it began.
+        """
+        known = {id(weight) for weight in self._weights}
+        for weight, version, now in zip(weights, before, versions_of(weights), strict=True):
+            if now != version and id(weight) not in known:
+                self._weights.append(weight)
+                self._counts.append(0)
+
+    def others(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the weights that the layer itself leaves alone."""
+        known = {id(weight) for weight in self._weights}
+        return [weight for weight in weights if id(weight) not in known]
+
+    def versions(self) -> tuple[int, ...]:
+        """How often anybody else has written to each such weight."""
+        return tuple(w._version - count for w, count in zip(self._weights, self._counts, strict=True))

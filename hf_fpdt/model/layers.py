@@ -153,7 +153,7 @@ class ChunkedLayer(nn.Module):
         if visiting():
             arguments |= _no_caches(arguments)
         elif _needs_whole_sequence(self, arguments):
-            return raw(self, hidden, **arguments)
+            return self._fpdt_layer.forward(hidden, **arguments)
         if (window := window_of_mask(arguments.get("attention_mask"))) is not None:
             arguments["attention_mask"] = None
             # On ranks the mask does not say which kind of window it is for.

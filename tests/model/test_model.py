@@ -19,6 +19,7 @@ from tests.helpers.models import (
     CHUNK,
     PLUGIN,
     TOLERANCE,
+    TOLERANCE_FP32,
     Step,
     assert_same_step,
     broken_steps,
@@ -476,6 +477,48 @@ def test_a_weight_changed_between_forward_and_backward_raises(name: str) -> None
     with torch.no_grad():
         model.get_parameter(name).add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_hidden_layers": 4}
+INPLACE = "a weight of layer .* was modified by an inplace operation between forward and backward"
+
+
+def with_adapted_experts(plugin: FPDTPlugin | None) -> PeftModel:
+    """PEFT's adapters of parameters, over the matrix products of groups that transformers takes by itself (fp32)."""
+    model = tiny("qwen3_moe", dtype=torch.float32, attention="sdpa", **EXPERTS)
+    model.set_experts_implementation("grouped_mm")
+    adapted = with_lora(model)
+    if plugin is not None:
+        apply_fpdt(adapted, plugin)
+    return adapted
+
+
+@pytest.mark.parametrize("checkpoints", ["attention", "segment"])
+def test_weights_that_a_layer_puts_aside_and_back_are_unchanged(checkpoints: Any) -> None:
+    """A layer below runs again in backward ("segment"); a second forward comes before the first one's backward."""
+    plugin = FPDTPlugin(chunk_tokens=CHUNK, loss_chunk_tokens=6, checkpoints=checkpoints)
+
+    def both(model: PeftModel) -> Step:
+        one, two = (model(input_ids=ids, labels=ids).loss for ids in (tokens(1, 23), tokens(1, 19, seed=1)))
+        loss = one + 2 * two
+        loss.backward()
+        return taken_step(model, loss)
+
+    ours, plain = (both(with_adapted_experts(each)) for each in (plugin, None))
+    assert sum("experts" in name for name in plain.grads) == 4 * 4
+    assert_same_step(ours, plain, tolerance=TOLERANCE_FP32)
+
+
+def test_changing_one_of_them_between_forward_and_backward_raises() -> None:
+    ids = tokens(1, 23)
+    model = with_adapted_experts(PLUGIN)
+    loss = model(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        next(
+            p for name, p in model.named_parameters() if name.endswith("experts.base_layer.base_layer.down_proj")
+        ).add_(1)
+    with pytest.raises(RuntimeError, match=INPLACE):
         loss.backward()
 
 
