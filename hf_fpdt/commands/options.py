@@ -63,6 +63,7 @@ def tokens_text(tokens: int) -> str:
 
 
 DEFAULT_SHAPE = "llama-8b"
+ADAPTER_CONFIG = "adapter_config.json"
 # What a model's own constructor raises of a configuration that it does not understand.
 _OF_CONSTRUCTORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 PICTURE_ENDINGS = (".png", ".svg", ".pdf")
@@ -129,9 +130,11 @@ def new_parser(
     return parser
 
 
-def add_model(group: argparse._MutuallyExclusiveGroup) -> None:
+def add_model(
+    group: argparse._MutuallyExclusiveGroup, about: str = "hub name or folder whose configuration is taken"
+) -> None:
     """MODEL or --shape, as `config_of` reads them."""
-    group.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder whose configuration is taken")
+    group.add_argument("model", nargs="?", metavar="MODEL", help=about)
     known = ", ".join(SHAPES)
     group.add_argument(
         "--shape",
@@ -146,12 +149,32 @@ def config_of(options: argparse.Namespace, *, layers: int | None) -> PreTrainedC
     if options.model is None:
         config = SHAPES[options.shape or DEFAULT_SHAPE]()
         return config if layers is None else with_layers(config, layers)
-    check_folder(options.model)
-    with mistakes(OSError, ValueError, StrictDataclassError):
-        config = _config_of(options.model)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserMistake(f"{options.model} is a {config.model_type} model; a causal language model is expected.")
+    config = read_config(options.model)
     return config if layers is None else with_layers(config, layers)
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """Of a hub name or a folder.
+
+    Raises:
+        UserMistake: it is not there, cannot be read, or is of no causal language model.
+    """
+    check_folder(model)
+    _refuse_bare_adapter(Path(model))
+    with mistakes(OSError, ValueError, StrictDataclassError):
+        config = _config_of(model)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserMistake(f"{model} is a {config.model_type} model; a causal language model is expected.")
+    return config
+
+
+def _refuse_bare_adapter(folder: Path) -> None:
+    """An adapter's folder with the configuration of its base in it is taken for the base."""
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise UserMistake(
+            f"{folder} is a PEFT adapter's folder and holds no configuration of a model; give its base, or ask "
+            f"hf-fpdt check {folder}."
+        )
 
 
 def _config_of(model: str) -> PreTrainedConfig:

@@ -16,7 +16,7 @@ In reading order:
     shapes              known models as configurations; sizes of a model for the planner
 """
 
-from .adapters import mapping_with_rope
+from .adapters import mapping_with_rope, rope_of, trained_rope
 from .apply import FPDTHandle, applied_settings, apply_fpdt, device_peak, has_fpdt, train_with, why_refused
 from .attention_function import register
 from .layers import decoder_layers, mostly_trained
@@ -35,7 +35,9 @@ __all__ = [
     "mapping_with_rope",
     "mostly_trained",
     "register",
+    "rope_of",
     "train_with",
+    "trained_rope",
     "training_of",
     "training_of_model",
     "why_refused",

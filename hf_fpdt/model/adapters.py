@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 def mapping_with_rope(model: PreTrainedModel) -> dict[str, Any]:
     """`auto_mapping` for the configuration of an adapter that is trained on `model` as it is now."""
     kind = type(model)
-    return {"base_model_class": kind.__name__, "parent_library": kind.__module__, KEY: _rope_of(model.config)}
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__, KEY: rope_of(model.config)}
 
 
 def warn_of_another_rope(model: PreTrainedModel) -> None:
     """Say which adapters of the model were trained with other rotary parameters than it has."""
-    now = _rope_of(model.config)
+    now = rope_of(model.config)
     for name, config in (getattr(model, "peft_config", None) or {}).items():
-        trained = (getattr(config, "auto_mapping", None) or {}).get(KEY)
+        trained = trained_rope(config)
         if trained is not None and trained != now:
             logger.warning(
                 "hf_fpdt: the adapter %r was trained with the rotary parameters %s, and the model it is on has %s: "
@@ -40,8 +40,13 @@ def warn_of_another_rope(model: PreTrainedModel) -> None:
             )
 
 
-def _rope_of(config: PreTrainedConfig) -> Any:
-    """As JSON gives it back, so that what was kept compares with what is."""
+def trained_rope(adapter: Any) -> Any:
+    """The rotary parameters that an adapter's configuration (PEFT's) says it was trained with; None: it says none."""
+    return (getattr(adapter, "auto_mapping", None) or {}).get(KEY)
+
+
+def rope_of(config: PreTrainedConfig) -> Any:
+    """Of a model. As JSON gives it back, so that what was kept compares with what is."""
     rope = getattr(config.get_text_config(), "rope_parameters", None)
     if isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values()):
         rope = {"rope_type": "default", **rope}

@@ -6,7 +6,7 @@ import argparse
 import os
 import platform
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ..options import (
     new_parser,
     plain,
 )
+from .adapter import Adapter, adapter_of
 from .compare import (
     Finding,
     NothingToCompare,
@@ -50,12 +51,16 @@ For the last, a tiny copy of the model with random weights (its architecture and
 makes one training step with every kernel, beside plain attention and the same step in float64. FPDT's errors may be
 at most twice those of plain attention. That takes seconds; of a model only the configuration is read.
 
+Of an adapter's folder (PEFT's) such an adapter is trained on a tiny copy of its base; it also says whether the adapter
+was trained with other rotary parameters than its base has.
+
 Exit status: 0 served and right, 1 not (the reasons are printed), 2 the command was not given what it needs.
 """
 CHECK_EXAMPLES = """\
 examples:
   hf-fpdt check                                         this machine, with Llama-3.1-8B's shape
   hf-fpdt check ./my-model                              a model folder, or a hub name
+  hf-fpdt check out/books                               an adapter's folder: with its base, and its rotary parameters
   hf-fpdt check --measure --rates gpu.json              also how fast the GPU is; keep that
   hf-fpdt plan --host-mem 128 --rates gpu.json          … and plan with it
 """
@@ -72,7 +77,9 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description=CHECK_HELP,
         epilog=CHECK_EXAMPLES,
     )
-    add_model(parser.add_argument_group("which model").add_mutually_exclusive_group())
+    which = parser.add_argument_group("which model")
+    add_model(which.add_mutually_exclusive_group(), "hub name or folder whose configuration is taken; or an adapter's")
+    which.add_argument("--base-model", metavar="NAME", help="of an adapter, where its base is not where it was")
     speed = parser.add_argument_group("how fast (on a GPU)")
     speed.add_argument("--measure", action="store_true", help="measure kernels, matrix products, memory and link")
     speed.add_argument("--rates", type=Path, metavar="FILE", help="keep what was measured, for hf-fpdt plan --rates")
@@ -83,16 +90,19 @@ def check(options: argparse.Namespace) -> int:
     device = Device("cuda" if torch.cuda.is_available() else "cpu")
     _check_rates_option(options, device)
     check_settings()
-    config = config_of(options, layers=None)
-    architecture, reasons = _refusals(config)
+    adapter = adapter_of(options.model, options.base_model)
+    config = config_of(options, layers=None) if adapter is None else adapter.config
+    architecture, reasons = _refusals(config, adapter)
     print(f"machine   {_machine(device)}")
     text = config.get_text_config()
     for kind in kinds_of(text):
         _print_kernels(device, kind)
     name = f"{options.model or f'the {options.shape or DEFAULT_SHAPE} shape'} ({architecture})"
+    if adapter is not None:
+        _print_items("adapter  ", adapter.lines())
     if reasons:
         _print_refused(name, reasons)
-    passed = not reasons and _check_model(name, text, device)
+    passed = not reasons and _check_model(name, TinyModel(text, device, adapter))
     if options.measure:
         _measure(device, options.rates)
     return 0 if passed else 1
@@ -142,10 +152,9 @@ def _short(dtype: torch.dtype) -> str:
 # The model -----------------------------------------------------------------------------------------------------------
 
 
-def _check_model(name: str, text: Any, device: Device) -> bool:
-    tiny = TinyModel(text, device)
+def _check_model(name: str, tiny: TinyModel) -> bool:
     try:
-        findings = list(_findings(tiny, device))
+        findings = list(_findings(tiny, tiny.device))
     except NothingToCompare as error:
         print(f"model     {name} has nothing that FPDT refuses.")
         print(f"result    nothing was compared: a tiny copy of the model does not run by itself ({error}).")
@@ -163,16 +172,26 @@ def _check_model(name: str, text: Any, device: Device) -> bool:
     return _verdict(findings)
 
 
-def _refusals(config: Any) -> tuple[str, list[str]]:
+def _refusals(config: Any, adapter: Adapter | None) -> tuple[str, list[str]]:
     """The class of the model, built without memory for its weights, and why FPDT will not have it."""
     model = built_without_memory(config)
-    return type(model).__name__, why_refused(model)
+    name = type(model).__name__
+    return name, why_refused(model if adapter is None else adapter.put_on(model).get_base_model())
 
 
 def _print_refused(model: str, reasons: list[str]) -> None:
     print(f"model     {model} is not supported:")
-    for reason in reasons:
-        print(textwrap.fill(f"{reason}.".replace("..", "."), 110, initial_indent="  - ", subsequent_indent="    "))
+    _print_items("", reasons)
+
+
+def _print_items(head: str, items: Sequence[str]) -> None:
+    if head:
+        print(f"{head} {items[0]}")
+    for reason in items[1:] if head else items:
+        text = f"{reason}.".replace("..", ".")
+        # Names of folders are to be pasted whole.
+        whole: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False}
+        print(textwrap.fill(text, 110, initial_indent="  - ", subsequent_indent="    ", **whole))
 
 
 def _findings(tiny: TinyModel, device: Device) -> Iterator[Finding]:

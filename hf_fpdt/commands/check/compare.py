@@ -6,7 +6,7 @@ Both are measured against the same computation in float64; `commands.accuracy` h
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,15 @@ from ...model import apply_fpdt, build_random
 from ...plan import attention_sizes, head_dims, largest, why_no_sizes, windows_of
 from ..accuracy import LOSS, Tensors, Worst, errors, in_double, worst_of_run
 from ..options import plain
+from .adapter import Adapter
 from .tiny_config import VOCABULARY, shrunk
 
 ATTENTION_TOKENS = 500
 TRAINING_TOKENS, CHUNK_TOKENS, LOSS_TOKENS = 150, 64, 40  # ragged chunks
 # Scores then have a standard deviation of a few units: a softmax with peaks.
 WEIGHT_GAIN, VECTOR_NOISE = 2.0, 0.1
+# Adapters add products of two such matrices, some times over.
+ADAPTER_GAIN = 0.2
 
 Attend = Callable[..., Tensor]
 
@@ -157,10 +160,11 @@ class TinyModel:
     Args:
         config: of the large model; it is shrunk here.
         device: where the steps run.
+        adapter: what is trained around it; None: every weight.
     """
 
-    def __init__(self, config: Any, device: torch.device) -> None:
-        self.config, self.device = shrunk(config), device
+    def __init__(self, config: Any, device: torch.device, adapter: Adapter | None = None) -> None:
+        self.config, self.device, self.adapter = shrunk(config), device, adapter
         self._ids = torch.randint(3, VOCABULARY, (1, TRAINING_TOKENS), generator=torch.Generator().manual_seed(0))
         self._plain: dict[torch.dtype, Tensors] = {}
 
@@ -190,7 +194,10 @@ class TinyModel:
         model.set_attn_implementation("eager")
         if dtype == torch.float64:
             model = in_double(model)
-        _draw(model)
+        _draw(model.parameters(), WEIGHT_GAIN)
+        if self.adapter is not None:
+            model = self.adapter.put_on(model, tiny=True)
+            _draw((p for p in model.parameters() if p.requires_grad), ADAPTER_GAIN)
         if kernel is not None:
             # All on the host, so that the copies are checked too.
             plugin = FPDTPlugin(
@@ -230,13 +237,13 @@ def _gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
     return ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
 
 
-def _draw(model: Any) -> None:
+def _draw(parameters: Iterable[Tensor], gain: float) -> None:
     """Equal weights in every dtype: drawn on the CPU, and rounded to bfloat16 first."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in parameters:
             noise = torch.randn(p.shape, generator=generator)
             if p.dim() > 1:
-                p.copy_((noise * WEIGHT_GAIN / p.shape[-1] ** 0.5).bfloat16())
+                p.copy_((noise * gain / p.shape[-1] ** 0.5).bfloat16())
             else:
                 p.copy_((p.cpu().float() + VECTOR_NOISE * noise).bfloat16())
