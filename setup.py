@@ -4,7 +4,11 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-README = Path(__file__).parent / "README.md"
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+LAUNCHES = sorted(path.name for path in (ROOT / "examples" / "accelerate").glob("*.yaml"))
+# Only pre-releases can be installed (0.0.1 was withdrawn), and pip takes one where it is named alone.
+FLASH = "flash-attn-4>=4.0.0b36"
 
 setup(
     name="hf_fpdt",
@@ -19,6 +23,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["hf_fpdt", "hf_fpdt.*"]),
     package_data={"hf_fpdt": ["py.typed"], "hf_fpdt.commands.finetune": ["template.md"]},
+    # For accelerate launch where there is no clone: share/hf_fpdt/accelerate in the environment.
+    data_files=[("share/hf_fpdt/accelerate", [f"examples/accelerate/{name}" for name in LAUNCHES])],
     entry_points={"console_scripts": ["hf-fpdt = hf_fpdt.commands.main:main"]},
     install_requires=[
         "torch>=2.11",
@@ -34,10 +40,9 @@ setup(
         "shtab>=1.7",
     ],
     extras_require={
-        # Only pre-releases exist so far; pip takes them because there is nothing else to choose.
-        "flash": ["flash-attn-4"],
+        "flash": [FLASH],
         # All that hf-fpdt finetune uses where there is a GPU, its picture included.
-        "gpu": ["flash-attn-4", "liger-kernel", "matplotlib"],
+        "gpu": [FLASH, "liger-kernel", "matplotlib"],
         "bench": ["matplotlib", "liger-kernel", "pyte"],
         "dev": [
             "filelock",

@@ -50,7 +50,7 @@ def _fa4_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) 
     reason = reason or why_not_kind(spec, windows=True, softcaps=True)
     reason = reason or _blackwell_why_not(spec, torch.cuda.get_device_capability()[0])
     if reason is None and import_or_none("flash_attn.cute.interface") is None:
-        return "the package flash-attn-4 is not installed (pip install flash-attn-4)"
+        return "the package flash-attn-4 is not installed (pip install --pre flash-attn-4)"
     return reason
 
 

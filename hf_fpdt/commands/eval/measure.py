@@ -31,6 +31,7 @@ from .figure import draw
 from .loss_by_position import measure
 from .options import EvalOptions
 
+RUN = "run.json"
 BROKEN_ADAPTER = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, SafetensorError)
 
 
@@ -39,6 +40,11 @@ def evaluate_model(options: EvalOptions) -> list[str]:
     quiet()
     progress = Progress()
     make_folder(options.output_dir)
+    if (options.output_dir / RUN).is_file():
+        raise UserMistake(
+            f"--output_dir: {options.output_dir} holds a run of hf-fpdt finetune, whose own loss by position would be "
+            "written over; give another folder"
+        )
     windows, model = _windows_and_model(options, progress)
     label = Path(options.model).name
     with mistakes(NotImplementedError):
@@ -50,6 +56,7 @@ def evaluate_model(options: EvalOptions) -> list[str]:
         draw(options.output_dir / "loss_by_position.png", curves, reach, f"Loss by position, {label}")
     except PictureError as error:
         progress.say(f"no loss_by_position.png: {error}")
+    progress.say(f"wrote the loss by position to {options.output_dir}")
     return table_lines(curves, reach)
 
 

@@ -51,10 +51,14 @@ def settings_of(options: Options) -> dict[str, Any]:
     own = {name: value for name, value in options.own().items() if name in OWN_SETTINGS}
     if options.full:  # what is said of adapters does not matter then
         own = {name: value for name, value in own.items() if name not in LORA_SETTINGS}
-    windows = trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
-    windows = windows * int(os.environ.get("WORLD_SIZE", "1")) // options.plugin.sp_size
     chosen = {name: trainer[name] for name in TRAINER_SETTINGS if name in trainer}
-    return json.loads(json.dumps({**own, **chosen, WINDOWS_A_STEP: windows}, default=str))
+    return json.loads(json.dumps({**own, **chosen, WINDOWS_A_STEP: windows_a_step(options)}, default=str))
+
+
+def windows_a_step(options: Options) -> int:
+    """Over all processes."""
+    windows = options.trainer.per_device_train_batch_size * options.trainer.gradient_accumulation_steps
+    return windows * int(os.environ.get("WORLD_SIZE", "1")) // options.plugin.sp_size
 
 
 def words_of_the_run(words: Sequence[str]) -> list[str]:

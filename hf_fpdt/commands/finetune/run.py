@@ -32,10 +32,19 @@ from .data import Data, prepare_data
 from .facts import Outcome, report
 from .merge import check_merge, merged_folder, write_merged
 from .options import Options
-from .output import check_data, check_output, checkpoint_of, finished, new_length, result_is_written, write_settings
+from .output import (
+    check_data,
+    check_output,
+    checkpoint_of,
+    finished,
+    new_length,
+    result_is_written,
+    windows_a_step,
+    write_settings,
+)
 from .rope import RopePlan, apply_rope, beyond_reach, plan_rope
 from .steps import NothingLeftError, Progress, StepPrinter, quiet
-from .trainer_options import autocast_dtype, check_trainer, intervals_line
+from .trainer_options import autocast_dtype, check_trainer, intervals_line, passes_line
 from .windows import RightPadding, check_tokenizer
 
 ROPE_ONLY = MappingProxyType({"yarn": "YaRN only, before training", "linear": "linear scaling only, before training"})
@@ -82,6 +91,7 @@ def run(options: Options) -> None:
         f"loaded {options.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {options.device}, "
         f"{PartialState().num_processes} process(es), {options.plugin.sp_size} a sequence"
     )
+    progress.say(passes_line(options.trainer, data.facts["windows"], a_step=windows_a_step(options)))
     progress.say(intervals_line(options.trainer))
     _work(Job(options, tokenizer, rope, data, progress, cut, checkpoint), model)
 

@@ -106,6 +106,19 @@ def _intervals(values: dict[str, Any], *, held_out: bool) -> dict[str, Any]:
     }
 
 
+def passes_line(arguments: TrainingArguments, windows: int, *, a_step: int) -> str:
+    """How often the training windows are gone through, to be said before it; a few of them are learnt by heart.
+
+    Args:
+        windows: that there are.
+        a_step: that an optimizer step takes.
+    """
+    if arguments.max_steps <= 0:
+        return f"training: {arguments.num_train_epochs:g} times through {windows} windows, {a_step} a step"
+    times = arguments.max_steps * a_step / windows
+    return f"training: {arguments.max_steps} steps, {a_step} of {windows} windows each: {times:.3g} times through them"
+
+
 def intervals_line(arguments: TrainingArguments) -> str:
     """What is kept and measured during training, to be said before it."""
     kept = f", the last {arguments.save_total_limit} are kept" if arguments.save_total_limit else ""

@@ -294,6 +294,10 @@ def test_the_evaluation_of_the_adapters_folder_is_that_of_the_run(
     assert float(table[-1][3]) == pytest.approx(lora.facts["held_out_loss"]["after"], abs=6e-4)
     kept = [(folder / "loss_by_position.csv").read_text().splitlines() for folder in (lora.output, tmp_path / "out")]
     assert [row.rpartition(",")[2] for row in kept[0][1:]] == [row.rpartition(",")[2] for row in kept[1][1:]]
+    before = content(lora.output)
+    assert main(["eval", "--model", str(lora.output), *data, "--output-dir", str(lora.output)]) == 2
+    assert_one_line(capsys.readouterr().err, ["--output_dir", "holds a run of hf-fpdt finetune"])
+    assert content(lora.output) == before
 
 
 def test_what_is_left_out_is_said_and_padding_needs_no_token_of_its_own(

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from hf_fpdt.commands.finetune.options import Options, read_options
 from hf_fpdt.commands.finetune.trainer_options import intervals_line
 from hf_fpdt.commands.main import main
 from hf_fpdt.commands.options import UserMistake
-from tests.helpers.app_support import ROOT, stories, write_jsonl, write_tiny_checkpoint
+from tests.helpers.app_support import ROOT, stories, write_tiny_checkpoint
 
 NEEDED = ("--model", "m", "--data", "d", "--output_dir", "o", "--use_cpu")
 
@@ -255,27 +256,11 @@ def test_help_shows_ours_and_names_the_rest(capsys: pytest.CaptureFixture[str]) 
     assert "--neftune_noise_alpha" in everything and "--max_length TOKENS" in everything
 
 
-def test_a_wheel_runs_every_command_of_a_user(tmp_path: Path) -> None:
-    """Built and used away from the checkout, on a toy model; --help draws nothing."""
-    source = tmp_path / "source"
-    shutil.copytree(ROOT / "hf_fpdt", source / "hf_fpdt", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=120)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as files:
-        files.extractall(tmp_path / "site")
-    assert (tmp_path / "site" / "hf_fpdt" / "commands" / "finetune" / "template.md").is_file()
-    (metadata,) = (tmp_path / "site").glob("*.dist-info/METADATA")
-    told = metadata.read_text(encoding="utf-8")
-    assert f"\nVersion: {hf_fpdt.__version__}\n" in told and "\nProject-URL: Paper, https://arxiv.org/" in told
-    for needed in ("flash-attn-4", "liger-kernel", "matplotlib"):
-        assert re.search(rf"^Requires-Dist: {needed}; extra == .gpu.$", told, re.MULTILINE), needed
-    write_tiny_checkpoint(tmp_path / "model")
-    write_jsonl(tmp_path / "texts.jsonl", stories(6))
-    program = """
-import sys
+PRINTED = re.compile(r"(?:^\$ |^|`)(hf-fpdt (?:check|[a-z]+ -)[^`#\n]*)", re.MULTILINE)
+# Fewer steps than the default, and away from a GPU that might be there.
+SHORTER = {"finetune": ["--max_steps", "2", "--use_cpu"], "eval": ["--use_cpu"]}
+PROGRAM = """
+import json, sys
 from hf_fpdt.commands.main import main
 import hf_fpdt
 def run(*words):
@@ -288,31 +273,76 @@ for name in ("check", "plan", "trace", "bench", "finetune", "eval"):
     run(name, "--help")
 run("--help")
 run("--version")
+run("plan", "NAME", "--host-mem", "16", "--seq-len", "4K")
 assert "matplotlib" not in sys.modules
-run("plan", "model", "--host-mem", "16", "--seq-len", "4K")
-run("check", "model")
-run(*"finetune --model model --data texts.jsonl --max_length 256 --max_steps 2 --use_cpu --output_dir adapter".split())
-print("trained", file=sys.stderr)
-run(*"eval --model adapter --data texts.jsonl --max_length 256 --use_cpu --output_dir curves".split())
+for words in json.loads(sys.argv[1]):
+    print("command", words[0], file=sys.stderr)
+    run(*words)
+print("command", file=sys.stderr)
+run("check", "OUT")
+run(*"finetune --resume --output OUT --use_cpu".split())
 print(hf_fpdt.__file__, file=sys.stderr)
 """
+
+
+def wheel_in(folder: Path) -> Path:
+    """The package as a wheel has it, unpacked beside the folder of its source."""
+    source, site = folder / "source", folder / "site"
+    shutil.copytree(ROOT / "hf_fpdt", source / "hf_fpdt", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "examples" / "accelerate", source / "examples" / "accelerate")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=120)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(site)
+    return site
+
+
+def test_a_wheel_runs_the_commands_that_the_readme_prints(tmp_path: Path) -> None:
+    """Built and used away from the checkout, on a toy model and a folder of text; --help and plan draw nothing."""
+    site = wheel_in(tmp_path)
+    assert (site / "hf_fpdt" / "commands" / "finetune" / "template.md").is_file()
+    (shared,) = site.glob("*.data/data/share/hf_fpdt/accelerate")
+    assert {path.name for path in shared.iterdir()} == {p.name for p in (ROOT / "examples" / "accelerate").iterdir()}
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    told = metadata.read_text(encoding="utf-8")
+    assert f"\nVersion: {hf_fpdt.__version__}\n" in told and "\nProject-URL: Paper, https://arxiv.org/" in told
+    # Named alone a pre-release is not taken where a withdrawn final release is listed.
+    for needed in (r"flash-attn-4>=4\.0\.0b\d+", "liger-kernel", "matplotlib"):
+        assert re.search(rf"^Requires-Dist: {needed}; extra == .gpu.$", told, re.MULTILINE), needed
+    write_tiny_checkpoint(tmp_path / "NAME")
+    (tmp_path / "FOLDER").mkdir()
+    for number, text in enumerate(stories(6)):
+        (tmp_path / "FOLDER" / f"{number}.txt").write_text(text, encoding="utf-8")
+    printed = [shlex.split(line)[1:] for line in PRINTED.findall((ROOT / "README.md").read_text(encoding="utf-8"))]
+    assert sorted({words[0] for words in printed}) == ["check", "eval", "finetune", "plan"]
+    commands = [words + SHORTER.get(words[0], []) for words in printed]
     # As an installed package, so that the checkout's is found by none of the commands.
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+        [sys.executable, "-c", PROGRAM, json.dumps(commands)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     assert f"hf-fpdt {hf_fpdt.__version__} (torch {torch.__version__}, transformers " in done.stdout
-    said = done.stderr.partition("trained")[0]
+    said = done.stderr.partition("command finetune")[2].partition("command")[0]
     assert [said.count(f"hf_fpdt: {what}") for what in ("LlamaForCausalLM, 2 layers", "attention kernel 'cpu'")] == [
         1,
         1,
     ]
     assert "; keeps 2 inputs" in said, "finetune shows what it does"
-    assert done.stderr.split()[-1] == str(tmp_path / "site" / "hf_fpdt" / "__init__.py")
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "adapter" / "README.md").is_file(), "the card, whose template is package data"
-    assert (tmp_path / "curves" / "loss_by_position.csv").is_file()
+    assert "training: 2 steps, 1 of 1 windows each: 2 times through them" in done.stdout
+    assert "adapter   OUT: LORA of rank 16, on NAME" in done.stdout and "nothing to do: " in done.stdout
+    assert done.stderr.split()[-1] == str(site / "hf_fpdt" / "__init__.py")
+    assert (tmp_path / "OUT" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "OUT" / "README.md").is_file(), "the card, whose template is package data"
+    assert (tmp_path / "CURVES" / "loss_by_position.csv").is_file()
 
 
 def test_settings_can_be_written_down() -> None:
