@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import tempfile
@@ -10,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..options import UserMistake, one_line
-from .merge import merged_folder
+from .merge import MERGED, merged_folder
 from .options import Options
 
 SETTINGS = "settings.json"
@@ -36,7 +38,7 @@ TRAINER_SETTINGS = (
 )
 LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 DATA_SETTINGS = ("documents", "tokens", "windows")
-# May change, and the learning rate then follows another schedule.
+# May change where the learning rate does not follow from them.
 LENGTHS = ("max_steps", "num_train_epochs")
 # Options of one start of a run, not of the run; the first two say which run is gone on with.
 OF_ONE_START = ("--resume", "--resume_from_checkpoint", "--output_dir", "--output", "--overwrite")
@@ -165,11 +167,33 @@ def check_data(checkpoint: Path, facts: Mapping[str, Any]) -> None:
 
 
 def new_length(checkpoint: Path, options: Options) -> str | None:
-    """What to say of a run that is to be longer or shorter than it was started."""
+    """What to say of a run that is to be longer or shorter than it was started.
+
+    Raises:
+        UserMistake: its learning rate was to follow a schedule over the old length.
+    """
     kept = _read(checkpoint.parent / SETTINGS).get("length", {})
     now = _lengths(options)
     changed = [f"--{name} was {kept.get(name)}, is {now[name]}" for name in LENGTHS if kept.get(name) != now[name]]
-    return f"{', '.join(changed)}: the learning rate follows the new schedule from here on" if changed else None
+    if not changed:
+        return None
+    what, schedule = ", ".join(changed), str(options.trainer.lr_scheduler_type.value)
+    if not _follows_length(options):
+        return f"{what}: the learning rate ({schedule}) goes on as it was"
+    result = checkpoint.parent if options.full else f"{checkpoint.parent / MERGED} (written by --merge)"
+    raise UserMistake(
+        f"--resume: {what}, and the learning rate ({schedule}) falls over the whole length, so the steps that were "
+        "made belong to the old one. Leave it out, and the run ends as it was started; to train further, start one in "
+        f"a new folder with --model {result}. A run that is to be lengthened is started with --lr_scheduler_type "
+        "constant_with_warmup"
+    )
+
+
+def _follows_length(options: Options) -> bool:
+    """Whether the learning rate of a step depends on how many there are."""
+    schedule = TYPE_TO_SCHEDULER_FUNCTION[options.trainer.lr_scheduler_type]
+    share = 0 < options.trainer.warmup_steps < 1  # of all steps
+    return share or "num_training_steps" in inspect.signature(schedule).parameters
 
 
 def _lengths(options: Options) -> dict[str, float]:

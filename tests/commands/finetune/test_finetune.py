@@ -242,14 +242,22 @@ def test_resume_with_other_settings_is_refused_by_name(
     assert content(full.output) == before
 
 
+@pytest.fixture
+def stopped(full: Result, tmp_path: Path) -> Path:
+    """A copy of the run as it is left by a stop before its last step."""
+    folder = shutil.copytree(full.output, tmp_path / "stopped")
+    shutil.rmtree(folder / "checkpoint-2")
+    return folder
+
+
 def test_resume_with_other_documents_is_refused(
-    full: Result, inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stopped: Path, inputs: Inputs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of the same names: a file that has grown since."""
     text = inputs.train.read_text()
     inputs.train.write_text(text + text.replace("story", "saga").splitlines()[0] + "\n")
     try:
-        command = arguments(inputs, full.output, *YARN, *FULL, "--resume", "--steps", "4")
+        command = arguments(inputs, stopped, *YARN, *FULL, "--resume")
         assert_refused(command, ["--resume", "other data: 6 documents, now 7"], capsys)
     finally:
         inputs.train.write_text(text)
@@ -279,10 +287,13 @@ def test_checkpoints_of_another_run_are_not_mixed_with_this_ones(
     assert_refused(command, ["--overwrite", "checkpoint-2 is of another run", "--resume"], capsys)
 
 
-def test_resume_goes_on_from_the_last_checkpoint(full: Result, inputs: Inputs) -> None:
-    resumed = finetuned(inputs, full.output, *YARN, *FULL, "--resume", "--steps", "3")
-    assert "--max_steps was 2, is 3: the learning rate follows the new schedule" in resumed.printed
-    assert "training step 3 of 3" in resumed.printed and "training step 2 of 3" not in resumed.printed
+def test_resume_goes_on_from_the_last_checkpoint(full: Result, inputs: Inputs, stopped: Path) -> None:
+    evaluated = ("--eval_strategy", "steps", "--eval_steps", "2")
+    resumed = finetuned(inputs, stopped, *YARN, *FULL, *evaluated, "--resume")
+    assert "training step 2 of 2" in resumed.printed and "training step 1 of 2" not in resumed.printed
+    assert resumed.facts["training_losses"] == full.facts["training_losses"]
+    whole, again = (load_file(folder / "model.safetensors") for folder in (full.output, stopped))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_the_evaluation_of_the_adapters_folder_is_that_of_the_run(

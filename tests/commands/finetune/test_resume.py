@@ -14,12 +14,12 @@ from tests.helpers.app_support import stories, write_jsonl, write_tiny_checkpoin
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A YaRN run of two steps, with a checkpoint of each."""
+    """A YaRN run of two steps that may be lengthened, with a checkpoint of each."""
     folder = tmp_path_factory.mktemp("resume")
     model, data = write_tiny_checkpoint(folder / "model"), write_jsonl(folder / "data.jsonl", stories(6, lines=80))
     words = f"--model {model} --data {data} --eval_fraction 0.3 --max_length 1K --rope_scaling yarn --max_steps 2"
     more = f"--warmup_steps 0 --lora_r 4 --save_steps 1 --use_cpu --output_dir {folder / 'run'}"
-    assert main(["finetune", *words.split(), *more.split()]) == 0
+    assert main(["finetune", *words.split(), *more.split(), "--lr_scheduler_type", "constant"]) == 0
     return folder / "run"
 
 
@@ -67,7 +67,8 @@ def test_a_later_resume_has_the_length_of_the_last_one(output: Path, capsys: pyt
 def test_epochs_take_the_place_of_the_runs_steps(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert resume(output, "--num_train_epochs", "2") == 0
     printed = capsys.readouterr().out
-    assert "--max_steps was 2, is -1" in printed and "training step 3 of" in printed
+    assert "--max_steps was 2, is -1, --num_train_epochs was 3.0, is 2.0" in printed
+    assert "the learning rate (constant) goes on as it was" in printed and "training step 3 of" in printed
 
 
 def test_what_is_given_wins_and_is_refused_where_it_changes_the_result(
@@ -75,6 +76,36 @@ def test_what_is_given_wins_and_is_refused_where_it_changes_the_result(
 ) -> None:
     assert resume(output, "--steps", "4", "--rope_scaling", "none") == 2
     assert "--rope_scaling was yarn, is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ("cosine_with_min_lr", ["--steps", "3"]),
+        ("linear", ["--num_train_epochs", "2"]),
+        ("warmup_stable_decay", ["--steps", "3"]),
+        ("constant_with_warmup", ["--steps", "3", "--warmup_steps", "0.1"]),
+    ],
+)
+def test_another_length_is_refused_where_the_learning_rate_follows_it(
+    schedule: str, words: list[str], output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that was started with this schedule."""
+    settings = read(output / "settings.json")
+    settings["settings"] |= {"lr_scheduler_type": schedule, "warmup_steps": 0.1 if words[2:] else 0.0}
+    kwargs = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "warmup_stable_decay": {"num_decay_steps": 1}}.get(schedule)
+    settings["settings"]["lr_scheduler_kwargs"] = kwargs
+    settings["words"] += ["--lr_scheduler_type", schedule]
+    settings["words"] += ["--lr_scheduler_kwargs", json.dumps(kwargs)] if kwargs else []
+    (output / "settings.json").write_text(json.dumps(settings))
+    before = sorted(output.rglob("*")), (output / "run.json").read_bytes()
+    assert resume(output, *words) == 2
+    said = capsys.readouterr().err
+    assert "--resume: --max_steps was 2, is " in said and f"the learning rate ({schedule}) falls over" in said, said
+    assert f"--model {output}/merged" in said and "--lr_scheduler_type constant_with_warmup" in said
+    assert (sorted(output.rglob("*")), (output / "run.json").read_bytes()) == before
+    assert resume(output, *words[2:]) == 0
+    assert "nothing to do" in capsys.readouterr().out, "what is not given is as before"
 
 
 def test_how_often_is_saved_is_as_given_now(output: Path) -> None:
