@@ -274,13 +274,28 @@ def _padded_on_the_right_at_most(mask_BT: Tensor | None, q_length: int, kv_lengt
 
 
 def _why_no_mask(mask_BT: Tensor | None, full: bool, needed_bytes: int) -> str | None:
-    what = "padding that is not on the right alone" if full and mask_BT is not None else "a mask other than causal"
+    left = None if mask_BT is None else _left_padding(mask_BT)
+    padding = full and mask_BT is not None
+    what = left or ("padding that is not on the right alone" if padding else "a mask other than causal")
     if torch.is_grad_enabled() or ranks_of_batch() > 1:
+        remedy = (
+            "give prompts of one length to TRL's GRPO and RLOO, or one prompt a batch (steps_per_generation=1, "
+            "per_device_train_batch_size=num_generations)"
+            if left
+            else "give one document a sequence (position_ids that restart say that there are several)"
+        )
         return (
-            f"{what} (left padding, sliding windows, position_ids that restart as in packed documents) is not "
-            "supported with gradients on. Pad on the right with label -100 and give one document a sequence; where "
+            f"{what} is not supported with gradients on. Pad on the right with label -100, and {remedy}. Where "
             "nothing is trained, run under torch.no_grad()."
         )
     if needed_bytes > MASK_BYTES_LIMIT:
         return f"{what} would need a mask of {needed_bytes / 2**30:.0f} GiB. Pad on the right, or shorten the input."
     return None
+
+
+def _left_padding(mask_BT: Tensor) -> str | None:
+    """The first row that is padded on its left, in words."""
+    padding_B = (mask_BT.cumsum(-1) == 0).sum(-1)
+    row = int((padding_B > 0).int().argmax())
+    tokens = int(padding_B[row])
+    return f"padding on the left (of row {row}, {tokens} of {mask_BT.shape[-1]} tokens)" if tokens else None

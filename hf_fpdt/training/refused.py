@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
+# Of a sampler's first ones, rows whose prompts are looked at.
+SAMPLES = 256
 _LOGITS = "whole logits (tokens x vocabulary), which FPDT does not make"
 _WHERE_THEY_FIT = "where they fit, train with transformers' Trainer on a model with apply_fpdt, sp_size=1"
 _PADS_LEFT = (
@@ -64,9 +68,48 @@ def refused_options(trainer: Any, sp_size: int) -> list[str]:
             "DataCollatorWithFlattening packs documents, which are not supported yet; take "
             "DataCollatorForLanguageModeling(tokenizer, mlm=False)",
         ),
+        (prompts := unequal_prompts(trainer), prompts or ""),
         (args.n_gpu > 1, "DataParallel is not supported; start one process a GPU with accelerate launch"),
     )
     return [reason for refused, reason in checks if refused]
+
+
+def unequal_prompts(trainer: Any) -> str | None:
+    """Why TRL will pad prompts on the left, by the first prompts that its own sampler will draw; None if it will not.
+
+    Trainers that generate (GRPO, RLOO) fill up the prompts of one generation of a process. Prompts that a rollout or
+    an environment makes are known at their step alone.
+    """
+    args = trainer.args
+    data: Any = getattr(trainer, "train_dataset", None)
+    generates = hasattr(trainer, "_tokenize_prompts") and hasattr(args, "steps_per_generation")
+    made_later = getattr(trainer, "rollout_func", None) or getattr(trainer, "environment_factories", None)
+    if not generates or made_later or not hasattr(data, "__len__"):
+        return None
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    order = list(islice(trainer._get_train_sampler(), max(rows, SAMPLES // rows * rows)))
+    drawn = list(dict.fromkeys(order))
+    lengths = dict(zip(drawn, map(len, trainer._tokenize_prompts(data[drawn]["prompt"])[0]), strict=True))
+    multiple = getattr(args, "pad_to_multiple_of", None) or 1
+    for start in range(0, len(order), rows):
+        batch = dict.fromkeys(order[start : start + rows])
+        short, long = (choose(batch, key=lengths.__getitem__) for choose in (min, max))
+        if lengths[short] < -(-lengths[long] // multiple) * multiple:
+            return _left_padding(short, long, lengths, multiple)
+    return None
+
+
+def _left_padding(short: int, long: int, lengths: Mapping[int, int], multiple: int) -> str:
+    if lengths[short] == lengths[long]:
+        return (
+            f"pad_to_multiple_of={multiple} pads prompts on the left (row {short} of train_dataset has "
+            f"{lengths[short]} tokens), which is not supported in training; leave it out"
+        )
+    return (
+        f"prompts are padded on the left, which is not supported in training: rows {short} and {long} of "
+        f"train_dataset, of {lengths[short]} and {lengths[long]} tokens, come in one batch; give prompts of one "
+        "length, or let a batch have one prompt (per_device_train_batch_size=num_generations, steps_per_generation=1)"
+    )
 
 
 def packed(args: Any) -> list[str]:

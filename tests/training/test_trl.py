@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,11 @@ def preferences() -> Dataset:
     return Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows])
 
 
-def prompts() -> Dataset:
-    """Of one length: padding on the left is refused with gradients."""
-    return Dataset.from_list([{"prompt": f"line {number} of story number {number}"} for number in range(4)])
+def prompts(*lengths: int) -> Dataset:
+    """Of one length, or with so many words more."""
+    more = lengths or (0, 0, 0, 0)
+    lines = [f"line {number} of story number {number}" + " line" * words for number, words in enumerate(more)]
+    return Dataset.from_list([{"prompt": line} for line in lines])
 
 
 def variety(completions: list[str], **_: Any) -> list[float]:
@@ -134,6 +137,65 @@ def test_it_trains_as_without_fpdt(case: str, checkpoint: Path, tmp_path: Path) 
     assert len(truth) >= 10
     assert_same(None)
     assert_rejects(assert_same, {"a scale": scaled})
+
+
+def sampling_trainer(kind: str, checkpoint: Path, folder: Path, rows: Dataset, **settings: Any) -> Any:
+    """A trainer that generates two completions of a prompt."""
+    _, ours, config, _, more, own_settings = CASES[kind]
+    often = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "logging_steps": 1}
+    return ours(
+        model=AutoModelForCausalLM.from_pretrained(checkpoint),
+        args=config(str(folder), **often, **own_settings, **settings),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        fpdt_plugin=FPDTPlugin(chunk_tokens=64),
+        **more,
+    )
+
+
+REFUSED_PROMPTS = r"padded on the left.*rows \d and \d of train_dataset, of \d+ and \d+ tokens.*steps_per_generation=1"
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+@pytest.mark.parametrize(
+    ("settings", "lengths", "reason"),
+    [
+        ({"per_device_train_batch_size": 4}, (0, 3, 0, 3), REFUSED_PROMPTS),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, (0, 3, 0, 3), REFUSED_PROMPTS),
+        # In a batch of their own: in the order of the data set, or one prompt at a time.
+        ({"per_device_train_batch_size": 4, "shuffle_dataset": False}, (0, 0, 3, 3), None),
+        ({"per_device_train_batch_size": 2}, (0, 3, 0, 3), None),
+        (
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 1},
+            (0, 3, 0, 3),
+            None,
+        ),
+        ({"per_device_train_batch_size": 2, "pad_to_multiple_of": 64}, (0, 0), "pad_to_multiple_of=64 pads prompts"),
+    ],
+    ids=str,
+)
+def test_prompts_that_are_padded_on_the_left_are_refused_when_the_trainer_is_made(
+    kind: str, settings: dict[str, Any], lengths: tuple[int, ...], reason: str | None, checkpoint: Path, tmp_path: Path
+) -> None:
+    """By the order in which TRL's own sampler draws them; what is not refused trains."""
+    rows = prompts(*lengths)
+    if reason is not None:
+        with pytest.raises(NotImplementedError, match=reason):
+            sampling_trainer(kind, checkpoint, tmp_path, rows, **settings)
+    else:
+        assert sampling_trainer(kind, checkpoint, tmp_path, rows, **settings).train().global_step == 2
+
+
+def test_prompts_that_a_step_finds_to_differ_are_refused_there_with_what_to_do(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """As those that a rollout makes, which nobody knows before."""
+    trainer = sampling_trainer("GRPO", checkpoint, tmp_path, prompts(), per_device_train_batch_size=4)
+    trainer.train_dataset = prompts(0, 3, 0, 3)
+    with pytest.raises(NotImplementedError) as refused:
+        trainer.train()
+    found = r"padding on the left \(of row \d, \d+ of \d+ tokens\) is not supported with gradients on"
+    assert re.search(found, str(refused.value)) and "or one prompt a batch" in str(refused.value)
 
 
 @pytest.fixture(scope="module")
