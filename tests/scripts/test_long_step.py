@@ -14,6 +14,7 @@ from long_step import Text, parse, predict
 from transformers import LlamaConfig
 
 from hf_fpdt import FPDTPlugin
+from hf_fpdt.commands.main import main
 from tests.commands.bench.test_bench import SIZES
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -101,3 +102,38 @@ def test_what_cannot_fit_is_refused_by_the_configuration_alone(monkeypatch: pyte
     assert 0 < kept["K, V, dK, dV"] + kept["checkpoints"] <= 20 * 2**30 and on_host["seconds"] > found["seconds"]
     with pytest.raises(SystemExit, match=r"error: .*GiB"):
         predict(config, options, FPDTPlugin(host_budget_gib=10), H100)
+
+
+def test_the_longest_sequence_of_a_smaller_card_and_host_is_that_of_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "row.json"
+    machine = ["--shape", "llama-8b", "--gpu-mem", "24", "--host-mem", "64"]
+    monkeypatch.setattr(sys, "argv", ["long_step.py", *machine, "--longest", "--plan-only", "--out", str(out)])
+    long_step.main()
+    capsys.readouterr()
+    assert main(["plan", *machine, "--json"]) == 0
+    planned, row = json.loads(capsys.readouterr().out), json.loads(out.read_text())
+    assert row["tokens"] == row["foretold"]["tokens"] == planned["tokens"] > 16_384
+    assert row["foretold"]["peak_device_bytes"] == planned["peak_device_bytes"] < 24 * 2**30
+    assert row["foretold"]["host_bytes"] == pytest.approx(planned["host_bytes"], rel=0.02)
+
+
+def test_a_step_on_a_smaller_host_is_shown_beside_its_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LlamaConfig(**{**SIZES, "vocab_size": 256}, num_key_value_heads=2).save_pretrained(tmp_path)
+    for name, value in (("CHUNK_TOKENS", "128"), ("DEVICE_BUDGET_GIB", "0")):
+        monkeypatch.setenv(f"FPDT_{name}", value)
+    (tmp_path / "text.txt").write_text("All the world's a stage. " * 200)
+    options = ["--model", str(tmp_path), "--random", "--seq-len", "1024", "--text", str(tmp_path / "text.txt")]
+    out, machine = tmp_path / "row.json", ["--gpu-mem", "24", "--host-mem", "8"]
+    monkeypatch.setattr(sys, "argv", ["long_step.py", *options, *machine, "--out", str(out)])
+    long_step.main()
+    row = json.loads(out.read_text())
+    assert row["settings"]["host_budget_gib"] == pytest.approx(0.98 * 8 - 6)
+    lines = {line[:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
+    assert lines["1,024 tokens, 0.0 GiB held"] == [] and lines["tokens a chunk"] == ["128.0", "128.0"]
+    assert lines["GiB of the GPU at the peak"][1] == "-" and float(lines["seconds"][1]) > 0
+    pinned, planned = row["measured"]["pinned_gib"], row["foretold"]["host_bytes"] / 2**30
+    assert pinned == pytest.approx(planned, rel=0.05) and planned > 0
