@@ -22,7 +22,8 @@ from ..options import UserMistake, mistakes
 DEFAULTS: MappingProxyType[str, Any] = MappingProxyType(
     {
         "learning_rate": 2e-4,
-        "lr_scheduler_type": "cosine_with_min_lr",
+        # Its warmup begins above zero: with the others the first step, of minutes at these lengths, changes nothing.
+        "lr_scheduler_type": "cosine_warmup_with_min_lr",
         "lr_scheduler_kwargs": None,
         "max_steps": None,
         "num_train_epochs": None,
@@ -77,7 +78,7 @@ def trainer_values(options: argparse.Namespace, *, on_gpu: bool, half: bool) -> 
 
 def _derived(values: dict[str, Any], *, on_gpu: bool, half: bool, held_out: bool) -> dict[str, Any]:
     """For options that the user has left open."""
-    by_rate = values["lr_scheduler_type"] == "cosine_with_min_lr"
+    by_rate = values["lr_scheduler_type"] in ("cosine_warmup_with_min_lr", "cosine_with_min_lr")
     return {
         "max_steps": MAX_STEPS if values["num_train_epochs"] is None else -1,
         "lr_scheduler_kwargs": {"min_lr_rate": MIN_LR_RATE} if by_rate else None,

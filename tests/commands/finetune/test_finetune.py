@@ -224,7 +224,7 @@ OTHER_SETTINGS = {
     "rope scaling": (["--rope_scaling", "none"], ["--rope_scaling was yarn, is none"]),
     "length": (["--max_length", "512"], ["--max_length was 1024, is 512"]),
     "seed": (["--seed", "7"], ["--seed was 0, is 7"]),
-    "schedule": (["--lr_scheduler_type", "constant"], ["--lr_scheduler_type was cosine_with_min_lr, is constant"]),
+    "schedule": (["--lr_scheduler_type", "constant"], ["--lr_scheduler_type was cosine_warmup_with_min_lr, is const"]),
     "LoRA": (["--full", "no"], ["--full was True, is False", "--lora_r was None, is 4"]),
     "batch": (["--gradient_accumulation_steps", "2"], ["was 1, is 2"]),
     "dtype": (["--dtype", "bfloat16"], ["--bf16 was False, is True", "--dtype was float32, is bfloat16"]),

@@ -91,9 +91,10 @@ def test_our_defaults_and_what_follows_from_them() -> None:
     found = options()
     trainer = found.trainer
     assert (trainer.lr_scheduler_type.value, trainer.lr_scheduler_kwargs) == (
-        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
         {"min_lr_rate": 0.1},
     )
+    assert options("--lr_scheduler_type", "cosine_with_min_lr").trainer.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
     assert (trainer.max_steps, trainer.learning_rate, trainer.adam_beta2, trainer.bf16) == (100, 2e-4, 0.95, False)
     assert (trainer.report_to, trainer.remove_unused_columns) == ([], False)
     assert (trainer.logging_steps, trainer.ddp_find_unused_parameters, trainer.use_cpu) == (1, False, True)
@@ -338,6 +339,8 @@ def test_a_wheel_runs_the_commands_that_the_readme_prints(tmp_path: Path) -> Non
     ]
     assert "; keeps 2 inputs" in said, "finetune shows what it does"
     assert "training: 2 steps, 1 of 1 windows each: 2 times through them" in done.stdout
+    rates = [float(rate) for rate in re.findall(r"training step \d of 2: loss [\d.]+, lr ([\d.e-]+)", done.stdout)]
+    assert len(rates) == 2 and 0 < rates[0] < rates[1], "the first step of the warmup trains too"
     assert "adapter   OUT: LORA of rank 16, on NAME" in done.stdout and "nothing to do: " in done.stdout
     assert done.stderr.split()[-1] == str(site / "hf_fpdt" / "__init__.py")
     assert (tmp_path / "OUT" / "adapter_model.safetensors").is_file()

@@ -81,7 +81,7 @@ def test_what_is_given_wins_and_is_refused_where_it_changes_the_result(
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [
-        ("cosine_with_min_lr", ["--steps", "3"]),
+        ("cosine_warmup_with_min_lr", ["--steps", "3"]),
         ("linear", ["--num_train_epochs", "2"]),
         ("warmup_stable_decay", ["--steps", "3"]),
         ("constant_with_warmup", ["--steps", "3", "--warmup_steps", "0.1"]),
@@ -93,7 +93,10 @@ def test_another_length_is_refused_where_the_learning_rate_follows_it(
     """Of a run that was started with this schedule."""
     settings = read(output / "settings.json")
     settings["settings"] |= {"lr_scheduler_type": schedule, "warmup_steps": 0.1 if words[2:] else 0.0}
-    kwargs = {"cosine_with_min_lr": {"min_lr_rate": 0.1}, "warmup_stable_decay": {"num_decay_steps": 1}}.get(schedule)
+    kwargs = {
+        "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+        "warmup_stable_decay": {"num_decay_steps": 1},
+    }.get(schedule)
     settings["settings"]["lr_scheduler_kwargs"] = kwargs
     settings["words"] += ["--lr_scheduler_type", schedule]
     settings["words"] += ["--lr_scheduler_kwargs", json.dumps(kwargs)] if kwargs else []
