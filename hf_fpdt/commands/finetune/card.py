@@ -64,7 +64,7 @@ def write_card(path: Path, facts: Mapping[str, Any], loss_table: str, picture: s
         "base_model": "" if Path(arguments["model"]).exists() else f"base_model: {arguments['model']}\n",
         "library_name": "transformers" if full else "peft",
         "extra_tags": "- full-fine-tune" if full else "- lora",
-        "title": f"{Path(arguments['model']).name} at {arguments['max_length']:,} tokens",
+        "title": f"{Path(arguments['model']).name} at {data['longest_window_tokens']:,} tokens",
         "summary": _summary(facts),
         "eval_windows": data["eval_windows"],
         "eval_length": f"{data['eval_length_tokens']:,}",
@@ -110,11 +110,11 @@ def _rows(facts: Mapping[str, Any]) -> str:
 
 
 def _summary(facts: Mapping[str, Any]) -> str:
-    arguments, rope = facts["arguments"], facts["rope"]
+    arguments, rope, longest = facts["arguments"], facts["rope"], facts["data"]["longest_window_tokens"]
     what = "All weights" if arguments["full"] else f"A LoRA adapter (rank {arguments['lora_r']})"
     return (
         f"{what} of `{arguments['model']}`, trained for {facts['steps']} steps on sequences of "
-        f"{arguments['max_length']:,} tokens; the base was pre-trained up to {rope['pretrained_tokens']:,}."
+        f"{longest:,} tokens; the base was pre-trained up to {rope['pretrained_tokens']:,}."
     )
 
 
@@ -151,7 +151,7 @@ def _training_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     batches = f"{trainer['per_device_train_batch_size']} × {trainer['gradient_accumulation_steps']} windows"
     peak = f"{trainer['learning_rate']:g}, {trainer['warmup_steps']:g} warm-up steps"
     rows = {
-        "sequence length": f"{arguments['max_length']:,} tokens",
+        "sequence length": f"{facts['data']['longest_window_tokens']:,} tokens, up to {arguments['max_length']:,}",
         "chunk": f"{_count(arguments['chunk_tokens'])} tokens",
         "processes": f"{facts['processes']}, {arguments['sp_size']} a sequence",
         "steps": f"{facts['steps']} of {batches}",

@@ -50,6 +50,7 @@ def prepare_data(options: Options, tokenizer: Any, progress: Progress, ids: int)
         "documents": len(lengths),
         "tokens": sum(lengths),
         "windows": len(windows),
+        "longest_window_tokens": max(map(window_tokens, windows)),
         "full_windows": sum(window_tokens(window) == options.max_length for window in windows),
         "held_out_documents": len(eval_lengths),
         "eval_documents": sorted({evaluation[window[0].document]["name"] for window in eval_windows}),
@@ -85,9 +86,12 @@ def _documents(options: Options, progress: Progress) -> tuple[Dataset, Dataset, 
 
 def _data_line(facts: dict[str, Any], options: Options) -> str:
     short = "" if facts["eval_length_tokens"] == options.max_length else ": no held-out document is longer"
+    full = f"{facts['full_windows']} full"
+    if not facts["full_windows"]:
+        full = f"none full, the longest has {facts['longest_window_tokens']:,} tokens: give more text"
     return (
         f"{facts['documents']} training documents, {facts['tokens']:,} tokens, {facts['windows']} windows of "
-        f"up to {tokens_text(options.max_length)} ({facts['full_windows']} full); held out: "
+        f"up to {tokens_text(options.max_length)} ({full}); held out: "
         f"{facts['held_out_documents']} documents, {facts['eval_windows']} windows of "
         f"{tokens_text(facts['eval_length_tokens'])}{short}"
     )

@@ -70,7 +70,8 @@ def report(outcome: Outcome, model: nn.Module) -> None:
     facts = collect_facts(outcome, model)
     (output / "run.json").write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     write_csv(output / "loss_by_position.csv", outcome.curves)
-    title = f"Loss by position: {Path(options.model).name} extended to {tokens_text(options.max_length)} tokens"
+    reached = tokens_text(outcome.data.facts["longest_window_tokens"])
+    title = f"Loss by position: {Path(options.model).name} extended to {reached} tokens"
     picture = output / "loss_by_position.png"
     try:
         draw(picture, outcome.curves, pretrained_tokens, title)

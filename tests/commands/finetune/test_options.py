@@ -344,7 +344,9 @@ def test_a_wheel_runs_the_commands_that_the_readme_prints(tmp_path: Path) -> Non
     assert "adapter   OUT: LORA of rank 16, on NAME" in done.stdout and "nothing to do: " in done.stdout
     assert done.stderr.split()[-1] == str(site / "hf_fpdt" / "__init__.py")
     assert (tmp_path / "OUT" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "OUT" / "README.md").is_file(), "the card, whose template is package data"
+    card = (tmp_path / "OUT" / "README.md").read_text(encoding="utf-8")  # its template is package data
+    (longest,) = re.findall(r"up to 512K \(none full, the longest has ([\d,]+) tokens: give more text\)", done.stdout)
+    assert f"# NAME at {longest} tokens" in card and f"on sequences of {longest} tokens" in card
     assert (tmp_path / "CURVES" / "loss_by_position.csv").is_file()
 
 
