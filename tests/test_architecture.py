@@ -296,6 +296,8 @@ def test_budgets_exempt_signatures_that_others_dictate() -> None:
     assert problems(budgets, "layer", autograd.format(base="nn.Module"))
     assert not problems(budgets, "model.attention_function", f"def fpdt_attention{many}: ...")
     assert problems(budgets, "layer", f"def fpdt_attention{many}: ...")
+    assert not problems(budgets, "layer", f"@triton.jit\ndef kernel{many}: ...")
+    assert problems(budgets, "layer", f"@cache\ndef kernel{many}: ...")
 
 
 def test_budgets_flag_nesting() -> None:

@@ -26,7 +26,8 @@ ROOMS = MappingProxyType(
         "memory": frozenset({"plan", "parallel", "layout", "config", "numerics", "units"}),
         "engine": frozenset({"memory", "attention", "parallel", "plan", "layout", "labels", "numerics"}),
         "model": frozenset(
-            {"engine", "memory", "attention", "parallel", "forecast", "plan", "config", "layout", "units"} | {"labels"}
+            {"engine", "memory", "attention", "parallel", "forecast", "plan", "config", "layout", "units"}
+            | {"labels", "numerics"}
         ),
         "training": frozenset({"model", "parallel", "plan", "config", "labels", "units"}),
         "commands": frozenset(
@@ -51,7 +52,10 @@ MUTABLE_LITERALS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast
 MUTABLE_CALLS = frozenset({"list", "dict", "set", "bytearray", "defaultdict", "OrderedDict", "Counter", "deque"})
 LOOKING_CALLS = frozenset({"isinstance", "hasattr", "len", "all", "any", "set", "sorted", "min", "max", "sum"})
 FROZEN_CALLS = frozenset({"MappingProxyType", "tuple", "frozenset"})
-HOT_PATH = ("attention", "memory", "engine", "model.fused", "model.fused_linear", "model.liger")
+HOT_PATH = (
+    *("attention", "memory", "engine", "model.fused", "model.fused_linear", "model.liger"),
+    *(f"model.experts.{name}" for name in ("operation", "passes", "passes_triton", "routes")),
+)
 # The tokenizers library raises the class Exception itself: caught there, and let go on where it is any other.
 PLAIN_EXCEPTIONS = frozenset({("commands.finetune.base_model", "_load_tokenizer")})
 # A message begins with the package, or with the call that it is about: `FPDTPlugin(sp_size=0): …`, `DiskFile.read: …`.
@@ -395,13 +399,16 @@ def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def _free_signatures(module: Module) -> Iterator[ast.stmt]:
-    """Functions whose parameters others dictate: autograd.Function's, transformers' attention function."""
+    """Functions whose parameters others dictate: autograd.Function's, transformers' attention function.
+
+    A Triton kernel takes each tensor by itself, and the sizes that it is compiled for.
+    """
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ClassDef) and any(_dotted(base).endswith("Function") for base in node.bases):
             yield from (f for f in node.body if isinstance(f, FUNCTIONS) and f.name in AUTOGRAD_STATICS)
-        elif isinstance(node, FUNCTIONS) and (module.name, node.name) == (
-            "model.attention_function",
-            "fpdt_attention",
+        elif isinstance(node, FUNCTIONS) and (
+            (module.name, node.name) == ("model.attention_function", "fpdt_attention")
+            or any(_dotted(each) == "triton.jit" for each in node.decorator_list)
         ):
             yield node
 
