@@ -16,11 +16,11 @@ SLICE_TOKENS = 4096  # products in fp32 of so many tokens at a time
 
 
 def with_sinks(row: tuple[Tensor, Tensor], sinks_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(out [B, S, N, H], lse [B, N, S]) of a merged row with the sinks in its softmax; out is fp32 or wider."""
+    """(out [B, S, N, H], lse [B, N, S]) of a merged row with the sinks in its softmax; the row's out is consumed."""
     out, lse = row[0], row[1].double()
     total = torch.logaddexp(lse, sinks_N.double()[:, None])
-    dtype = accumulation_dtype(out.dtype)
-    return out.to(dtype) * (lse - total).exp_().to(dtype).transpose(1, 2).unsqueeze(-1), total
+    shrunk = (lse - total).exp_().to(accumulation_dtype(out.dtype)).transpose(1, 2).unsqueeze(-1)
+    return out.mul_(shrunk), total  # in place a product in fp32 is rounded once, and no wide copy is made
 
 
 def sinks_gradient(dout_BSNH: Tensor, row: tuple[Tensor, Tensor], sinks_N: Tensor) -> Tensor:

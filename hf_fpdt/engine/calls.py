@@ -172,6 +172,8 @@ class AttentionCall(Call):
     def _d_sinks(self, dout: Tensor, row: tuple[Tensor, Tensor], sinks_N: Tensor) -> Tensor:
         assert self.qkv is not None
         d_sinks = torch.zeros_like(self.qkv[3])
+        if not self.qkv[3].requires_grad:
+            return d_sinks  # nobody asks
         d_sinks[self.run.layer.group.own_heads(len(d_sinks))] = sinks_gradient(dout, row, sinks_N)
         return d_sinks
 
