@@ -106,8 +106,9 @@ class FPDTPlugin:
         disk_dir: Folder for what neither holds, which exists; a local SSD, shared likewise. Nothing is left there,
             however the process ends.
         loss_chunk_tokens: Tokens whose logits exist at a time. "auto": as many as make 1 GiB of fp32 logits.
-        fused: Run faster twins of a layer's own pieces: LoRA without passes of its own, no product whose value nobody
-            reads, and Liger's norm, SwiGLU and RoPE on a GPU where `liger-kernel` is installed.
+        fused: Run faster twins of a layer's own pieces: LoRA without passes of its own, chosen experts as one
+            operation, no product whose value nobody reads, and Liger's norm, SwiGLU and RoPE on a GPU where
+            `liger-kernel` is installed.
         progress: Show a line inside long steps (layer, chunk, speed, time left) where there is a terminal.
 
     Raises:

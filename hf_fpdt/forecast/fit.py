@@ -120,6 +120,7 @@ class Training:
         loss_tokens: tokens whose logits exist at a time.
         checkpoints: `FPDTPlugin.checkpoints`.
         fused: whether Liger's kernels are installed, and `FPDTPlugin.fused`.
+        fused_experts: whether the model's experts are such as run as one operation then.
     """
 
     model: ModelSizes
@@ -129,12 +130,20 @@ class Training:
     loss_tokens: int
     checkpoints: str = "auto"
     fused: bool = True
+    fused_experts: bool = True
     auto_chunk: bool = False
 
     def step(self, n_tokens: int, sp_size: int) -> StepSizes:
         """Sizes of a step of one sequence."""
         plan = ChunkPlan(n_tokens + -n_tokens % sp_size, self.chunk_tokens, sp_size)
-        return StepSizes(self.model, plan, loss_tokens=self.loss_tokens, vocabulary=self.vocabulary, fused=self.fused)
+        return StepSizes(
+            self.model,
+            plan,
+            loss_tokens=self.loss_tokens,
+            vocabulary=self.vocabulary,
+            fused=self.fused,
+            fused_experts=self.fused and self.fused_experts,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,6 +96,10 @@ ADAPTER_PASSES, FULL_PASSES = 3.14, 4.14
 # Passes of one layer's forward over device memory outside of matrix products, in hidden and intermediate sizes a
 # token, over Liger's kernels: with LoRA on every linear, and without adapters. The step makes so many times more.
 GATED_TRAFFIC, PLAIN_TRAFFIC, FULL_TRAFFIC, STEP_TRAFFIC = (24, 11), (34, 7), (14, 8), 3.48
+# The same where a token visits experts, in hidden sizes for each of them and in their widths together: as one
+# operation, fitted to a step of gpt-oss-20b on one H200 (128K tokens: 16.2 s), and as the model has them, fitted to
+# two layers of Qwen3-30B-A3B's. gpt-oss's own, with biases and a gate of many steps, take 1.8 times as much as that.
+FUSED_EXPERT_TRAFFIC, EXPERT_TRAFFIC = (8, 8), (35, 35)
 # A rebuilt input also makes its way to the store and back.
 REBUILD_TRAFFIC = 2
 # Of device memory, a logit: its value twice and its gradient; and where the head trains, for every weight of it and
@@ -106,8 +110,7 @@ LOGIT_BYTES, HEAD_SUM_BYTES = 7, 12
 def step_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU, *, full: bool) -> float:
     """Seconds that every rank of the group computes in one step, copies to and from the host all under it."""
     m, tokens = step.model, step.batch * step.plan.n_tokens / step.plan.sp_size
-    hidden, intermediate = FULL_TRAFFIC if full else GATED_TRAFFIC if m.gated else PLAIN_TRAFFIC
-    rest = tokens * (hidden * m.hidden + intermediate * m.intermediate) * step.element_bytes / gpu.memory
+    rest = tokens * _traffic(step, full=full) * step.element_bytes / gpu.memory
     passes = (FULL_PASSES if full else ADAPTER_PASSES) - _unread_share(m)
     rates = gpu.attention_rates(m.head_dim, m.value_dim)
     attention = {window: _attention(step, window) for window in set(step.windows)}
@@ -125,6 +128,16 @@ def step_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU, *, full: bool) -> 
         made = _linear_seconds(m, mix, tokens, gpu) + REBUILD_TRAFFIC * rest + tokens * _scan_seconds(mix, step, gpu)
         again += made * (not there)
     return seconds + again + _head_seconds(step, tokens, gpu, full=full)
+
+
+def _traffic(step: StepSizes, *, full: bool) -> float:
+    """Elements of a token that pass through device memory in a layer's forward outside of matrix products."""
+    m = step.model
+    hidden, intermediate = FULL_TRAFFIC if full else GATED_TRAFFIC if m.gated else PLAIN_TRAFFIC
+    if m.experts:
+        row, intermediate = FUSED_EXPERT_TRAFFIC if step.fused_experts else EXPERT_TRAFFIC
+        hidden += row * m.experts
+    return hidden * m.hidden + intermediate * m.intermediate
 
 
 # The scan of a recurrent layer goes through tiles of tokens on the matrix units, and takes as long as so many

@@ -12,6 +12,7 @@ In reading order:
     patch               an instance's forward replaced, and put back
     fused               which pieces of a layer have a faster twin
     fused_linear        LoRA fused; products that nobody reads
+    experts/            chosen experts as one operation: which (replace), how (operation), its passes, its gates
     liger               Liger's kernels, where they are
     shapes              known models as configurations; sizes of a model for the planner
 """

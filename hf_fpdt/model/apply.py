@@ -25,6 +25,7 @@ from ..parallel import SequenceParallelGroup, build_group, check_heads, why_not_
 from ..plan import NO_LIMIT, ModelSizes, attention_sizes, largest
 from .adapters import warn_of_another_rope
 from .attention_function import NAME
+from .experts.replace import experts_are_replaced
 from .head import loss_reasons, patch_head, unshared_loss_reasons
 from .layers import (
     ChunkedLayer,
@@ -199,7 +200,8 @@ def _settings(
     store = CheckpointStore(plugin, group, TrainingMemory(model, layers))
     progress = StepProgress(device_peak()) if plugin.progress else None
     liger = load_liger() if plugin.fused else None
-    return Settings(plugin, store, group, sizes, model.config, liger, progress)
+    fused_experts = plugin.fused and experts_are_replaced(layers)
+    return Settings(plugin, store, group, sizes, model.config, liger, progress, fused_experts)
 
 
 def device_peak() -> float | None:
@@ -311,7 +313,8 @@ class FPDTHandle:
         if not self.plugin.fused:
             return "layers as the model has them"
         why_not = why_not_liger()
-        return f"LoRA fused, {'Liger kernels' if why_not is None else f'no Liger kernels: {why_not}'}"
+        experts = ", experts as one operation" if self._settings.fused_experts else ""
+        return f"LoRA fused{experts}, {'Liger kernels' if why_not is None else f'no Liger kernels: {why_not}'}"
 
     def remove(self) -> None:
         """Restore the model exactly; a second call does nothing.

@@ -12,28 +12,53 @@ from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
+from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.mixtral import modeling_mixtral as mixtral
+from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
+from .experts.replace import replace_experts
 from .fused_linear import OutputUse, is_lora, patch_linear
 from .patch import is_patched, patch
 from .settings import Settings
 
 ROTARY = "apply_rotary_pos_emb"
 # Attention whose q and k come straight from a projection or a norm, so that nobody needs their values before rotation,
-# and the module of its rotary embedding.
-ATTENTIONS: tuple[tuple[Callable[..., Any], Any], ...] = (
-    (llama.LlamaAttention.forward, llama),
-    (mistral.MistralAttention.forward, mistral),
-    (qwen2.Qwen2Attention.forward, qwen2),
-    (qwen3.Qwen3Attention.forward, qwen3),
-    (neox.GPTNeoXAttention.forward, neox),
+# the module of its rotary embedding, and what that calls.
+ATTENTIONS: tuple[tuple[Callable[..., Any], Any, str], ...] = (
+    (llama.LlamaAttention.forward, llama, "rotate_half"),
+    (mistral.MistralAttention.forward, mistral, "rotate_half"),
+    (qwen2.Qwen2Attention.forward, qwen2, "rotate_half"),
+    (qwen3.Qwen3Attention.forward, qwen3, "rotate_half"),
+    (neox.GPTNeoXAttention.forward, neox, "rotate_half"),
+    (gpt_oss.GptOssAttention.forward, gpt_oss, "_apply_rotary_emb"),
+)
+# Rotates as the others do, by cos and sin that are not written twice.
+SINGLE = "_apply_rotary_emb"
+# Layers that add what their MLP gives to what went in, and blocks of experts that only add to what those give.
+RESIDUAL_LAYERS: tuple[Callable[..., Any], ...] = (
+    llama.LlamaDecoderLayer.forward,
+    mixtral.MixtralDecoderLayer.forward,
+    gpt_oss.GptOssDecoderLayer.forward,
+)
+EXPERT_BLOCKS: tuple[Callable[..., Any], ...] = (
+    deepseek.DeepseekV3MoE.forward,
+    gpt_oss.GptOssMLP.forward,
+    mixtral.MixtralSparseMoeBlock.forward,
+    olmoe.OlmoeSparseMoeBlock.forward,
+    qwen2_moe.Qwen2MoeSparseMoeBlock.forward,
+    qwen3_moe.Qwen3MoeSparseMoeBlock.forward,
 )
 PROJECTIONS = ("q_proj", "k_proj", "query_key_value")
 REST = frozenset({"rest"})
@@ -47,6 +72,7 @@ def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings
     values = {id(value.readers[0]): value for value in _known_values(layer, forward)}
     for module in list(layer.modules()):
         patch_linear(module, settings, values.get(id(module)))
+        replace_experts(module, settings)
         twin = None if settings.liger is None or is_patched(module) else _twin_of(module)
         if twin is not None:
             patch(module, twin, settings)
@@ -55,8 +81,8 @@ def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings
 def _known_values(layer: Any, forward: Callable[..., Any]) -> Iterator[OutputUse]:
     """The linears of which it is known who reads their outputs."""
     mlp: Any = getattr(layer, "mlp", None)
-    if _same_code(forward, llama.LlamaDecoderLayer.forward) and _runs(mlp, llama.LlamaMLP.forward):
-        yield OutputUse(REST, (mlp.down_proj, mlp))
+    if any(_same_code(forward, known) for known in RESIDUAL_LAYERS):
+        yield from _summed(mlp)
     if _same_code(forward, neox.GPTNeoXLayer.forward) and _runs(mlp, neox.GPTNeoXMLP.forward):
         yield OutputUse(REST, (mlp.dense_4h_to_h, mlp, layer.post_mlp_dropout))
         attention = layer.attention
@@ -64,8 +90,20 @@ def _known_values(layer: Any, forward: Callable[..., Any]) -> Iterator[OutputUse
             yield OutputUse(REST, (attention.dense, attention, layer.post_attention_dropout))
     for name in ("self_attn", "attention"):
         attention = getattr(layer, name, None)
-        if any(_runs(attention, known) for known, _ in ATTENTIONS):
+        if any(_runs(attention, known) for known, _, _ in ATTENTIONS):
             yield from _projections(attention)
+
+
+def _summed(mlp: Any) -> Iterator[OutputUse]:
+    """The last pieces of an MLP or of a block of experts, of whose outputs there are sums alone."""
+    if _runs(mlp, llama.LlamaMLP.forward):
+        yield OutputUse(REST, (mlp.down_proj, mlp))
+    if not any(_runs(mlp, known) for known in EXPERT_BLOCKS):
+        return
+    yield OutputUse(REST, (mlp.experts, mlp))
+    shared: Any = getattr(mlp, "shared_experts", None)
+    if _runs(shared, llama.LlamaMLP.forward):
+        yield OutputUse(REST, (shared.down_proj, shared, mlp))
 
 
 def _projections(attention: Any) -> Iterator[OutputUse]:
@@ -85,10 +123,12 @@ def _twin_of(module: Any) -> Callable[..., Any] | None:
         return _rms_norm_forward
     if _runs(module, gemma3.Gemma3RMSNorm.forward) and _same_code(kind._norm, gemma3.Gemma3RMSNorm._norm):
         return _rms_norm_from_zero_forward
+    if _runs(module, gpt_oss.GptOssRMSNorm.forward):
+        return _wide_rms_norm_forward
     if _runs(module, llama.LlamaMLP.forward):
         return _swiglu_forward if type(module.act_fn) is type(ACT2FN["silu"]) else None
     rotary = None if _replaced(module) else _rotary_of(kind)
-    return None if rotary is None else _with_rotary(inspect.unwrap(kind.forward), rotary)
+    return None if rotary is None else _with_rotary(inspect.unwrap(kind.forward), *rotary)
 
 
 def _rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -103,6 +143,12 @@ def _rms_norm_from_zero_forward(self: Any, x: Tensor) -> Tensor:
     return self._fpdt.settings.liger.rms_norm_from_zero(x, self.weight, self.eps)
 
 
+def _wide_rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    if not hidden_states.is_cuda or hidden_states.dtype != self.weight.dtype:
+        return self._fpdt.forward(hidden_states)
+    return self._fpdt.settings.liger.wide_rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
 def _swiglu_forward(self: Any, x: Tensor) -> Tensor:
     if not (x.is_cuda and _is_sum(self.gate_proj) and _is_sum(self.up_proj)):
         return self._fpdt.forward(x)
@@ -114,7 +160,7 @@ def _is_sum(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_lora(module)
 
 
-def _with_rotary(forward: FunctionType, rotary: Callable[..., Any]) -> Callable[..., Any]:
+def _with_rotary(forward: FunctionType, rotary: Callable[..., Any], once: bool) -> Callable[..., Any]:
     """An attention's forward over a rotary embedding of ours; the module that defines it is left alone."""
 
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -123,8 +169,11 @@ def _with_rotary(forward: FunctionType, rotary: Callable[..., Any]) -> Callable[
             return forward(self, *args, **kwargs)
 
         def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
-            plain = bool(others) or not q.is_cuda or q.dtype != cos.dtype
-            return rotary(q, k, cos, sin, **others) if plain else liger.rotary(q, k, cos, sin)
+            if others or not q.is_cuda or q.dtype != cos.dtype:
+                return rotary(q, k, cos, sin, **others)
+            if once:
+                cos, sin = (torch.cat((half, half), -1) for half in (cos, sin))
+            return liger.rotary(q, k, cos, sin)
 
         names = {**forward.__globals__, ROTARY: fused}
         twin = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -135,16 +184,16 @@ def _with_rotary(forward: FunctionType, rotary: Callable[..., Any]) -> Callable[
 
 
 @lru_cache
-def _rotary_of(kind: Any) -> Callable[..., Any] | None:
-    """The rotary embedding of a class of attention, if both are known."""
+def _rotary_of(kind: Any) -> tuple[Callable[..., Any], bool] | None:
+    """The rotary embedding of a class of attention, if both are known, and whether cos and sin are written once."""
     forward: Any = inspect.unwrap(kind.forward)  # transformers wraps forwards whose arguments have new names
-    for attention, module in ATTENTIONS:
+    for attention, module, helper in ATTENTIONS:
         if isinstance(forward, FunctionType) and _same_code(forward, attention):
             rotary, known = forward.__globals__.get(ROTARY), getattr(module, ROTARY)
             if rotary is None or not _same_code(rotary, known):
                 return None
-            half = getattr(inspect.unwrap(rotary), "__globals__", {}).get("rotate_half")
-            return rotary if _same_code(half, module.rotate_half) else None
+            called = getattr(inspect.unwrap(rotary), "__globals__", {}).get(helper)
+            return (rotary, helper == SINGLE) if _same_code(called, getattr(module, helper)) else None
     return None
 
 

@@ -27,6 +27,10 @@ class Liger:
         """Gemma's RMSNorm, times 1 + weight and rounded at last; a gradient that comes in is never overwritten."""
         return self._rms_norm(x, weight, eps, 1.0, "gemma", False)
 
+    def wide_rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The same with the weight multiplied before the result is narrowed, as gpt-oss does."""
+        return self._rms_norm(x, weight, eps, 0.0, "gemma", False)
+
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) · up. Backward leaves the gradients in `gate` and `up`, so nothing else may need their values."""
         return self._silu_mul(gate, up)

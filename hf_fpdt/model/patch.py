@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -17,7 +17,8 @@ class Patch:
     """Left on a patched module as `_fpdt`: what its new forward needs, and what was there before.
 
     Attributes:
-        value: of a linear, what becomes of its output (`linear.Value`), where that is known now.
+        value: what becomes of the module's output (`fused_linear.OutputUse`), where that is known now.
+        found: what its new forward found out, by what that depends on.
     """
 
     settings: Settings
@@ -25,6 +26,7 @@ class Patch:
     signature: inspect.Signature
     instance_forward: Callable[..., Any] | None
     value: Any = None
+    found: dict[Any, Any] = field(default_factory=dict)
 
 
 def patch(module: Any, forward: Callable[..., Any], settings: Settings) -> None:

@@ -39,6 +39,7 @@ class Settings:
     Attributes:
         trials: which layers were tried.
         chunks: tokens of a chunk that "auto" came to, by rows and tokens of hidden states and by their dtype.
+        fused_experts: whether chosen experts run as one operation.
         padding_tried: whether a head that is no language model's was found not to read padding.
         asked: what layers ask of attention, each kind once; () where that is not known before the first step.
         plain: of devices and dtypes those on which kernels were looked for, and whether there was but plain PyTorch.
@@ -51,6 +52,7 @@ class Settings:
     config: Any
     liger: Liger | None = None
     progress: StepProgress | None = None
+    fused_experts: bool = False
     trials: LayerTrials = field(default_factory=LayerTrials)
     chunks: dict[tuple[object, ...], int] = field(default_factory=dict)
     padding_tried: bool = False
@@ -128,6 +130,7 @@ class Settings:
             vocabulary=self.config.get_text_config().vocab_size,
             fused=self.liger is not None and hidden_BSD.is_cuda,
             score_bytes=SCORE_BYTES * is_plain,
+            fused_experts=self.fused_experts,
         )
 
     def plan(self, hidden_BSD: Tensor) -> ChunkPlan:

@@ -87,9 +87,10 @@ RowKind = Literal["entry", "hidden", "resident_kv", "ring_kv", "activations", "c
 # with LoRA on every linear.
 GATED_COPIES, PLAIN_COPIES = (14.5, 5.0), (11.0, 4.0)
 FUSED_GATED_COPIES, FUSED_PLAIN_COPIES = (5.0, 4.0), (6.5, 4.0)
-# The same where a token visits experts: of the hidden size for each of them, and of their widths together. Liger has
-# no kernels for them. Measured with gpt-oss-20b, whose experts have biases and a gate of many steps; others take less.
-EXPERT_COPIES = (4.0, 8.5)
+# The same where a token visits experts: of the hidden size for each of them, and of their widths together. Then where
+# they run as one operation, by counting its tensors. The first were measured with gpt-oss-20b, whose experts have
+# biases and a gate of many steps; others take less.
+EXPERT_COPIES, FUSED_EXPERT_COPIES = (4.0, 8.5), (1.0, 5.0)
 # Of experts' weights that adapters are merged into: the sum, its gradient, and what autograd makes of it in parts. By
 # counting with eager experts on a CPU.
 MERGED_COPIES = 4
@@ -141,6 +142,7 @@ class StepSizes:
         vocabulary: logits a token.
         fused: whether a GPU runs Liger's kernels in the layers.
         score_bytes: of attention's scores, where plain PyTorch computes it.
+        fused_experts: whether chosen experts run as one operation.
     """
 
     model: ModelSizes
@@ -152,6 +154,7 @@ class StepSizes:
     vocabulary: int = 0
     fused: bool = False
     score_bytes: int = 0
+    fused_experts: bool = False
 
     @property
     def _ranks(self) -> int:
@@ -332,7 +335,8 @@ class StepSizes:
         gated, plain = (FUSED_GATED_COPIES, FUSED_PLAIN_COPIES) if self.fused else (GATED_COPIES, PLAIN_COPIES)
         hidden, intermediate = gated if m.gated else plain
         if m.experts:
-            hidden, intermediate = hidden + m.experts * EXPERT_COPIES[0], EXPERT_COPIES[1]
+            row, intermediate = FUSED_EXPERT_COPIES if self.fused_experts else EXPERT_COPIES
+            hidden += m.experts * row
         activations = int(tokens * (hidden * m.hidden + intermediate * m.intermediate) * self.element_bytes)
         return activations + MERGED_COPIES * m.merged * self.element_bytes
 

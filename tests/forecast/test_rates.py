@@ -184,6 +184,22 @@ def test_experts_that_no_token_visits_take_no_time() -> None:
     assert times[0] == times[1]
 
 
+def test_seconds_of_experts_are_within_two_percent_of_a_measured_step() -> None:
+    """gpt-oss-20b at 128K tokens on one H200, see docs/results/kinds.md; as the model has them it took 22.6 s."""
+    gpt_oss = ModelSizes(
+        24, 2880, 11_520, 64, 8, 64, 64, 823_518_752, windows=(128, None) * 12, idle_width=80_640, experts=4
+    )
+    own = step(gpt_oss, 2**17, 201_088)
+
+    def check(sizes: StepSizes) -> None:
+        seconds = step_seconds(sizes, kept(24, 24, 24), GPUS["h200"], full=False)
+        assert seconds == pytest.approx(16.207, rel=0.02)
+
+    check(replace(own, fused_experts=True))
+    dense = replace(gpt_oss, experts=0, intermediate=gpt_oss.intermediate + gpt_oss.idle_width, idle_width=0)
+    assert_rejects(check, {"the model's own": own, "no experts": replace(own, model=dense)})
+
+
 def test_ranks_that_share_a_sequence_share_its_time() -> None:
     keeps = kept(32, 32, 32)
     one, four = (step_seconds(step(LLAMA_8B, 2**20, 128_256, ranks), keeps, H100, full=True) for ranks in (1, 4))

@@ -14,6 +14,7 @@ from ...forecast import Training, Weights
 from ...memory import parameter_count
 from ...plan import ModelSizes, take_layers
 from ..apply import seen_of
+from ..experts.replace import experts_are_replaced
 from ..layers import decoder_layers, merged_weights
 from ..settings import auto_loss_tokens
 
@@ -95,6 +96,7 @@ def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
         vocabulary=text.vocab_size,
         chunk_tokens=AUTO_CHUNK_TOKENS_GPU,
         loss_tokens=auto_loss_tokens(text.vocab_size),
+        fused_experts=experts_are_replaced(layers),
     )
 
 

@@ -1,0 +1,1 @@
+"""Chosen experts as one operation: see `replace`."""
