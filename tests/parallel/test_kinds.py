@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.memory.windowed_kv import WindowedKV
+from hf_fpdt.model.experts.replace import are_experts
+from hf_fpdt.model.patch import is_patched
 from hf_fpdt.parallel.group import SequenceParallelGroup
 from tests.helpers.kinds import TOLERANCE, Forgets, in_double, kind, ring, with_adapters
 from tests.helpers.support import assert_rejects, relative_error, spawn
@@ -40,6 +42,9 @@ def check(case: str, window: int, samples: int, model: nn.Module, loss: Tensor, 
     assert relative_error(mean / dist.get_world_size(), torch.stack(losses).mean().detach()) < TOLERANCE
     ours, exact = gradients(model), gradients(plain)
     assert ours.keys() == exact.keys()
+    found: list[Any] = list(filter(are_experts, model.modules()))
+    for experts in found:
+        assert is_patched(experts) == (experts.config._experts_implementation == "grouped_mm")
     floor = 1e-3 * max(float(grad.abs().max()) for grad in exact.values())
     for name, grad in exact.items():
         error = float((ours[name] - grad).abs().max()) / max(float(grad.abs().max()), floor)
@@ -52,10 +57,18 @@ def applied(case: str, sp: int, window: int, **options: Any) -> Any:
     return model
 
 
+def experts_as_one(model: nn.Module) -> None:
+    """From now on; layers were tried with the model's own loop over them, the only other one in float64."""
+    found: list[Any] = list(filter(are_experts, model.modules()))
+    for module in found:
+        module.config._experts_implementation = "grouped_mm"
+
+
 def _ddp(rank: int, world: int, runs: list[Run]) -> None:
     with in_double():
         for case, sp, window, options in runs:
             wrapped = DistributedDataParallel(applied(case, sp, window, **options))
+            experts_as_one(wrapped)
             loss = wrapped(**own_batch(sp, rank, TOKENS)).loss
             loss.backward()
             check(case, window, world // sp, wrapped, loss)
@@ -91,6 +104,7 @@ def _fsdp(rank: int, world: int, runs: list[Run]) -> None:
                 loss = model(**own_batch(sp, rank, TOKENS)).loss
                 loss.backward()
                 check(case, window, world // sp, model, loss)
+                experts_as_one(model)  # layers are tried in the first step, too
 
 
 def test_fsdp2_equals_one_process() -> None:
