@@ -23,9 +23,10 @@ from .layer_run import Layer, LayerRun
 from .layer_state import is_fsdps, look_of
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
-from .recurrent import Asked, LayerTraits, cache_argument
+from .recurrent import Asked, LayerTraits, cache_argument, plain_kernels, scan_packages
 from .replay_state import RandomState, untouched_random_state
-from .trial import TRIAL_TOKENS, LayerTrials, mixes_tokens, visit, visiting
+from .trial import LayerTrials, mixes_tokens, visit, visiting
+from .trial_run import TRIAL_TOKENS
 from .whole import attend_whole
 
 __all__ = [
@@ -47,7 +48,9 @@ __all__ = [
     "look_of",
     "mixes_tokens",
     "norm_by_chunks",
+    "plain_kernels",
     "run_layer",
+    "scan_packages",
     "untouched_random_state",
     "visit",
     "visiting",

@@ -260,6 +260,16 @@ def scans_seen(layer: nn.Module, heads: set[int]) -> AbstractContextManager[None
     return _rebound(layer, seen)
 
 
+def scan_packages(model: nn.Module) -> dict[str, str | None]:
+    """Of each function that recurrent layers of a model call, the package that it comes from; None: PyTorch alone."""
+    found = {}
+    for name, function in kernels_of(model).items():
+        chosen = inspect.getclosurevars(function).nonlocals.get("implementation")
+        own = getattr(chosen, "__module__", "transformers").partition(".")[0]
+        found[name] = None if own == "transformers" else own
+    return found
+
+
 def _is_scan(function: Any) -> bool:
     return any(name in inspect.signature(function).parameters for name in STATES)
 

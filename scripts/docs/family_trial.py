@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from in_double import in_double
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.commands.check.tiny_config import VOCABULARY, shrunk
+from hf_fpdt.commands.float64 import float64_throughout
 from hf_fpdt.model.apply import why_refused
 from hf_fpdt.model.refusals import ATTENTION_DROPOUTS
 from hf_fpdt.plan.by_layer import by_layer
@@ -110,7 +110,7 @@ def tried(family: str, architecture: str) -> Verdict:
     """What FPDT does with a family; whatever a model raises becomes a verdict."""
     verdict = Verdict(family, architecture, NOT_TRIED)
     try:
-        with _limited(SECONDS), in_double():
+        with _limited(SECONDS), float64_throughout():
             return _tried(verdict)
     except TooLong:
         return replace(verdict, reasons=(f"takes more than {SECONDS} seconds",))

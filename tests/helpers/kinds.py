@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import hf_fpdt.engine.layer_run
+from hf_fpdt.commands.float64 import float64_throughout
 from hf_fpdt.memory.windowed_kv import WindowedKV
-from tests.helpers import app_support  # noqa: F401  puts scripts/docs on the path
 from tests.helpers.models import Step, tiny, train_step
 
-from in_double import in_double as in_double  # isort: skip
-
+in_double = float64_throughout
 Config = dict[str, Any]
 WINDOW, BLOCK = 9, 10
 # Of float64 where nothing is computed in fp32, from the largest of each gradient.

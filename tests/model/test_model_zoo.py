@@ -166,13 +166,13 @@ MAMBA: Config = {"mamba_d_state": 8, "mamba_d_head": 8, "mamba_n_heads": 8, "mam
 REFUSED: dict[str, tuple[Config, str]] = {
     "bloom": ({"n_layer": 2}, "ignores the attention registry"),
     "falcon": ({}, "ignores the attention registry"),
-    "falcon_h1": ({**MAMBA, "mamba_d_ssm": 64, "num_key_value_heads": 2}, "layers of type hybrid"),
+    "jamba": ({**MAMBA, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1}, "Mamba-1"),
     "gemma4_text": (
         {**GEMMA4, "layer_types": ["sliding_attention", "full_attention"]},
         r"differ in head_dim \(8, 16\)",
     ),
     "gpt_neo": ({"attention_types": [[["global"], 2]], "num_layers": 2}, "ignores the attention registry"),
-    "mamba": ({"state_size": 8}, "linear_attention"),
+    "mamba": ({"state_size": 8}, "Mamba-1"),
     "modernbert-decoder": ({}, "no stack of decoder layers"),
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, "ignores the attention registry"),
     "roberta": ({"is_decoder": True}, "no stack of decoder layers"),

@@ -13,8 +13,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ...engine import plain_kernels
 from ...labels import IGNORE_INDEX
 from ..accuracy import FACTOR, LOSS, Tensors, Worst, errors, in_double, least_of_dtype, worst
+from ..float64 import float64_throughout
 from .job import Job
 from .models import config_of, model_of, tokens_of
 from .ranks import whole
@@ -50,7 +52,9 @@ def check(stack: Stack, job: Job) -> Worst:
     labels = ids.clone()
     labels[:, :IGNORED_TOKENS] = IGNORE_INDEX
     # Before the stack, which may change classes of the whole process.
-    truth = results(Stack(), in_double(copy.deepcopy(model)), ids, labels)
+    wide = in_double(copy.deepcopy(model))
+    with float64_throughout(), plain_kernels(wide):
+        truth = results(Stack(), wide, ids, labels)
     naive = errors(results(Stack(), copy.deepcopy(model), ids, labels), truth)
     stack.prepare(model, Pieces(most_tokens=N_TOKENS // PIECES))
     # FSDP2 is not to be had without an optimizer.

@@ -197,7 +197,9 @@ def _print_items(head: str, items: Sequence[str]) -> None:
 def _findings(tiny: TinyModel, device: Device) -> Iterator[Finding]:
     """Of every kernel that serves each kind of its layers: attention alone, by kind, and a step of the model."""
     heads, kinds = attention_sizes(tiny.config), kinds_of(tiny.config)
-    for kernel in KERNELS:
+    if not kinds:  # no layer attends, so whichever is named serves
+        yield tiny.check("auto", torch.float32)
+    for kernel in KERNELS if kinds else ():
         dtype = check_dtype(kernel, device, kinds)
         if dtype is not None:
             alone = [check_attention(kernel, dtype, (heads.q_heads, heads.kv_heads), kind, device) for kind in kinds]

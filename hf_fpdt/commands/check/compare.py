@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...attention import KERNELS, AttentionSpec, attention, peaked_qkv
 from ...config import FPDTPlugin
-from ...engine import attend_whole
+from ...engine import attend_whole, plain_kernels
 from ...model import apply_fpdt, build_random
 from ...plan import attention_sizes, head_dims, largest, why_no_sizes, windows_of
 from ..accuracy import LOSS, Tensors, Worst, errors, in_double, worst_of_run
+from ..float64 import float64_throughout
 from ..options import plain
 from .adapter import Adapter
 from .tiny_config import VOCABULARY, shrunk
@@ -63,6 +65,8 @@ def kinds_of(config: Any) -> list[AttentionSpec]:
     if why_no_sizes(config):
         return [AttentionSpec.plain(head_dim) for head_dim in head_dims(config)]
     heads, kv_heads, head_dim, value_dim = attention_sizes(config)
+    if not head_dim:
+        return []  # no layer attends
     softcap = largest(config, "attn_logit_softcapping")
     return [
         AttentionSpec(
@@ -165,7 +169,8 @@ class TinyModel:
 
     def __init__(self, config: Any, device: torch.device, adapter: Adapter | None = None) -> None:
         self.config, self.device, self.adapter = shrunk(config), device, adapter
-        self._ids = torch.randint(3, VOCABULARY, (1, TRAINING_TOKENS), generator=torch.Generator().manual_seed(0))
+        words = min(VOCABULARY, self.config.vocab_size)
+        self._ids = torch.randint(3, words, (1, TRAINING_TOKENS), generator=torch.Generator().manual_seed(0))
         self._plain: dict[torch.dtype, Tensors] = {}
 
     def check(self, kernel: str, dtype: torch.dtype) -> Finding:
@@ -213,8 +218,11 @@ class TinyModel:
             )
             apply_fpdt(model, plugin)
         ids = self._ids.to(self.device)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        # What is compared with is PyTorch's way of a recurrence, which has float64 too.
+        wide = float64_throughout() if dtype == torch.float64 else nullcontext()
+        with nullcontext() if kernel is not None else plain_kernels(model), wide:
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
         return {LOSS: loss.detach(), **dict(_gradients(model))}
 
 

@@ -31,6 +31,8 @@ _AT_MOST: tuple[tuple[tuple[str, ...], int], ...] = (
     (("sliding_window",), WINDOW),
     (("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
 )
+# Of Mamba-2, by every name that configurations have for heads and their width.
+_MAMBA_HEADS = (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"), ("num_heads", "head_dim"))
 # In the names of settings that draw random numbers in training; with 0 they draw none.
 _RANDOM = ("dropout", "pdrop", "layerdrop", "jitter")
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -63,7 +65,9 @@ def shrunk(config: Any) -> Any:
 
 
 def _shrink_sizes(small: Any) -> None:
-    _shrink_heads(small)
+    if getattr(small, "num_attention_heads", None) is not None:
+        _shrink_heads(small)
+    _shrink_recurrence(small)
     for names, most in _AT_MOST:
         for name in names:
             value: Any = getattr(small, name, None)
@@ -90,6 +94,28 @@ def _one_of_each_kind(config: Any) -> list[int]:
     chosen = sorted({kinds.index(kind) for kind in kinds})[:MOST_LAYERS]
     chosen += [i for i in layers if i not in chosen][: max(0, LAYERS - len(chosen))]
     return sorted(chosen)
+
+
+def _shrink_recurrence(small: Any) -> None:
+    """Fewer heads of scans, of the width that they have, as many value heads a key head and heads a group as fit."""
+    keys, values = (getattr(small, f"linear_num_{kind}_heads", None) for kind in ("key", "value"))
+    if keys and values:
+        small.linear_num_key_heads, small.linear_num_value_heads = KV_HEADS, KV_HEADS * max(1, values // keys)
+    if getattr(small, "linear_num_heads", None):
+        small.linear_num_heads = min(PLAIN_HEADS, small.linear_num_heads)
+    for groups in ("mamba_n_groups", "n_groups"):
+        if getattr(small, groups, None):
+            setattr(small, groups, min(KV_HEADS, getattr(small, groups)))
+    expand = getattr(small, "mamba_expand", None) or getattr(small, "expand", None)
+    for heads, width in _MAMBA_HEADS:
+        if not getattr(small, heads, None):
+            continue
+        # Where the heads together are so many times as wide as hidden states, they must stay so.
+        tied = expand and not hasattr(small, "mamba_d_ssm") and heads != "mamba_num_heads"
+        fewer = int(expand * small.hidden_size) // getattr(small, width) if tied else PLAIN_HEADS
+        setattr(small, heads, fewer)
+        if getattr(small, "mamba_d_ssm", None):
+            small.mamba_d_ssm = fewer * getattr(small, width)
 
 
 def _shrink_heads(small: Any) -> None:

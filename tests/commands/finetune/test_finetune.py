@@ -528,9 +528,9 @@ def test_a_model_fpdt_cannot_run_is_refused_before_it_loads(
     shutil.copytree(inputs.model, folder, ignore=shutil.ignore_patterns("*.safetensors"))  # there is nothing to load
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     sizes |= {"num_key_value_heads": 1, "num_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}
-    Qwen3NextConfig(vocab_size=300, layer_types=["linear_attention"], **sizes).save_pretrained(folder)
+    Qwen3NextConfig(vocab_size=300, layer_types=["indexed_attention"], **sizes).save_pretrained(folder)
     command = arguments(inputs, tmp_path / "output", "--model", str(folder))
-    assert_refused(command, ["--model", "can't train", "linear_attention"], capsys)
+    assert_refused(command, ["--model", "can't train", "indexed_attention"], capsys)
 
 
 def test_a_mistake_in_a_shell(lora: Result, inputs: Inputs) -> None:

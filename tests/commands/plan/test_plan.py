@@ -123,7 +123,8 @@ def test_mistakes_end_with_status_2_and_without_a_traceback(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("qwen3_5_text", "layers of type linear_attention are no attention in full, windows or blocks"),
+        ("jamba", "it does not go on from it (Mamba-1)"),
+        ("minimax", "leaves no state in a cache"),
         ("gemma4_text", "its layers differ in head_dim (256, 512)"),
         ("deepseek_v32", "layers of type indexed_attention"),
     ],

@@ -7,25 +7,31 @@ loss. Two ways of computing the same model then differ by fp32's rounding, and a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-CASTS = ((Tensor, ("to", "type", "float", "softmax")), (torch, ("softmax",)), (nn.functional, ("softmax",)))
+PRODUCT = "__matmul__"
+CASTS: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (Tensor, ("to", "type", "float", "softmax", PRODUCT)),
+    (torch, ("softmax",)),
+    (nn.functional, ("softmax",)),
+)
 
 
 @contextmanager
-def in_double() -> Iterator[None]:
+def float64_throughout() -> Iterator[None]:
     """Inside, casts to fp32 leave float64 alone."""
-    with ExitStack() as patches:
-        for owner, names in CASTS:
-            for name in names:
-                patches.enter_context(patch.object(owner, name, _wide(getattr(owner, name))))
-        patches.enter_context(patch.object(Tensor, "__matmul__", _widened(Tensor.__matmul__)))
+    before = [(owner, name, getattr(owner, name)) for owner, names in CASTS for name in names]
+    for owner, name, function in before:
+        setattr(owner, name, _widened(function) if name == PRODUCT else _wide(function))
+    try:
         yield
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
 
 
 def _wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
