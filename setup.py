@@ -43,6 +43,8 @@ setup(
         "flash": [FLASH],
         # All that hf-fpdt finetune uses where there is a GPU, its picture included.
         "gpu": [FLASH, "liger-kernel", "matplotlib"],
+        # Kernels of the gated delta rule and KDA. Those of Mamba-2 (mamba-ssm, causal-conv1d) are built from source.
+        "recurrent": ["flash-linear-attention>=0.6.0"],
         "bench": ["matplotlib", "liger-kernel", "pyte"],
         "dev": [
             "filelock",

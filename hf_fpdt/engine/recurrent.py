@@ -261,9 +261,10 @@ def scans_seen(layer: nn.Module, heads: set[int]) -> AbstractContextManager[None
 
 
 def scan_packages(model: nn.Module) -> dict[str, str | None]:
-    """Of each function that recurrent layers of a model call, the package that it comes from; None: PyTorch alone."""
+    """Of each scan that recurrent layers of a model call, the package that it comes from; None: PyTorch alone."""
     found = {}
-    for name, function in kernels_of(model).items():
+    scans = {name: function for name, function in kernels_of(model).items() if _is_scan(function)}
+    for name, function in scans.items():
         chosen = inspect.getclosurevars(function).nonlocals.get("implementation")
         own = getattr(chosen, "__module__", "transformers").partition(".")[0]
         found[name] = None if own == "transformers" else own

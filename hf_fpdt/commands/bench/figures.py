@@ -26,7 +26,8 @@ MFU with recompute (the habit of papers): the same and one more forward pass of 
 N' the layers' weights alone, whatever the stack really does twice.
 of ceiling: the least seconds a step can take, over those it took. Attention forward once and backward once (2.5 times
 the operations) at the kernel's rates, linears at the rate of large matrix products: forward, forward again and
-gradients of inputs, with weights trained their gradients too; all rates measured in the same run.
+gradients of inputs, with weights trained their gradients too; all rates measured in the same run. Scans of recurrent
+layers: 6 operations a token and element of their states, forward, at the rate of products, which no kernel reaches.
 Of several GPUs: tokens of all together, over the peaks and rates of as many; what they send each other is not in the
 ceiling. GPU GiB: the fullest; pinned and process GiB: all processes."""
 
@@ -61,13 +62,15 @@ class Trained:
 
     def with_recompute(self, n_tokens: int) -> float:
         """The same, and one more forward pass of all layers."""
-        again = 2 * n_tokens * self.sizes.layers * self.sizes.linear_weights
+        again = n_tokens * sum(2 * mix.linear_weights + mix.scan_operations for mix in self.sizes.all_mixes)
         return self.strict(n_tokens) + again + self._attention(n_tokens)
 
     def ceiling_seconds(self, n_tokens: int, rates: Rates) -> float:
         """The least that a step can take at these rates."""
         attention = self._attention(n_tokens)
-        products = LINEAR_PASSES[self.full] * self.sizes.layers * self.sizes.linear_weights
+        products = LINEAR_PASSES[self.full] * sum(mix.linear_weights for mix in self.sizes.all_mixes)
+        # Forward, forward again and twice that backward, as if matrix units did nothing else.
+        products += 2 * sum(mix.scan_operations for mix in self.sizes.mixes)
         products += HEAD_PASSES[self.full] * self.vocabulary * self.sizes.hidden
         kernel = attention / rates.forward + BACKWARD_OPERATIONS * attention / rates.backward
         return kernel + 2 * n_tokens * products / rates.matmul

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...attention import KERNELS, AttentionSpec
+from ...engine import scan_packages
 from ...forecast import GPU, save_rates
 from ...model import why_refused
 from ...plan import attention_sizes
@@ -97,6 +98,7 @@ def check(options: argparse.Namespace) -> int:
     text = config.get_text_config()
     for kind in kinds_of(text):
         _print_kernels(device, kind)
+    _print_scans(config, device)
     name = f"{options.model or f'the {options.shape or DEFAULT_SHAPE} shape'} ({architecture})"
     if adapter is not None:
         _print_items("adapter  ", adapter.lines())
@@ -136,6 +138,15 @@ def _print_kernels(device: Device, kind: AttentionSpec) -> None:
     for name, reason in reasons.items():
         serves = 'yes, and what "auto" takes' if name == auto else "yes"
         print(f"  {name:{NAME_WIDTH}} {reason or serves}")
+
+
+def _print_scans(config: Any, device: Device) -> None:
+    """The scans of recurrent layers, and where each comes from."""
+    packages = scan_packages(built_without_memory(config))
+    for name, package in packages.items():
+        said = "in PyTorch alone" if package is None else f"of the package {package}"
+        slow = ", much slower: pip install hf_fpdt[recurrent]" if package is None and device.type == "cuda" else ""
+        print(f"scan      {name} {said}{slow}")
 
 
 def _kind(spec: AttentionSpec) -> str:
