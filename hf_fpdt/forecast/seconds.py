@@ -70,14 +70,26 @@ def ulysses_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU) -> float:
 
     A rank sends as much to each of the others; those of its host and the rest at the same time.
     """
-    ranks = step.plan.sp_size
+    ranks, mixes = step.plan.sp_size, step.model.all_mixes
     if ranks == 1:
         return 0.0
-    sent = ulysses(step, kept).sent_bytes
+    attending = sum(mix.attends for mix in mixes) / len(mixes)
+    sent = attending * ulysses(step, kept).sent_bytes + sum(_scan_exchange_bytes(step, mix) for mix in mixes)
     inside = min(ranks, GPUS_A_HOST) - 1
     outside = ranks - 1 - inside
     on_the_way = sent / (ranks - 1) * max(inside / gpu.peers, outside / gpu.network)
     return on_the_way + ORDER_PASSES * sent * ranks / (ranks - 1) / gpu.memory
+
+
+# Channels of the convolution's output go into a scan, and about half as many come out of it.
+SCAN_EXCHANGED = 1.5
+
+
+def _scan_exchange_bytes(step: StepSizes, mix: LayerMix) -> float:
+    """What a rank sends around one layer's scan: forward, in the replay, and gradients."""
+    ranks, channels = step.plan.sp_size, mix.channels if mix.scanned else 0
+    tokens = step.batch * step.plan.n_tokens / ranks
+    return 3 * SCAN_EXCHANGED * tokens * channels * step.attention_bytes * (ranks - 1) / ranks
 
 
 def sharded_seconds(weights: ShardedWeights, kept: KeptLayers, gpu: GPU) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import FPDTPlugin, auto_chunk_tokens
-from ..engine import TRIAL_TOKENS, Asked, StepProgress, untouched_random_state, visit
+from ..engine import TRIAL_TOKENS, Asked, StepProgress, scan_packages, untouched_random_state, visit
 from ..forecast import peak_of
 from ..memory import CheckpointStore, TrainingMemory
 from ..parallel import SequenceParallelGroup, build_group, check_heads, why_not_scan_heads
@@ -99,7 +99,19 @@ def apply_fpdt(
         why = str(error).removeprefix("hf_fpdt: ")
         raise NotImplementedError(f"hf_fpdt: FPDT cannot run {type(target).__name__}: {why}") from error
     warn_of_another_rope(target)
+    _warn_of_plain_scans(target)
     return handle
+
+
+def _warn_of_plain_scans(model: PreTrainedModel) -> None:
+    """On a GPU PyTorch's path of a scan is exact, takes many times as long, and more memory than is planned."""
+    plain = [name for name, package in scan_packages(model).items() if package is None]
+    if plain and model.device.type == "cuda":
+        logger.warning(
+            "hf_fpdt: no kernel is installed for %s, so plain PyTorch computes it: exact, much slower, and with more "
+            'memory than is planned for. pip install "hf_fpdt[recurrent]", for Mamba-2 mamba-ssm.',
+            ", ".join(plain),
+        )
 
 
 def _check_scans(layers: list[Any], sp_size: int) -> None:

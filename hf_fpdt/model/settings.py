@@ -142,6 +142,9 @@ class Settings:
         """The cut of the sequence of which each rank holds `rank_tokens`."""
         chunk_tokens, n_tokens = resolve_chunk_tokens(self.plugin, on_gpu=on_gpu), rank_tokens * self.group.size
         if any(mix.states for mix in self.sizes.mixes):
+            # Kernels of scans go through blocks; borders that are theirs too give the numbers of the whole.
+            alone = on_gpu and self.group.size == 1 and chunk_tokens > KERNEL_BLOCK
+            chunk_tokens -= chunk_tokens % KERNEL_BLOCK if alone else 0
             chunk_tokens = no_single_token(n_tokens, chunk_tokens, self.group.size)
         return ChunkPlan(n_tokens, chunk_tokens, self.group.size)
 
