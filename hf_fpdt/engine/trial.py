@@ -22,6 +22,7 @@ from .layer_state import build_of
 from .recurrent import LayerTraits, kernels_of, plain_kernels
 from .replay_state import Autocast, untouched_random_state
 from .trial_run import (
+    NARROW_SUMS,
     SMALL,
     TRIAL_CHUNK_TOKENS,
     TRIAL_TOKENS,
@@ -30,7 +31,6 @@ from .trial_run import (
     NoDropout,
     first_tokens,
     mean_size,
-    repeated,
     token_errors,
     unit_of,
 )
@@ -53,8 +53,6 @@ def visit() -> Iterator[None]:
         _visiting.reset(token)
 
 
-# Of the size of what PyTorch's path gives: in bfloat16 both round.
-KERNEL_TOLERANCE = 0.1
 # A recurrence's kernel is tuned and compiled for blocks of 64 tokens: on fewer it would be once more, for no use.
 KERNEL_TRIAL_TIMES = 8
 INSTALL = (
@@ -144,13 +142,23 @@ def why_not_kernels(trial: LayerTrial) -> str | None:
     for name, value, truth in [("its output", y, y_plain), ("the gradient of its input", dx, dx_plain), *weights]:
         size = max(mean_size(truth), 0.0 if truth is y_plain or truth is dx_plain else least)
         off = float("inf") if value is None else mean_size(value.float() - truth.float()) / max(size, 1e-30)
-        if not off <= KERNEL_TOLERANCE:
+        if not off <= NARROW_SUMS:
             return (
                 f"{names} computes something else on this machine than transformers does in PyTorch: {name} is off by "
-                f"{off:.2g} of its size, and {KERNEL_TOLERANCE:g} is allowed; {INSTALL}"
+                f"{off:.2g} of its size, and {NARROW_SUMS:g} is allowed; {INSTALL}"
             )
     logger.info("hf_fpdt: %s: gradients of %s are those of PyTorch's path", type(layer).__name__, names)
     return None
+
+
+def repeated(value: Any, tokens: int, times: int) -> Any:
+    """Arguments for so many times as many tokens, as those of `tokens_of` are cut."""
+    if isinstance(value, Mapping):
+        return {name: repeated(item, tokens, times) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(repeated(item, tokens, times) for item in value)
+    axis = min(1, value.dim() - 1) if isinstance(value, Tensor) and value.dim() else None
+    return value if axis is None or value.shape[axis] != tokens else torch.cat([value] * times, axis)
 
 
 def mixes_tokens(function: Callable[[Tensor], Tensor], hidden_BSD: Tensor) -> bool:
