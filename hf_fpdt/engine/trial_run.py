@@ -48,7 +48,7 @@ STATES_LACK = (
 )
 NEITHER = "though it never calls its attention function and leaves no state in a cache"
 DRAWS_BESIDE = "it draws random numbers beside dropout, so whether its states are all that it needs cannot be seen"
-# Of a recurrence's decay, one number a head, the parts of its gradient cancel: in bfloat16 two ways to cut 4,096 tokens
+# Of a decay, one number a head, the parts of its gradient cancel: in bfloat16 two ways to cut 4,096 tokens
 # differed by 0.1 of it. Wrong ones differ by 1, and outputs and gradients of inputs are looked at too.
 NARROW, NARROW_SUMS = 1e-3, 0.25
 # A weight's gradient is asked for no more than this share of the largest, by root mean square.
