@@ -221,7 +221,7 @@ class TinyModel:
         # What is compared with is PyTorch's way of a recurrence, which has float64 too.
         wide = float64_throughout() if dtype == torch.float64 else nullcontext()
         with nullcontext() if kernel is not None else plain_kernels(model), wide:
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
         return {LOSS: loss.detach(), **dict(_gradients(model))}
 

@@ -16,6 +16,7 @@ LAYERS, MOST_LAYERS = 2, 4
 # PLAIN_HEADS where each query head has its own key head; at most SHARED_KV_QUERIES query heads share one.
 KV_HEADS, PLAIN_HEADS, SHARED_KV_QUERIES = 2, 4, 8
 INTERMEDIATE, EXPERT_WIDTH = 192, 64
+WITHOUT_HEADS = 256  # hidden sizes of a model without attention
 EXPERTS, EXPERTS_A_TOKEN, EXPERT_GROUPS = 8, 2, 2
 VOCABULARY = 128
 WINDOW = 40
@@ -67,12 +68,16 @@ def shrunk(config: Any) -> Any:
 def _shrink_sizes(small: Any) -> None:
     if getattr(small, "num_attention_heads", None) is not None:
         _shrink_heads(small)
+    else:
+        small.hidden_size = min(small.hidden_size, WITHOUT_HEADS)
     _shrink_recurrence(small)
     for names, most in _AT_MOST:
         for name in names:
             value: Any = getattr(small, name, None)
             if _is_number(value) and value > most:
                 setattr(small, name, most)
+    if hasattr(small, "intermediate_size") and hasattr(small, "expand"):
+        small.intermediate_size = int(small.expand * small.hidden_size)
     for name, value in list(vars(small).items()):
         if any(word in name for word in _RANDOM) and _is_number(value):
             setattr(small, name, 0.0)
