@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layout import Chunk, ChunkPlan
 from .gradients import GradientSums
+from .layer_run import tokens_of
 from .layer_state import build_of
 from .recurrent import LayerTraits, kernels_of, plain_kernels
 from .replay_state import Autocast, untouched_random_state
 from .trial_run import (
+    LEAST_TRIAL_TOKENS,
     NARROW_SUMS,
     SMALL,
     TRIAL_CHUNK_TOKENS,
@@ -29,7 +32,6 @@ from .trial_run import (
     UNITS,
     LayerTrial,
     NoDropout,
-    first_tokens,
     mean_size,
     token_errors,
     unit_of,
@@ -98,8 +100,10 @@ class LayerTrials:
         device = hidden_BSD.device
         with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device_of(hidden_BSD):
             first = first_tokens(arguments, hidden_BSD, tokens)
+            times = -(-LEAST_TRIAL_TOKENS // tokens)
             if device.type == "cuda" and kernels_of(layer):
-                first, tokens = repeated(first, tokens, KERNEL_TRIAL_TIMES), tokens * KERNEL_TRIAL_TIMES
+                times = max(times, KERNEL_TRIAL_TIMES)
+            first, tokens = repeated(first, tokens, times), tokens * times
             trial = LayerTrial(layer, forward, first, hidden_BSD, tokens)
             # In a visit every window is in the mask; in a step those alone that are shorter than the sequence.
             trial.window, trial.keys = window, 2**62 if visiting() else hidden_BSD.shape[1]
@@ -118,6 +122,31 @@ class LayerTrials:
     def traits_of(self, layer: nn.Module, window: int | None) -> LayerTraits:
         """What a layer that passed was seen to do; the usual of one that was not tried."""
         return self.passed.get((window, *build_of(layer)), LayerTraits())
+
+
+def first_tokens(arguments: Mapping[str, Any], hidden_BSD: Tensor, kept: int) -> dict[str, Any]:
+    """Arguments for the first tokens of the first row alone, as tensors that autograd may save."""
+    rows, n_tokens = hidden_BSD.shape[:2]
+    chunk, plan = Chunk(0, 0, kept, 0, kept), ChunkPlan(n_tokens, n_tokens)
+
+    def first(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(first(item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        return (value[:1] if value.dim() > 1 and value.shape[0] == rows else value).detach().clone()
+
+    return {name: first(tokens_of(value, chunk, plan)) for name, value in arguments.items()}
+
+
+def repeated(value: Any, tokens: int, times: int) -> Any:
+    """Arguments for so many times as many tokens, as those of `tokens_of` are cut."""
+    if isinstance(value, Mapping):
+        return {name: repeated(item, tokens, times) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(repeated(item, tokens, times) for item in value)
+    axis = min(1, value.dim() - 1) if isinstance(value, Tensor) and value.dim() else None
+    return value if axis is None or value.shape[axis] != tokens else torch.cat([value] * times, axis)
 
 
 def why_not_kernels(trial: LayerTrial) -> str | None:
@@ -149,16 +178,6 @@ def why_not_kernels(trial: LayerTrial) -> str | None:
             )
     logger.info("hf_fpdt: %s: gradients of %s are those of PyTorch's path", type(layer).__name__, names)
     return None
-
-
-def repeated(value: Any, tokens: int, times: int) -> Any:
-    """Arguments for so many times as many tokens, as those of `tokens_of` are cut."""
-    if isinstance(value, Mapping):
-        return {name: repeated(item, tokens, times) for name, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(repeated(item, tokens, times) for item in value)
-    axis = min(1, value.dim() - 1) if isinstance(value, Tensor) and value.dim() else None
-    return value if axis is None or value.shape[axis] != tokens else torch.cat([value] * times, axis)
 
 
 def mixes_tokens(function: Callable[[Tensor], Tensor], hidden_BSD: Tensor) -> bool:

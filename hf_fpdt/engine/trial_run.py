@@ -35,7 +35,9 @@ from .replay_state import RandomState
 
 # Two chunks, of 32 and of 16: multiples of 16, which products in 8 bits insist on.
 TRIAL_TOKENS, TRIAL_CHUNK_TOKENS = 48, 32
-# Draws until no token was routed to other experts by rounding alone, for the sake of weights' gradients.
+# Two chunks of more than one token, which layers with a state compute in another way.
+LEAST_TRIAL_TOKENS = 6
+# Draws until no token was routed to other experts by rounding alone, and no weight's gradient cancelled.
 DRAWS = 5
 # Rounding, in units of the last place: errors are Euclidean norms over a token or a tensor, which average it. A
 # product of as many rows gives a row nearly the same bits wherever it stands; one of other rows rounds throughout.
@@ -70,21 +72,6 @@ class NoDropout(TorchFunctionMode):
         if func in DROPOUTS:
             return args[0] if args else (kwargs or {})["input"]
         return func(*args, **(kwargs or {}))
-
-
-def first_tokens(arguments: Mapping[str, Any], hidden_BSD: Tensor, kept: int) -> dict[str, Any]:
-    """Arguments for the first tokens of the first row alone, as tensors that autograd may save."""
-    rows, n_tokens = hidden_BSD.shape[:2]
-    chunk, plan = Chunk(0, 0, kept, 0, kept), ChunkPlan(n_tokens, n_tokens)
-
-    def first(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return type(value)(first(item) for item in value)
-        if not isinstance(value, Tensor):
-            return value
-        return (value[:1] if value.dim() > 1 and value.shape[0] == rows else value).detach().clone()
-
-    return {name: first(tokens_of(value, chunk, plan)) for name, value in arguments.items()}
 
 
 class LayerTrial:
@@ -270,13 +257,24 @@ class LayerTrial:
     # -- in chunks ----------------------------------------------------------------------------------------------------
 
     def _why_never_in_chunks(self) -> str | None:
-        """A reason that holds in every draw: routing may send a token to other experts by rounding alone."""
+        """A reason that holds in every draw.
+
+        Rounding alone may send a token to other experts, or be what is left of a weight's gradient that cancels.
+        """
         always: Tensor | None = None
+        of_sums: str | None = None
         for _ in range(DRAWS):
             reason, off = self._why_not_in_chunks()
-            if reason is not None or not bool(off.any()):
+            if not bool(off.any()):
+                if reason is None:
+                    return None
+                of_sums = reason
+            elif reason is not None:
                 return reason
-            always = off if always is None else always & off
+            else:
+                always = off if always is None else always & off
+        if of_sums is not None:
+            return of_sums
         return STATES_LACK if self.traits.is_recurrent and always is not None and bool(always.any()) else None
 
     def _why_not_in_chunks(self) -> tuple[str | None, Tensor]:

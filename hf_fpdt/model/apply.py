@@ -175,7 +175,8 @@ def try_layers(model: PreTrainedModel) -> bool:
     tokens = min(TRIAL_TOKENS, largest(text, "max_position_embeddings") or TRIAL_TOKENS)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, max(4, min(text.vocab_size, 1000)), (1, tokens), generator=generator).to(device)
-    with torch.no_grad(), untouched_random_state(device), _in_training_mode(model), visit():
+    # With gradients on: what carries one into a layer beside hidden states is seen.
+    with torch.enable_grad(), untouched_random_state(device), _in_training_mode(model), visit():
         try:
             (decoder_of(model) if True in bare else model)(input_ids=ids)  # no head can be tried without memory
         except NotImplementedError:

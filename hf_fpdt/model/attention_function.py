@@ -137,12 +137,13 @@ def _at_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if narrow else x
 
 
+# What tells documents of one row apart, to attention and to recurrences.
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 # Arguments some models pass to attention, with why none of them may be dropped.
 _REFUSED_ARGUMENTS = (
     ("indices", "it looks at chosen keys alone (sparse attention), which is not supported"),
     ("position_bias", "attention bias is not served by a kernel yet"),
-    ("cu_seq_lens_q", "packed documents are not supported yet; give one document a sequence"),
-    ("cu_seq_lens_k", "packed documents are not supported yet; give one document a sequence"),
+    *((name, "packed documents are not supported yet; give one document a sequence") for name in PACKED),
     ("cache", "continuous batching is not supported; use generate(), or another attn_implementation"),
 )
 

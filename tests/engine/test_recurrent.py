@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import hf_fpdt.engine.trial_run
 from hf_fpdt import apply_fpdt
-from hf_fpdt.engine.recurrent import StandInCache, kernels_of
+from hf_fpdt.engine.recurrent import StandInCache, cache_argument, kernels_of
 from hf_fpdt.engine.trial import why_not_kernels
 from hf_fpdt.engine.trial_run import LayerTrial
-from tests.helpers.kinds import in_double
-from tests.helpers.models import PLUGIN, Step, taken_step, tiny, tokens, train_step
+from tests.helpers.kinds import TOLERANCE, in_double
+from tests.helpers.models import PLUGIN, Step, assert_same_step, taken_step, tiny, tokens, train_step
 from tests.helpers.recurrent import CutOff, Forgets, Shifted, recurrent
 
 IDS = tokens(2, 37)
@@ -74,6 +74,84 @@ def test_recurrences_that_take_no_state_are_refused_by_name(name: str, config: d
     """Mamba-1's scan begins with zeros whatever it is given; lightning attention keeps its own cache."""
     with pytest.raises(NotImplementedError, match=r"layer 0 .*(Mamba-1|leaves no state in a cache)"):
         apply_fpdt(tiny(name, attention="eager", dtype=torch.float32, **config), PLUGIN)
+
+
+class OfSizeOne(torch.autograd.Function):
+    """A gradient in whatever draw is divided by its norm."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad / grad.norm()
+
+
+class Unsummed(nn.Module):
+    """An MLP with one."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.weight = mlp, nn.Parameter(torch.ones(32))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.mlp(x_BSD) * OfSizeOne.apply(self.weight)
+
+
+def test_a_gradient_that_cancels_in_one_draw_is_no_reason() -> None:
+    """Of a decay's the sum over tokens may be nearly zero, and rounding is left: such weights are one in fifty."""
+    model: Any = recurrent("qwen3_5_text", linear_num_key_heads=1, linear_num_value_heads=1).float()
+    layer = model.model.layers[0]
+    for seed in (66, 92, 98):
+        torch.manual_seed(seed)
+        for module in layer.modules():
+            model._init_weights(module)
+        trial = LayerTrial(layer, layer.forward, {"position_embeddings": None}, torch.zeros(1, 48, 32), 48)
+        assert trial.why_not(cache_argument(layer.forward)) is None
+    layer.mlp = Unsummed(layer.mlp)
+    trial = LayerTrial(layer, layer.forward, {"position_embeddings": None}, torch.zeros(1, 48, 32), 48)
+    assert trial.why_not(cache_argument(layer.forward)) == "the gradient of mlp.weight is no sum over tokens"
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5])
+def test_a_first_step_of_few_tokens_tries_layers_and_is_exact(length: int) -> None:
+    """No chunk of a trial has one token, which goes another way than several: states written in place."""
+    with in_double():
+        model, ids = recurrent("bamba"), tokens(2, length)
+        applied = copy.deepcopy(model)
+        apply_fpdt(applied, PLUGIN)
+        applied.model.layers[0].eval()  # looks otherwise than it did when it was tried
+        assert_same_step(train_step(applied, ids), train_step(model, ids), TOLERANCE)
+
+
+@pytest.mark.parametrize("mark", ["seq_idx", "cu_seq_lens_q"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "bamba"])
+def test_packed_documents_are_refused_whatever_is_installed(name: str, mark: str) -> None:
+    """Kernels take these marks, and would be given those of the whole row with each chunk."""
+    model = recurrent(name)
+    apply_fpdt(model, PLUGIN)
+    marks = {"seq_idx": torch.arange(37).ge(20).int()[None], "cu_seq_lens_q": torch.tensor([0, 20, 37]).int()}
+    with pytest.raises(NotImplementedError, match=f"hf_fpdt: layer 0 .* got '{mark}' .*packed documents"):
+        train_step(model, IDS[:1], **{mark: marks[mark]})
+
+
+ZAMBA2: dict[str, Any] = {
+    "mamba_ngroups": 2, "n_mamba_heads": 4, "mamba_d_state": 8, "chunk_size": 16, "num_hidden_layers": 2,
+    "layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "use_mem_rope": True, "adapter_rank": 4,
+}  # fmt: skip
+
+
+def test_layers_that_embeddings_reach_beside_hidden_states_are_refused_where_those_train() -> None:
+    """Zamba2's: exact where its embeddings are frozen, and otherwise refused when FPDT is applied."""
+    with in_double():
+        model: Any = tiny("zamba2", attention="eager", **ZAMBA2)
+        with pytest.raises(NotImplementedError, match="'original_hidden_states' .* carry a gradient into a layer"):
+            apply_fpdt(copy.deepcopy(model), PLUGIN)
+        model.get_input_embeddings().requires_grad_(False)
+        applied = copy.deepcopy(model)
+        apply_fpdt(applied, PLUGIN)
+        assert_same_step(train_step(applied, IDS), train_step(model, IDS), TOLERANCE)
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
