@@ -17,7 +17,7 @@ In reading order:
     shapes              known models as configurations; sizes of a model for the planner
 """
 
-from .adapters import mapping_with_rope, rope_of, trained_rope
+from .adapters import mapping_with_rope, rope_of, trained_rope, without_adapters
 from .apply import FPDTHandle, applied_settings, apply_fpdt, device_peak, has_fpdt, train_with, why_refused
 from .attention_function import register
 from .layers import decoder_layers, mostly_trained
@@ -43,4 +43,5 @@ __all__ = [
     "training_of_model",
     "why_refused",
     "with_layers",
+    "without_adapters",
 ]

@@ -10,6 +10,7 @@ import json
 import logging
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 KEY = "rope_parameters"
@@ -21,6 +22,14 @@ def mapping_with_rope(model: PreTrainedModel) -> dict[str, Any]:
     """`auto_mapping` for the configuration of an adapter that is trained on `model` as it is now."""
     kind = type(model)
     return {"base_model_class": kind.__name__, "parent_library": kind.__module__, KEY: rope_of(model.config)}
+
+
+def without_adapters(model: nn.Module) -> list[str]:
+    """Linears that adapters on every linear leave out: PEFT has none for the last one of a Mamba.
+
+    Its fused kernel takes the weight past the module.
+    """
+    return [f"{name}.out_proj" for name, m in model.named_modules() if hasattr(m, "A_log") and hasattr(m, "D")]
 
 
 def warn_of_another_rope(model: PreTrainedModel) -> None:

@@ -21,6 +21,7 @@ from ..finetune.base_model import (
 )
 from ..finetune.options import DTYPES, fpdt_plugin
 from ..finetune.output import make_folder
+from ..finetune.rope import pretrained_tokens
 from ..finetune.sources import read_documents
 from ..finetune.steps import Progress, quiet
 from ..finetune.windows import WindowDataset, document_tokens, plan_eval_windows, tokenise, window_tokens
@@ -49,8 +50,7 @@ def evaluate_model(options: EvalOptions) -> list[str]:
     label = Path(options.model).name
     with mistakes(NotImplementedError):
         curves = [measure(model, windows, label, progress.say)]
-    config: Any = model.config
-    reach = int(config.rope_parameters.get("original_max_position_embeddings", config.max_position_embeddings))
+    reach = pretrained_tokens(model.config, otherwise=curves[0].losses.shape[1] + 1)
     write_csv(options.output_dir / "loss_by_position.csv", curves)
     try:
         draw(options.output_dir / "loss_by_position.png", curves, reach, f"Loss by position, {label}")

@@ -142,7 +142,7 @@ def _loading_note(facts: Mapping[str, Any]) -> str:
 
 def _rope_text(rope: Mapping[str, Any]) -> str:
     if rope["kind"] == "none":
-        return f"Unchanged: `{rope['before']}`."
+        return f"Unchanged: `{rope['before']}`." if rope["before"] else "The model has none."
     return f"Before: `{rope['before']}`\n\nNow, also in `config.json` here: `{rope['after']}`"
 
 

@@ -35,12 +35,16 @@ class RopePlan:
 
 
 def plan_rope(config: PreTrainedConfig, kind: str, factor: float | None, max_length_tokens: int) -> RopePlan:
-    """Decide the new rope_parameters; factor None means: just enough for max_length_tokens."""
-    before = _rope_parameters(config)
-    pretrained = int(before.get("original_max_position_embeddings") or config.max_position_embeddings)
+    """Decide the new rope_parameters; factor None means: just enough for max_length_tokens.
+
+    Raises:
+        UserMistake: they are to be stretched, and there is no single set of them (Nemotron-H has none).
+    """
+    pretrained = pretrained_tokens(config, otherwise=max_length_tokens)
     if kind == "none":
-        reach = max(config.max_position_embeddings, max_length_tokens)
-        return RopePlan(kind, 1.0, before, dict(before), reach, pretrained)
+        before = _own_parameters(config)
+        return RopePlan(kind, 1.0, before, dict(before), max(_positions(config), max_length_tokens), pretrained)
+    before = _rope_parameters(config, kind)
     if before["rope_type"] not in ("default", kind):
         raise UserMistake(
             f"--rope_scaling {kind}: this model already has rope_type {before['rope_type']!r}; allowed: "
@@ -56,32 +60,54 @@ def plan_rope(config: PreTrainedConfig, kind: str, factor: float | None, max_len
     return RopePlan(kind, float(factor), before, after, reach, pretrained)
 
 
+def pretrained_tokens(config: PreTrainedConfig, otherwise: int) -> int:
+    """How far a model read before anything stretched it; `otherwise` where its configuration does not say."""
+    own = _own_parameters(config).get("original_max_position_embeddings")
+    return int(own or _positions(config) or otherwise)
+
+
 def beyond_reach(config: PreTrainedConfig, plan: RopePlan, max_length_tokens: int) -> str | None:
     """A warning where windows are longer than the model's configuration says it reads, and nothing stretches it."""
-    if plan.changes or max_length_tokens <= config.max_position_embeddings:
+    positions = _positions(config)
+    if plan.changes or not positions or max_length_tokens <= positions:
         return None
-    kind = plan.before["rope_type"]
-    what = "add --rope_scaling yarn" if kind == "default" else f"there is no other for its rope_type {kind!r} here"
+    kind = plan.before.get("rope_type")
+    if kind is None:
+        what = "it has no single rotary embedding to stretch"
+    else:
+        what = "add --rope_scaling yarn" if kind == "default" else f"there is no other for its rope_type {kind!r} here"
     return (
         f"warning: windows have up to {max_length_tokens:,} tokens, the model's configuration ends at "
-        f"{config.max_position_embeddings:,} and --rope_scaling is none: {what}; see the loss by position"
+        f"{positions:,} and --rope_scaling is none: {what}; see the loss by position"
     )
 
 
-def _rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
-    parameters = getattr(config, "rope_parameters", None)
-    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
-        kind = "one set for each layer type" if isinstance(parameters, dict) else "none"
+def _positions(config: PreTrainedConfig) -> int:
+    """That the configuration allows; 0: it does not say (Mamba-2)."""
+    return int(getattr(config, "max_position_embeddings", None) or 0)
+
+
+def _own_parameters(config: PreTrainedConfig) -> dict[str, Any]:
+    """As the model has them: one set, one for each layer type, or none."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return {"rope_type": "default", **parameters} if "rope_theta" in parameters else dict(parameters)
+
+
+def _rope_parameters(config: PreTrainedConfig, kind: str) -> dict[str, Any]:
+    parameters = _own_parameters(config)
+    if "rope_theta" not in parameters:
+        found = "one set for each layer type" if parameters else "none"
         raise UserMistake(
-            f"--model: {type(config).__name__} has no single set of rotary parameters (found {kind}); allowed: "
-            "models with one config.rope_parameters, as Llama and GPT-NeoX have"
+            f"--rope_scaling {kind}: {type(config).__name__} has no single set of rotary parameters (found {found}); "
+            "allowed: models with one config.rope_parameters, as Llama and GPT-NeoX have; use --rope_scaling none"
         )
-    return {"rope_type": "default", **parameters}
+    return parameters
 
 
 def apply_rope(model: PreTrainedModel, plan: RopePlan) -> None:
     """Write the plan into the model's config and rebuild its rotary modules from it."""
-    model.config.rope_parameters = dict(plan.after)
+    if plan.after:
+        model.config.rope_parameters = dict(plan.after)
     model.config.max_position_embeddings = plan.max_position_embeddings
     for parent, name, rotary in rotary_modules(model):
         setattr(parent, name, type(rotary)(config=model.config).to(rotary.inv_freq.device))

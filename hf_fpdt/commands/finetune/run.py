@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PrinterCallback, Trainer, set_seed
 
 from ...config import resolve_chunk_tokens
-from ...model import apply_fpdt, mapping_with_rope
+from ...model import apply_fpdt, mapping_with_rope, without_adapters
 from ...parallel import SequenceParallelGroup, build_group
 from ...training import FPDTTrainer, say_what_is_done
 from ..eval.curves import Curve
@@ -170,10 +170,12 @@ def with_lora(model: Any, options: Options) -> nn.Module:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=options.targets,
+        exclude_modules=(without_adapters(model) or None) if options.targets == "all-linear" else None,
         task_type="CAUSAL_LM",
         auto_mapping=mapping_with_rope(model),
     )
-    return get_peft_model(model, config)
+    with mistakes(ValueError):  # modules that PEFT has no adapters for
+        return get_peft_model(model, config)
 
 
 def train(job: Job, model: nn.Module) -> tuple[Trainer, StepPrinter]:

@@ -13,6 +13,7 @@ from ...config import AUTO_CHUNK_TOKENS_GPU
 from ...forecast import Training, Weights
 from ...memory import parameter_count
 from ...plan import ModelSizes, take_layers
+from ..adapters import without_adapters
 from ..apply import seen_of
 from ..experts.replace import experts_are_replaced
 from ..layers import decoder_layers, merged_weights
@@ -61,9 +62,8 @@ def with_lora(model: PreTrainedModel) -> Any:
     with warnings.catch_warnings():
         # PEFT still asks by the old name of a property; nothing a user could change.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        # PEFT has none for the last linear of a Mamba, whose fused kernel takes its weight past the module.
-        mambas = [f"{name}.out_proj" for name, m in model.named_modules() if hasattr(m, "A_log") and hasattr(m, "D")]
-        lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", exclude_modules=mambas or None)
+        left_out = without_adapters(model) or None
+        lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", exclude_modules=left_out)
         return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 

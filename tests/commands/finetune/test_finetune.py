@@ -10,13 +10,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_fpdt.commands.finetune.run import with_lora
 from hf_fpdt.commands.main import main
+from hf_fpdt.commands.options import UserMistake
 from tests.helpers.app_support import run_python, stories, write_jsonl, write_tiny_checkpoint
+from tests.helpers.recurrent import recurrent
 
 MAX_LENGTH_TOKENS = 1024
 YARN = ("--rope_scaling", "yarn")
@@ -537,3 +542,14 @@ def test_a_mistake_in_a_shell(lora: Result, inputs: Inputs) -> None:
     done = run_python(*HF_FPDT, *arguments(inputs, lora.output))
     assert done.returncode == 2
     assert_one_line(done.stderr, ["--output_dir", "not empty", "--overwrite"])
+
+
+def test_lora_on_every_linear_leaves_out_what_peft_has_no_adapters_for() -> None:
+    """The last linear of a Mamba: asked for by name it is a mistake, not a traceback."""
+    options: Any = SimpleNamespace(full=False, lora_r=4, lora_alpha=8, lora_dropout=0.0, targets="all-linear")
+    trained = {name for name, p in with_lora(recurrent("nemotron_h"), options).named_parameters() if p.requires_grad}
+    assert any("in_proj" in name for name in trained) and any("o_proj" in name for name in trained)
+    assert not any("out_proj" in name for name in trained)
+    options.targets = ["out_proj"]
+    with pytest.raises(UserMistake, match="'out_proj' is incompatible with Mamba"):
+        with_lora(recurrent("nemotron_h"), options)

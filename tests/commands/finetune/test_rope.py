@@ -11,11 +11,13 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    Mamba2Config,
+    NemotronHConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from hf_fpdt.commands.finetune.rope import apply_rope, beyond_reach, plan_rope, rotary_modules
+from hf_fpdt.commands.finetune.rope import apply_rope, beyond_reach, plan_rope, pretrained_tokens, rotary_modules
 from hf_fpdt.commands.options import UserMistake
 
 SIZES = {
@@ -114,3 +116,17 @@ def test_windows_beyond_the_models_reach_are_warned_of() -> None:
     assert said is not None and "129 tokens" in said and "ends at 128" in said and "add --rope_scaling yarn" in said
     config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": 2.0}
     assert "no other for its rope_type 'linear'" in (warning("none", 129) or "")
+
+
+def test_a_model_without_rotary_parameters_is_trained_as_it_is() -> None:
+    """Nemotron-H has none, and Mamba-2 does not say how far it reads; neither can be stretched."""
+    for config in (NemotronHConfig(max_position_embeddings=128), Mamba2Config()):
+        plan = plan_rope(config, "none", None, 1024)
+        assert not plan.changes and plan.before == {}
+        assert plan.pretrained_tokens == pretrained_tokens(config, otherwise=1024)
+        with pytest.raises(UserMistake, match="--rope_scaling yarn: .*found none.*use --rope_scaling none"):
+            plan_rope(config, "yarn", None, 1024)
+    said = beyond_reach(NemotronHConfig(max_position_embeddings=128), plan_rope(config, "none", None, 129), 129)
+    assert said is not None and "no single rotary embedding to stretch" in said
+    assert pretrained_tokens(NemotronHConfig(max_position_embeddings=128), otherwise=1024) == 128
+    assert plan_rope(Gemma3TextConfig(num_hidden_layers=2), "none", None, 1024).before.keys() >= {"full_attention"}
