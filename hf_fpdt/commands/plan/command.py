@@ -179,10 +179,15 @@ def _beyond_positions(config: PreTrainedConfig, n_tokens: int) -> str | None:
     reach = max(positions, int(stretched))
     if n_tokens <= reach:
         return None
-    return (
-        f"note: {n_tokens:,} tokens fit in memory, but this model's configuration ends at {reach:,} positions: "
-        "stretch its rotary embedding (hf-fpdt finetune --rope_scaling yarn, or rope_parameters in its config.json)"
-    )
+    # There may be none, or the parameters of one that is not used.
+    if rope and getattr(text, "position_embedding_type", "rope") == "rope":
+        advice = (
+            "stretch its rotary embedding (hf-fpdt finetune --rope_scaling yarn, or rope_parameters in config.json)"
+        )
+    else:
+        advice = "it has no rotary embedding to stretch; see how it reads beyond them (hf-fpdt eval)"
+    ends = f"{n_tokens:,} tokens fit in memory, but this model's configuration ends at {reach:,} positions"
+    return f"note: {ends}: {advice}"
 
 
 def _training(options: argparse.Namespace, config: PreTrainedConfig) -> Training:

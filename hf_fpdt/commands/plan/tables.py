@@ -137,6 +137,7 @@ def heads_lines(found: PlannedStep) -> Iterator[str]:
     kv, model = found.plan.kv, found.step.model
     if windows := described_windows(found.step):
         yield ", ".join(windows)
+    if any(found.step.windows):
         ring = max(kv.forward_ring, kv.backward_ring)
         yield f"of their K and V a GPU holds what one row reads: {ring / GIB:,.2f} GiB; hosts hold none"
     if model.value_dim != model.head_dim:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 from hf_fpdt.commands.main import main
+from hf_fpdt.commands.plan.command import _beyond_positions
 from hf_fpdt.commands.plan.tables import as_json
 from hf_fpdt.forecast.fit import Machines, fit, machine_bytes
 from hf_fpdt.forecast.rates import GPUS, UNUSABLE_GIB, with_memory
@@ -89,6 +90,18 @@ def test_a_length_that_the_model_was_not_made_for_is_noted(tmp_path: Path, capsy
     assert "16,384 tokens fit in memory, but" in noted("16K") and "ends at 2,048 positions" in noted("16K")
     assert noted("2K") == "" and noted("16K", max_position_embeddings=16_384) == ""
     assert noted("16K", rope_parameters=yarn) == "" and "ends at 16,384" in noted("32K", rope_parameters=yarn)
+
+
+def test_a_model_without_a_rotary_embedding_is_not_told_to_stretch_it() -> None:
+    """Nemotron-H has none, and Granite 4 has the parameters of one that it uses where it is told to alone."""
+    for name, changes, stretch in (
+        ("llama", {}, True),
+        ("granitemoehybrid", {"position_embedding_type": "rope"}, True),
+        ("granitemoehybrid", {}, False),
+        ("nemotron_h", {}, False),
+    ):
+        note = _beyond_positions(AutoConfig.for_model(name, max_position_embeddings=64, **changes), 65) or ""
+        assert "ends at 64 positions" in note and ("stretch its rotary embedding (" in note) == stretch
 
 
 @pytest.mark.parametrize(

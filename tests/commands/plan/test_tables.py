@@ -13,6 +13,7 @@ from hf_fpdt.commands.plan.command import _console
 from hf_fpdt.commands.plan.tables import USE_NAMES, _layers, _limit, _runs, _time, as_json, plan_tables
 from hf_fpdt.forecast.fit import Machines, More, PlannedStep, fit
 from hf_fpdt.plan.checkpointing import KeptLayers
+from hf_fpdt.plan.model_sizes import LayerMix, StateSize
 from hf_fpdt.units import GIB
 from tests.forecast.test_curves import CASES
 
@@ -111,6 +112,15 @@ def test_windows_are_told_and_what_one_layer_holds_of_them() -> None:
         assert told["ring_bytes"] == ring and (ring > 0) == bool(lines)
         assert told["windows"] == ([] if not lines else list(found.step.windows))
         assert (found.plan.kv.device_bytes == ring) == (name == "windows alone")
+
+
+def test_of_states_no_ring_of_keys_is_told() -> None:
+    found, machines = fit(*CASES["all on the device"]), CASES["all on the device"][1]
+    model = found.step.model
+    mixes = (LayerMix(False, 1, (StateSize("conv 0", 8),), 8), *(model.mix(0),) * (model.layers - 1))
+    found = replace(found, step=replace(found.step, model=replace(model, mixes=mixes)))
+    text = text_of(Group(*plan_tables(found, machines, {})))
+    assert f"1 of {model.layers} layers carry a state" in text and "what one row reads" not in text
 
 
 def test_heads_of_two_widths_are_told() -> None:
