@@ -474,7 +474,7 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a broken config": (in_file("config.json", "{"), ["the config of", "is not a valid JSON file"]),
     "a config of other types": (with_config(hidden_size="wide"), ["the config of", "hidden_size"]),
     "a broken tokenizer": (in_file("tokenizer.json", "{}"), ["the tokenizer of", "KeyError"]),
-    "no language model": (in_file("config.json", '{"model_type": "clip"}'), ["no single set of rotary parameters"]),
+    "no language model": (in_file("config.json", '{"model_type": "clip"}'), ["is no causal language model"]),
     "a config that makes no model": (with_config(pad_token_id=300), ["makes no model", "Padding_idx"]),
     "an end without embedding": (with_another_end, ["the end of each document has the token '<end>' with id 300"]),
 }
