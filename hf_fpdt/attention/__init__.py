@@ -4,6 +4,7 @@ In reading order:
 
     spec       what a call asks of attention
     online     one query row over a stream of K, V spans, merged
+    rows       the calls that a row is made of: documents, blocks, spans
     sinks      a key without a value in each head's softmax
     kernels    the contract of a kernel, one file each, and the table
     reference  slow twins, for checks
@@ -12,8 +13,9 @@ In reading order:
 from .kernels.contract import Kernel
 from .kernels.math import SCORE_BYTES
 from .kernels.table import KERNELS, select_kernel, why_not_served
-from .online import backward_row, forward_row, kernel_spans
+from .online import backward_row, forward_row
 from .reference import attention, peaked_qkv
+from .rows import row_calls
 from .sinks import sinks_gradient
 from .spec import AttentionSpec
 
@@ -25,8 +27,8 @@ __all__ = [
     "attention",
     "backward_row",
     "forward_row",
-    "kernel_spans",
     "peaked_qkv",
+    "row_calls",
     "select_kernel",
     "sinks_gradient",
     "why_not_served",

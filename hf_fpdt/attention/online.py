@@ -6,16 +6,16 @@ kernel call is not merged and keeps the kernel's own precision and speed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..layout import Block, Span, first_key, row_spans
+from ..layout import Span
 from ..numerics import accumulation_dtype
-from .kernels.contract import MAX_ELEMENTS, Kernel
+from .kernels.contract import Cuts, Kernel
 from .sinks import with_sinks
 from .spec import AttentionSpec
 
@@ -53,7 +53,11 @@ def forward_row(
     """
     merged: tuple[Tensor, Tensor] | None = None
     for span, k, v in kv:
-        part = kernel.forward(q_BSNH, k, v, causal=span.causal, spec=spec)
+        if span.cuts:
+            assert kernel.packed_forward is not None
+            part = kernel.packed_forward(q_BSNH, k, v, cuts=_cuts(span, q_BSNH.shape[1], q_BSNH.device), spec=spec)
+        else:
+            part = kernel.forward(q_BSNH, k, v, causal=span.causal, spec=spec)
         merged = part if merged is None else merge(merged, part)
     assert merged is not None
     if sinks_N is not None:
@@ -88,50 +92,19 @@ def backward_row(
     """dq of one query row, whose merged (out, lse) is `row`; dK and dV of the spans it reads are added in `store`."""
     dq: Tensor | None = None
     for span, k, v in store.stream(spans, with_grads=True):
-        part, dk, dv = kernel.backward(dout_BSNH, q_BSNH, k, v, *row, causal=span.causal, spec=spec)
+        if span.cuts:
+            assert kernel.packed_backward is not None
+            cuts = _cuts(span, q_BSNH.shape[1], q_BSNH.device)
+            part, dk, dv = kernel.packed_backward(dout_BSNH, q_BSNH, k, v, *row, cuts=cuts, spec=spec)
+        else:
+            part, dk, dv = kernel.backward(dout_BSNH, q_BSNH, k, v, *row, causal=span.causal, spec=spec)
         store.add_grad(span, dk, dv)
         dq = part if dq is None else dq.to(accumulation_dtype(dq.dtype)).add_(part)
     assert dq is not None
     return dq.to(q_BSNH.dtype)
 
 
-def kernel_spans(
-    kernel: Kernel,
-    diagonal: tuple[int, int],
-    unit_tokens: int,
-    store: KVSource,
-    *,
-    window: int | None = None,
-    most_tokens: int = MAX_ELEMENTS,
-) -> tuple[Span, ...]:
-    """The calls for the row with that diagonal over the keys of `store`, none over the kernels' 32-bit limit.
-
-    Args:
-        diagonal: key positions of the row's first query and one past its last; of one row of `layout.query_rows`.
-        unit_tokens: keys a call, where the kernel wants pairs, and of streamed keys.
-        window: keys a query sees; then one call has all that the row's queries see, and no other.
-        most_tokens: keys a call takes at most, without a window.
-
-    Raises:
-        NotImplementedError: a window is too long for one call.
-    """
-    indexed = MAX_ELEMENTS // math.prod(store.kv_shape)
-    if isinstance(window, Block):
-        # As if the sequence began with the block; its keys lie side by side.
-        first = first_key(diagonal[0], window)
-        row = diagonal[0] - first, diagonal[1] - first
-        spans = row_spans(*row, shape=kernel.row_shape, unit_tokens=unit_tokens, max_tokens=min(indexed, most_tokens))
-        return tuple(Span(span.start + first, span.stop + first, span.causal) for span in spans)
-    if window is not None:
-        span = Span(first_key(diagonal[0], window), diagonal[1], True)
-        if span.stop - span.start > indexed:
-            raise NotImplementedError(
-                f"hf_fpdt: a window of {window:,} keys and a chunk of {diagonal[1] - diagonal[0]:,} are more than the "
-                f"{indexed:,} keys that kernels index in one call; use shorter chunks (chunk_tokens)."
-            )
-        return (span,)
-    limit = min(indexed, most_tokens)
-    resident = store.resident_tokens
-    return row_spans(
-        *diagonal, shape=kernel.row_shape, unit_tokens=unit_tokens, max_tokens=limit, resident_tokens=resident
-    )
+@lru_cache(maxsize=256)
+def _cuts(span: Span, queries: int, device: torch.device) -> Cuts:
+    """Every layer of a step asks for the same; the host waits for the copy once."""
+    return Cuts.of(span.cuts, (span.stop - queries, span.stop), (span.start, span.stop), device)

@@ -46,6 +46,7 @@ class AttentionSpec:
         *,
         window: int | None = None,
         softcap: float | None = None,
+        packed: bool = False,
     ) -> AttentionSpec:
         """Of these tensors. Blocks are rows of their own, of which a kernel knows nothing."""
         return cls(
@@ -55,10 +56,12 @@ class AttentionSpec:
             grouped=q_BSNH.shape[2] != k_BTGH.shape[2],
             window=None if isinstance(window, Block) else window,
             softcap=softcap,
+            packed=packed,
         )
 
     def __str__(self) -> str:
         widths = f"head_dim {self.head_dim}"
         widths += "" if self.value_dim == self.head_dim else f" for keys and {self.value_dim} for values"
         window = "" if self.window is None else f", window {self.window}"
-        return widths + window + ("" if self.softcap is None else f", softcap {self.softcap}")
+        packed = ", several documents a row" if self.packed else ""
+        return widths + window + ("" if self.softcap is None else f", softcap {self.softcap}") + packed

@@ -6,7 +6,7 @@ pass, `CaptureCall`, `ReplayCall` and `RebuildCall` in a backward pass. See `lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
@@ -19,11 +19,11 @@ from ..attention import (
     Kernel,
     backward_row,
     forward_row,
-    kernel_spans,
+    row_calls,
     select_kernel,
     sinks_gradient,
 )
-from ..layout import Chunk, Span, query_rows
+from ..layout import Chunk, Documents, Span
 from ..parallel import repeat_heads, sum_repeated_heads
 from ..plan import AttentionSizes
 from .layer_run import LayerKV, LayerRun
@@ -41,11 +41,13 @@ class Call:
         unread: of "q", "k", "v" and "rest" (what the layer computes after attention) those whose values nobody reads.
         n_tokens: of the whole sequence, where the attention function sees a part of it.
         window: keys that a query of this layer sees, its own among them, where they are fewer; by the model's mask.
+        documents: of a packed row.
     """
 
     unread: frozenset[str] = frozenset()
     n_tokens: int | None = None
     window: int | None = None
+    documents: Documents | None = None
 
     def attend(
         self,
@@ -101,7 +103,7 @@ class AttentionCall(Call):
 
     def __init__(self, run: LayerRun, chunk: Chunk, store: LayerKV) -> None:
         self.run, self.chunk, self.store = run, chunk, store
-        self.n_tokens, self.window = run.plan.n_tokens, run.window
+        self.n_tokens, self.window, self.documents = run.plan.n_tokens, run.window, run.documents
 
     def attend(
         self,
@@ -151,6 +153,7 @@ class AttentionCall(Call):
         ]
         if len(parts) == 1:
             return parts[0]
+        parts.reverse()
         return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)
 
     def row_backward(self, d_leaf_BSNH: Tensor, row: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -164,7 +167,7 @@ class AttentionCall(Call):
             backward_row(kernel, dout[:, at], self.q[:, at], _of_row(row, at), self.store, spans, spec=self.spec)
             for at, spans in rows
         ]
-        dq = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        dq = parts[0] if len(parts) == 1 else torch.cat(parts[::-1], dim=1)
         dq, dk, dv = self.run.layer.group.heads_to_seq(dq, *self.store.take_grad(self.chunk))
         d_qkv = dq, sum_repeated_heads(dk, self.repeats), sum_repeated_heads(dv, self.repeats)
         return d_qkv if self.sinks_N is None else (*d_qkv, self._d_sinks(dout, row, self.sinks_N))
@@ -177,13 +180,22 @@ class AttentionCall(Call):
         d_sinks[self.run.layer.group.own_heads(len(d_sinks))] = sinks_gradient(dout, row, sinks_N)
         return d_sinks
 
-    def _calls(self, most_tokens: int = 2**62) -> tuple[Kernel, list[tuple[slice, Sequence[Span]]]]:
-        """The kernel, and of each row its place among the chunk's queries and its spans of keys."""
+    def _calls(self, most_tokens: int = 2**62) -> tuple[Kernel, list[tuple[slice, tuple[Span, ...]]]]:
+        """The kernel, and of each part of the row its place among the chunk's queries and its spans of keys.
+
+        The last part first: the first one alone reads earlier chunks, of which the next row wants the last one.
+        """
         kernel = select_kernel(self.run.layer.kernel, self.q.device, self.q.dtype, self.spec)
-        first, unit, window = self.chunk.start, self.run.plan.chunk_tokens, self.window
-        rows = query_rows(first, self.chunk.stop, window)
-        spans = [kernel_spans(kernel, row, unit, self.store, window=window, most_tokens=most_tokens) for row in rows]
-        return kernel, [(slice(row[0] - first, row[1] - first), each) for row, each in zip(rows, spans, strict=True)]
+        parts = row_calls(
+            kernel,
+            (self.chunk.start, self.chunk.stop),
+            self.run.plan.chunk_tokens,
+            self.store,
+            window=self.window,
+            documents=self.documents,
+            most_tokens=most_tokens,
+        )
+        return kernel, parts[::-1]
 
 
 def _of_row(row: tuple[Tensor, Tensor], queries: slice) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,7 @@ def _expect_backward(run: LayerRun) -> None:
     """Tell the store what this layer's backward pass reads, and with what the layer below begins."""
     captured, reads, last = set[Chunk](), list[Any](), run.plan.chunks[-1]
     for chunk in reversed(run.plan.chunks):
-        missing = [each for each in run.plan.read_by(chunk, run.window)[:-1] if each not in captured]
+        missing = [each for each in run.plan.read_by(chunk, run.window, run.documents)[:-1] if each not in captured]
         missing = missing if run.traits.attends else []
         captured.update(missing)
         reads += run.kept.entries("input", *run.state_names, chunks=missing)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..layout import Chunk, ChunkPlan
+from ..layout import Chunk, ChunkPlan, Documents
 from ..memory import CheckpointStore, KVStore, LayerCheckpoint, ModelPass, WindowedKV
 from ..parallel import SequenceParallelGroup
 from ..plan import KVBytes, StepSizes, WorkPhase, chunk_work, pass_work
@@ -111,6 +111,11 @@ class LayerRun:
         return self.step.plan
 
     @property
+    def documents(self) -> Documents | None:
+        """Of a packed row; None: it is one document."""
+        return self.step.documents
+
+    @property
     def index(self) -> int:
         """The layer's place among the model's layers."""
         return self.layer.index
@@ -203,9 +208,9 @@ class LayerRun:
     def kv_store(self, device: torch.device, *, backward: bool) -> LayerKV:
         """An empty store for K and V of one pass."""
         if self.window is not None:
-            return WindowedKV(self.plan, self.window)
+            return WindowedKV(self.plan, self.window, self.documents)
         resident = self.kv.backward_resident if backward else self.kv.forward_resident
-        return KVStore(self.plan, resident, self.layer.store.host_memory(device))
+        return KVStore(self.plan, resident, self.layer.store.host_memory(device), self.documents)
 
 
 def tokens_of(value: Any, chunk: Chunk, plan: ChunkPlan) -> Any:

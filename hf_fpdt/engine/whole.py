@@ -14,11 +14,11 @@ from ..attention import (
     Kernel,
     backward_row,
     forward_row,
-    kernel_spans,
+    row_calls,
     select_kernel,
     sinks_gradient,
 )
-from ..layout import Span, query_rows
+from ..layout import Documents, Span
 from ..memory import KVStore
 from .replay_state import Autocast
 
@@ -32,6 +32,7 @@ def attend_whole(
     window: int | None = None,
     softcap: float | None = None,
     sinks_N: Tensor | None = None,
+    documents: Documents | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Exact causal attention of whole tensors, differentiable; the last query is aligned with the last key.
@@ -42,6 +43,7 @@ def attend_whole(
         scale: factor of the scores before softmax.
         window: keys that a query sees, its own among them; None: all before it. A `layout.Block`: those of its block.
         softcap: bound of the scores, softcap · tanh(score / softcap).
+        documents: of a packed row (B 1, S = T), whose queries see keys of their own document alone.
         sinks_N: of each head the score of a key without a value (attention sinks), differentiable.
         kernel: a name of `hf_fpdt.kernels` or "auto".
 
@@ -53,12 +55,20 @@ def attend_whole(
         NotImplementedError: no kernel serves, or the named one does not.
     """
     _check_shapes(q_BSNH, k_BTGH, v_BTGH)
+    if documents is not None and (
+        q_BSNH.shape[:2] != (1, documents.n_tokens) or k_BTGH.shape[1] != documents.n_tokens
+    ):
+        raise ValueError(
+            f"hf_fpdt: attend_whole of documents of {documents.n_tokens:,} tokens with q {tuple(q_BSNH.shape)}, k "
+            f"{tuple(k_BTGH.shape)}: one row of as many queries and keys is expected."
+        )
     if window is not None and window < 1:
         raise ValueError(f"hf_fpdt: attend_whole(window={window}): a positive number of keys, or None, is expected.")
     window = window if window is not None and window < k_BTGH.shape[1] else None
-    spec = AttentionSpec.of(q_BSNH, k_BTGH, v_BTGH, scale, window=window, softcap=softcap)
+    packed = documents is not None
+    spec = AttentionSpec.of(q_BSNH, k_BTGH, v_BTGH, scale, window=window, softcap=softcap, packed=packed)
     chosen = select_kernel(kernel, q_BSNH.device, q_BSNH.dtype, spec)
-    return _WholeAttention.apply(chosen, spec, window, q_BSNH, k_BTGH, v_BTGH, sinks_N)
+    return _WholeAttention.apply(chosen, spec, (window, documents), q_BSNH, k_BTGH, v_BTGH, sinks_N)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -71,14 +81,16 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _rows(kernel: Kernel, window: int | None, q: Tensor, kv: KVStore) -> Iterator[tuple[slice, tuple[Span, ...]]]:
+Reach = tuple[int | None, Documents | None]  # the window, and the documents
+
+
+def _rows(kernel: Kernel, reach: Reach, q: Tensor, kv: KVStore) -> Iterator[tuple[slice, tuple[Span, ...]]]:
     """(queries, spans) of each row of whole tensors."""
-    left_of_q = kv.plan.n_tokens - q.shape[1]
+    left_of_q, (window, documents) = kv.plan.n_tokens - q.shape[1], reach
     for start in range(0, q.shape[1], kernel.row_tokens):
-        stop = min(start + kernel.row_tokens, q.shape[1])
-        for row in query_rows(left_of_q + start, left_of_q + stop, window):
-            spans = kernel_spans(kernel, row, kernel.row_tokens, kv, window=window)
-            yield slice(row[0] - left_of_q, row[1] - left_of_q), spans
+        row = left_of_q + start, left_of_q + min(start + kernel.row_tokens, q.shape[1])
+        for queries, spans in row_calls(kernel, row, kernel.row_tokens, kv, window=window, documents=documents):
+            yield slice(start + queries.start, start + queries.stop), spans
 
 
 class _WholeAttention(torch.autograd.Function):
@@ -87,7 +99,7 @@ class _WholeAttention(torch.autograd.Function):
         ctx: Any,
         kernel: Kernel,
         spec: AttentionSpec,
-        window: int | None,
+        reach: Reach,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -97,11 +109,11 @@ class _WholeAttention(torch.autograd.Function):
         with torch.cuda.device_of(q):
             parts = [
                 forward_row(kernel, q[:, rows], kv.stream(spans), spec=spec, sinks_N=sinks)
-                for rows, spans in _rows(kernel, window, q, kv)
+                for rows, spans in _rows(kernel, reach, q, kv)
             ]
         out = torch.cat([part[0] for part in parts], dim=1)
         ctx.save_for_backward(q, k, v, out, torch.cat([part[1] for part in parts], dim=2), sinks)
-        ctx.kernel, ctx.spec, ctx.window, ctx.autocast = kernel, spec, window, Autocast.now(q.device)
+        ctx.kernel, ctx.spec, ctx.reach, ctx.autocast = kernel, spec, reach, Autocast.now(q.device)
         return out
 
     @staticmethod
@@ -111,7 +123,7 @@ class _WholeAttention(torch.autograd.Function):
         kv = KVStore.holding(k, v)
         dq, d_sinks = torch.empty_like(q), None if sinks is None else torch.zeros_like(sinks, dtype=lse.dtype)
         with ctx.autocast.again():  # backward may be called inside an autocast that forward was outside of
-            for rows, spans in _rows(ctx.kernel, ctx.window, q, kv):
+            for rows, spans in _rows(ctx.kernel, ctx.reach, q, kv):
                 row = out[:, rows], lse[:, :, rows].contiguous()
                 dq[:, rows] = backward_row(ctx.kernel, dout[:, rows], q[:, rows], row, kv, spans, spec=ctx.spec)
                 if d_sinks is not None:

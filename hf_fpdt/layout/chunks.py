@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from .documents import Documents
 from .spans import first_key
 
 # Below, a GPU's kernels wait for one another more than they compute.
@@ -75,9 +76,10 @@ class ChunkPlan:
         stop = min(start + self.chunk_tokens, self.n_tokens)
         return Chunk(index, start, stop, start // self.sp_size, stop // self.sp_size)
 
-    def read_by(self, chunk: Chunk, window: int | None) -> tuple[Chunk, ...]:
+    def read_by(self, chunk: Chunk, window: int | None, documents: Documents | None = None) -> tuple[Chunk, ...]:
         """The chunks, ascending, whose keys the queries of `chunk` read, its own at the end; see `spans.first_key`."""
-        return self.chunks[first_key(chunk.start, window) // self.chunk_tokens : chunk.index + 1]
+        first = first_key(chunk.start, window, documents)
+        return self.chunks[first // self.chunk_tokens : chunk.index + 1]
 
     def rank_pieces(self, rank: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of the global tokens that `rank` owns in each chunk, in its local order."""

@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..layout import Chunk, ChunkPlan, Span
+from ..layout import Chunk, ChunkPlan, Documents, Span
 from ..numerics import accumulation_dtype
 from .streamed_kv import HostMemory, Pair, StreamedKV, zeros_for
 
@@ -27,16 +27,23 @@ class KVStore:
         plan: how the sequence is cut.
         resident_chunks: chunks that stay on the device, from the first; None: all.
         room: where the others go.
+        documents: of a packed row: what no later row reads goes nowhere.
 
     Raises:
         RuntimeError: a method is called out of order (read before put, a gradient taken twice, …).
     """
 
-    def __init__(self, plan: ChunkPlan, resident_chunks: int | None = None, room: HostMemory | None = None) -> None:
-        self.plan = plan
+    def __init__(
+        self,
+        plan: ChunkPlan,
+        resident_chunks: int | None = None,
+        room: HostMemory | None = None,
+        documents: Documents | None = None,
+    ) -> None:
+        self.plan, self._documents = plan, documents
         count = len(plan.chunks)
         self._resident_chunks = count if resident_chunks is None or room is None else min(resident_chunks, count)
-        self._streamed = None if room is None else StreamedKV(room, last=count - 1)
+        self._streamed = None if room is None else StreamedKV(room)
         self._kv: Pair | None = None  # of the resident chunks, as are the sums of gradients
         self._grads: Pair | None = None
         self._held: set[int] = set()
@@ -61,13 +68,18 @@ class KVStore:
         """Keep K and V of one chunk: copied, but a streamed chunk is read as it is until its row is done."""
         self._note(k_BSGH, v_BSGH)
         if chunk.index >= self._resident_chunks:
-            self._streaming().put(chunk.index, (k_BSGH, v_BSGH))
+            self._streaming().put(chunk.index, (k_BSGH, v_BSGH), is_read_later=self._is_read_later(chunk))
         else:
             if self._kv is None:
                 self._kv = (self._whole(k_BSGH), self._whole(v_BSGH))
             for whole, part in zip(self._kv, (k_BSGH, v_BSGH), strict=True):
                 whole[:, chunk.start : chunk.stop].copy_(part)
         self._held.add(chunk.index)
+
+    def _is_read_later(self, chunk: Chunk) -> bool:
+        """Whether another row than the chunk's own reads it: its last document goes on in the next chunk."""
+        documents = self._documents
+        return chunk.stop < self.plan.n_tokens and (documents is None or not documents.ends_at(chunk.stop))
 
     def _note(self, k: Tensor, v: Tensor) -> None:
         self._shape, self._dtype = (k.shape[0], k.shape[2], max(k.shape[3], v.shape[3])), k.dtype
@@ -96,7 +108,8 @@ class KVStore:
         for span, after in zip(spans, (*spans[1:], None), strict=True):
             index = self._streamed_index(span)
             if index is not None:
-                k, v = self._streaming().get(index, with_grads=with_grads)
+                place = self._place(span, index)
+                k, v = (part[:, place] for part in self._streaming().get(index, with_grads=with_grads))
             else:
                 assert self._kv is not None
                 k, v = (whole[:, span.start : span.stop] for whole in self._kv)
@@ -109,6 +122,11 @@ class KVStore:
     def _streamed_index(self, span: Span) -> int | None:
         """The streamed chunk that the span is; None for resident keys."""
         return None if span.stop <= self.resident_tokens else span.start // self.plan.chunk_tokens
+
+    def _place(self, span: Span, index: int) -> slice:
+        """The span's keys among those of the streamed chunk."""
+        first = index * self.plan.chunk_tokens
+        return slice(span.start - first, span.stop - first)
 
     def holds(self, chunk: Chunk) -> bool:
         """Whether K and V of the chunk were put."""
@@ -123,7 +141,7 @@ class KVStore:
 
     def missing(self, chunk: Chunk) -> tuple[Chunk, ...]:
         """The chunks, ascending, that the row of `chunk` reads beside its own, and that were not put."""
-        return tuple(each for each in self.plan.chunks[: chunk.index] if not self.holds(each))
+        return tuple(each for each in self.plan.read_by(chunk, None, self._documents)[:-1] if not self.holds(each))
 
     def _covers(self, span: Span) -> bool:
         size = self.plan.chunk_tokens
@@ -134,7 +152,8 @@ class KVStore:
         index = self._streamed_index(span)
         if index is not None:
             stays = span.stop == self._row_end  # the next row's diagonal
-            self._streaming().add_grad(index, (dk_BSGH, dv_BSGH), complete=span.causal, stays=stays)
+            place = self._place(span, index)
+            self._streaming().add_grad(index, place, (dk_BSGH, dv_BSGH), complete=span.causal, stays=stays)
             return
         whole_call = span.start == 0 and span.stop == self.plan.n_tokens
         if self._grads is None and whole_call:

@@ -103,11 +103,10 @@ class StreamedKV:
 
     Args:
         room: where they go.
-        last: index of the sequence's last chunk; its own row alone reads it, so it is never copied out.
     """
 
-    def __init__(self, room: HostMemory, last: int) -> None:
-        self._room, self._last = room, last
+    def __init__(self, room: HostMemory) -> None:
+        self._room = room
         self._kv: dict[int, _PairEntry] = {}
         self._grads: dict[int, _PairEntry] = {}
         self._here: dict[int, _OnDevice] = {}  # the row's diagonal and the chunk used last
@@ -116,11 +115,17 @@ class StreamedKV:
         self._leaving: deque[_PairEntry] = deque()
         self._complete: dict[int, Pair] = {}
 
-    def put(self, index: int, kv: Pair) -> None:
-        """Keep K and V of a chunk, and have them at hand for its row."""
+    def put(self, index: int, kv: Pair, *, is_read_later: bool) -> None:
+        """Keep K and V of a chunk, and have them at hand for its row.
+
+        Args:
+            is_read_later: by other rows than its own; else they are not copied out.
+        """
         kv = kv[0].contiguous(), kv[1].contiguous()
-        self._here, self._diagonal = {index: _OnDevice(kv)}, index
-        if index != self._last:
+        # Between two rows a backward pass may bring chunks, and the upper row has left sums for the lower one here.
+        self._here = {other: chunk for other, chunk in self._here.items() if chunk.grads is not None}
+        self._here[index], self._diagonal = _OnDevice(kv), index
+        if is_read_later:
             self._kv[index] = _PairEntry(self._room, kv)
             self._leave(self._kv[index])
 
@@ -147,19 +152,22 @@ class StreamedKV:
             self._here[index] = self._coming.pop(index).arrived()
         return self._here[index].kv
 
-    def add_grad(self, index: int, grads: Pair, *, complete: bool, stays: bool) -> None:
+    def add_grad(self, index: int, place: slice, grads: Pair, *, complete: bool, stays: bool) -> None:
         """Add to the sums of the chunk at hand.
 
         Args:
+            place: the keys that the gradients are of.
             complete: no later row reads the chunk; `take_grad` follows.
             stays: the next row begins with it, so its sums need not leave.
         """
         chunk = self._here[index]
-        if chunk.grads is None:
+        if chunk.grads is None and grads[0].shape[1] == chunk.kv[0].shape[1]:
             chunk.grads = accumulator(grads[0]), accumulator(grads[1])
         else:
+            if chunk.grads is None:
+                chunk.grads = zeros_for(chunk.kv[0]), zeros_for(chunk.kv[1])
             for total, part in zip(chunk.grads, grads, strict=True):
-                total.add_(part)
+                total[:, place].add_(part)
         if complete:
             self._complete[index] = chunk.grads
         elif not stays:
@@ -171,6 +179,7 @@ class StreamedKV:
 
     def take_grad(self, index: int) -> Pair | None:
         """The complete sums of a chunk, once."""
+        self._here.pop(index, None)
         return self._complete.pop(index, None)
 
     def _leave(self, entry: _PairEntry) -> None:

@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..layout import Chunk, ChunkPlan, Span
+from ..layout import Chunk, ChunkPlan, Documents, Span
 from .streamed_kv import Pair, accumulator, zeros_for
 
 
@@ -23,15 +23,16 @@ class WindowedKV:
     Args:
         plan: how the sequence is cut.
         window: keys that a query sees, its own among them; or blocks of so many.
+        documents: of a packed row, no query of which sees another's keys.
 
     Raises:
         RuntimeError: a row reads keys that were not put, or a gradient is taken twice.
     """
 
-    resident_tokens = 0  # nothing lies where a row finds it later
+    resident_tokens = 2**62  # whatever keys a row asks for, it gets side by side
 
-    def __init__(self, plan: ChunkPlan, window: int) -> None:
-        self.plan, self.window = plan, window
+    def __init__(self, plan: ChunkPlan, window: int, documents: Documents | None = None) -> None:
+        self.plan, self.window, self._documents = plan, window, documents
         self._kv: dict[int, Pair] = {}
         self._grads: dict[int, Pair] = {}
 
@@ -47,13 +48,16 @@ class WindowedKV:
         A backward pass asks on its way down: later chunks, which no row reads any more, are let go of.
         """
         self._kv = {index: pair for index, pair in self._kv.items() if index <= chunk.index}
-        return tuple(each for each in self.plan.read_by(chunk, self.window)[:-1] if each.index not in self._kv)
+        return tuple(each for each in self._read_by(chunk)[:-1] if each.index not in self._kv)
 
     def put(self, chunk: Chunk, k_BSGH: Tensor, v_BSGH: Tensor) -> None:
         """Keep K and V of one chunk, and of the earlier ones those alone that its row reads."""
-        first = self.plan.read_by(chunk, self.window)[0].index
+        first = self._read_by(chunk)[0].index
         self._kv = {index: pair for index, pair in self._kv.items() if index >= first}
         self._kv[chunk.index] = (k_BSGH.contiguous(), v_BSGH.contiguous())
+
+    def _read_by(self, chunk: Chunk) -> tuple[Chunk, ...]:
+        return self.plan.read_by(chunk, self.window, self._documents)
 
     def holds(self, chunk: Chunk) -> bool:
         """Whether K and V of the chunk are here."""

@@ -81,7 +81,8 @@ def chunk_work(
     mix = m.mix(0) if mix is None else mix
     tokens = step.batch * (chunk.rank_stop - chunk.rank_start)
     linear, scan = 2.0 * tokens * mix.linear_weights, float(tokens * mix.scan_operations)
-    pairs = step.batch * seen_pairs(chunk.start, chunk.stop, window) / ranks * mix.attends
+    seen = seen_pairs(chunk.start, chunk.stop, window, step.documents)
+    pairs = step.batch * seen / ranks * mix.attends
     attention = m.attention_forward(pairs)
     if phase != "backward":
         done = linear + scan + attention * attends

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
-from ..layout import ChunkPlan, first_key, seen_pairs
+from ..layout import ChunkPlan, Documents, first_key, seen_pairs
 from .kv_bytes import KVBytes, holds
 from .model_sizes import CONV, LayerMix, ModelSizes
 
@@ -143,6 +143,8 @@ class StepSizes:
         fused: whether a GPU runs Liger's kernels in the layers.
         score_bytes: of attention's scores, where plain PyTorch computes it.
         fused_experts: whether chosen experts run as one operation.
+        documents: of a packed row: operations are counted by them, while memory is planned for one document, which
+            takes the most; so steps that differ in them alone are planned once.
     """
 
     model: ModelSizes
@@ -155,6 +157,7 @@ class StepSizes:
     fused: bool = False
     score_bytes: int = 0
     fused_experts: bool = False
+    documents: Documents | None = field(default=None, compare=False)
 
     @property
     def _ranks(self) -> int:

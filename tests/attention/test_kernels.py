@@ -289,9 +289,3 @@ def test_the_choice_is_made_again_for_deterministic_algorithms(
             torch.use_deterministic_algorithms(on)
             select_kernel("auto", torch.device("cpu"), torch.float32, AttentionSpec.plain(40))
     assert len(caplog.records) == 2 and "deterministic" in caplog.messages[1]
-
-
-def test_packed_documents_are_refused_by_every_kernel() -> None:
-    spec = replace(AttentionSpec.plain(16), packed=True)
-    with pytest.raises(NotImplementedError, match="cpu: .*no packed documents.*math: .*no packed documents"):
-        select_kernel("auto", torch.device("cpu"), torch.float32, spec)

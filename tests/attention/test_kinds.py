@@ -21,7 +21,8 @@ from hf_fpdt.attention import reference
 from hf_fpdt.attention.kernels.contract import Kernel
 from hf_fpdt.attention.kernels.math import MATH
 from hf_fpdt.attention.kernels.table import KERNELS, select_kernel
-from hf_fpdt.attention.online import backward_row, forward_row, kernel_spans
+from hf_fpdt.attention.online import backward_row, forward_row
+from hf_fpdt.attention.rows import kernel_spans
 from hf_fpdt.attention.sinks import sinks_gradient
 from hf_fpdt.attention.spec import AttentionSpec
 from hf_fpdt.layout.chunks import ChunkPlan

@@ -13,7 +13,8 @@ from hf_fpdt import attend_whole
 from hf_fpdt.attention import reference
 from hf_fpdt.attention.kernels.contract import MAX_ELEMENTS
 from hf_fpdt.attention.kernels.table import KERNELS
-from hf_fpdt.attention.online import kernel_spans, merge
+from hf_fpdt.attention.online import merge
+from hf_fpdt.attention.rows import kernel_spans
 from hf_fpdt.layout.spans import Span
 from hf_fpdt.memory.kv import KVStore
 from tests.helpers.support import assert_rejects, peaked_qkv, relative_error

@@ -171,13 +171,13 @@ def test_broken_variants_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
         def run() -> Results:
             with monkeypatch.context() as patch:
                 for name, value in changes.items():
-                    module = hf_fpdt.engine.layer if hasattr(hf_fpdt.engine.layer, name) else hf_fpdt.engine.calls
-                    patch.setattr(module, name, value)
+                    places = (hf_fpdt.engine.layer, hf_fpdt.engine.calls, hf_fpdt.attention.rows)
+                    patch.setattr(next(place for place in places if hasattr(place, name)), name, value)
                 return with_fpdt(model, ids, labels, chunk_tokens=16, kernel="math")
 
         return run
 
-    spans = hf_fpdt.attention.online.kernel_spans
+    spans = hf_fpdt.attention.rows.kernel_spans
 
     def one_dropped(*args: Any, **kwargs: Any) -> object:
         diagonal, *others = spans(*args, **kwargs)

@@ -9,13 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_fpdt.attention.kernels.contract import Kernel
+from hf_fpdt.attention.kernels.table import KERNELS
+from hf_fpdt.attention.rows import row_calls
 from hf_fpdt.layout.chunks import Chunk, ChunkPlan
+from hf_fpdt.layout.documents import Documents
 from hf_fpdt.layout.spans import RowShape, Span, row_spans
 from hf_fpdt.memory import kv as kv_store
 from hf_fpdt.memory.kv import KVStore
 from hf_fpdt.memory.streamed_kv import HostMemory, StreamedKV
 from hf_fpdt.plan.sizes import StepSizes
 from hf_fpdt.plan.tiers import TierAllocator
+from tests.helpers.packed import PACKED, PACKINGS, random_lengths
 from tests.helpers.stores import TINY, tiers, transfers
 from tests.helpers.support import assert_rejects
 
@@ -87,15 +92,15 @@ class Stale(StreamedKV):
 
 
 class Swapped(StreamedKV):
-    def put(self, index: int, kv: Pair) -> None:
-        super().put(index, (kv[1], kv[0]))
+    def put(self, index: int, kv: Pair, *, is_read_later: bool) -> None:
+        super().put(index, (kv[1], kv[0]), is_read_later=is_read_later)
 
 
 class NotCopied(StreamedKV):
     """Copies to the host nothing."""
 
-    def put(self, index: int, kv: Pair) -> None:
-        super().put(index, kv)
+    def put(self, index: int, kv: Pair, *, is_read_later: bool) -> None:
+        super().put(index, kv, is_read_later=is_read_later)
         if index in self._kv:
             self._kv[index].write((torch.zeros_like(kv[0]), torch.zeros_like(kv[1])))
 
@@ -141,16 +146,16 @@ def assert_gradients(streamed: type[StreamedKV] = StreamedKV, dtype: torch.dtype
 class Forgets(StreamedKV):
     """Sums stay where they are let go of."""
 
-    def add_grad(self, index: int, grads: Pair, *, complete: bool, stays: bool) -> None:
-        super().add_grad(index, grads, complete=complete, stays=True)
+    def add_grad(self, index: int, place: slice, grads: Pair, *, complete: bool, stays: bool) -> None:
+        super().add_grad(index, place, grads, complete=complete, stays=True)
 
 
 class Overwrites(StreamedKV):
     """The last row's gradients in place of the sums."""
 
-    def add_grad(self, index: int, grads: Pair, *, complete: bool, stays: bool) -> None:
+    def add_grad(self, index: int, place: slice, grads: Pair, *, complete: bool, stays: bool) -> None:
         self._here[index].grads = None
-        super().add_grad(index, grads, complete=complete, stays=stays)
+        super().add_grad(index, place, grads, complete=complete, stays=stays)
 
 
 class FetchesNoSums(StreamedKV):
@@ -190,6 +195,82 @@ def test_host_bytes_are_those_predicted_and_all_go_back() -> None:
             assert shelves.used["host"] == shelves.pool.used_bytes == 0
             if backward and resident == 0:
                 assert shelves.peak["host"] == kv_bytes.host_bytes
+
+
+# Packed rows -----------------------------------------------------------------------------------------
+
+
+def packed_calls(store: KVStore, kernel: Kernel, chunk: Chunk, documents: Documents) -> list[tuple[Span, ...]]:
+    """In the order of the engine: what reads earlier chunks at the end."""
+    row = (chunk.start, chunk.stop)
+    parts = row_calls(kernel, row, store.plan.chunk_tokens, store, documents=documents)
+    return [spans for _, spans in reversed(parts)]
+
+
+def run_packed(store: KVStore, kernel: Kernel, documents: Documents, kv: Pair) -> Iterator[tuple[Pair, Pair]]:
+    """A layer's forward and backward pass over a packed row: (a chunk's sums, those of plain tensors)."""
+    plan = store.plan
+    for chunk in plan.chunks:
+        assert {each.index for each in store.missing(chunk)} == set()
+        put(store, chunk, kv)
+        for spans in packed_calls(store, kernel, chunk, documents):
+            for span, k, v in store.stream(spans):
+                assert torch.equal(k, kv[0][:, span.start : span.stop])
+                assert torch.equal(v, kv[1][:, span.start : span.stop])
+    store.__exit__(None, None, None)
+    store._held.clear()
+    truth = [torch.zeros(part.shape) for part in kv]
+    for chunk in reversed(plan.chunks):
+        first = documents.start_of(chunk.start)
+        for each in store.missing(chunk):
+            assert each.stop > first, "no key of it is seen"
+            put(store, each, kv)
+        if not store.holds(chunk):
+            put(store, chunk, kv)
+        for spans in packed_calls(store, kernel, chunk, documents):
+            for span, k, v in store.stream(spans, with_grads=True):
+                keys = slice(span.start, span.stop)
+                assert torch.equal(k, kv[0][:, keys]) and torch.equal(v, kv[1][:, keys])
+                grads = torch.randn(k.shape), torch.randn(v.shape)
+                for total, grad in zip(truth, grads, strict=True):
+                    total[:, keys] += grad
+                store.add_grad(span, *grads)
+        tokens = slice(chunk.start, chunk.stop)
+        yield store.take_grad(chunk), (truth[0][:, tokens], truth[1][:, tokens])
+
+
+def assert_packed(streamed: type[StreamedKV] = StreamedKV) -> None:
+    plan = ChunkPlan(40, 8)
+    kv = tuple(part[:1] for part in whole(plan))
+    packings = [*PACKINGS, *(random_lengths(seed, 40) for seed in range(6))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_store, "StreamedKV", streamed)
+        for lengths, resident, kernel in itertools.product(packings, (0, 2, 5), (KERNELS["cpu"], PACKED)):
+            documents, shelves = Documents.of_lengths(lengths), tiers()
+            with KVStore(plan, resident, room_of(shelves), documents) as store:
+                for ours, truth in run_packed(store, kernel, documents, (kv[0], kv[1])):
+                    assert torch.equal(ours[0], truth[0]) and torch.equal(ours[1], truth[1])
+            if all(documents.ends_at(chunk.stop) for chunk in plan.chunks):
+                assert shelves.peak["host"] == 0, "nobody reads it again"
+
+
+class LetsGoOfSums(StreamedKV):
+    """A chunk that comes between two rows pushes the sums out that the upper one left."""
+
+    def put(self, index: int, kv: Pair, *, is_read_later: bool) -> None:
+        self._here = {}
+        super().put(index, kv, is_read_later=is_read_later)
+
+
+class CopiesEverything(StreamedKV):
+    def put(self, index: int, kv: Pair, *, is_read_later: bool) -> None:
+        super().put(index, kv, is_read_later=True)
+
+
+def test_packed_rows_bring_and_keep_what_their_documents_need() -> None:
+    assert_packed()
+    broken = {"sums let go": LetsGoOfSums, "overwritten": Overwrites, "in vain": CopiesEverything, "stale": Stale}
+    assert_rejects(assert_packed, broken)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])

@@ -2,21 +2,25 @@
 
     forward(q_BSNH, k_BTGH, v_BTGH, *, causal, spec) -> out_BSNH, lse_BNS
     backward(dout_BSNH, q, k, v, out, lse_BNS, *, causal, spec) -> dq, dk, dv
+    packed_forward, packed_backward(..., *, cuts, spec): the same of a batch of 1 whose queries and keys are those of
+                                                         several documents, each causal, last query at last key
     why_not(device, dtype, spec) -> None where the kernel serves, else the reason it does not
 
 B batch, S queries, T keys, N query heads, G key/value heads (G divides N), H head dimension. `lse` is fp32 (float64
 for float64 inputs). `out` and `lse` given to `backward` are those of the whole row, merged over its calls; then the
 gradients of the calls add up to the row's. With `causal` the last query is aligned with the last key. A kernel whose
 `row_shape` is not "prefix" is only asked for causal with S = T, or with a window: then one call has all the keys that
-a row's queries see. No call has a query that sees no key: kernels differ in the lse of such.
+a row's queries see. No call has a query that sees no key: kernels differ in the lse of such. What has no packed calls
+is asked for one document at a time.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +37,42 @@ Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 WhyNot = Callable[[torch.device, torch.dtype, AttentionSpec], "str | None"]
 
 
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """The documents of one packed call, as flash-attention's interfaces ask for them.
+
+    Attributes:
+        queries: int32, where each begins among the queries, and the number of queries.
+        keys: the same of the keys.
+        most_queries, most_keys: of one document.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+
+    def arguments(self) -> dict[str, Any]:
+        """By the names that those interfaces have for them."""
+        return {
+            "cu_seqlens_q": self.queries,
+            "cu_seqlens_k": self.keys,
+            "max_seqlen_q": self.most_queries,
+            "max_seqlen_k": self.most_keys,
+        }
+
+    @classmethod
+    def of(cls, inner: Sequence[int], queries: tuple[int, int], keys: tuple[int, int], device: torch.device) -> Cuts:
+        """Of queries and keys [start, stop) of a row, which end at one place, with documents that begin at `inner`."""
+        edges = [[0, *(cut - start for cut in inner), stop - start] for start, stop in (queries, keys)]
+        most = [max(right - left for left, right in zip(each[:-1], each[1:], strict=True)) for each in edges]
+        of_queries, of_keys = (torch.tensor(each, dtype=torch.int32, device=device) for each in edges)
+        return cls(of_queries, of_keys, most[0], most[1])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One row of the table; see the module's docstring for the three functions.
+    """One row of the table; see the module's docstring for its functions.
 
     Attributes:
         row_shape: how the kernel wants the keys of one query row, see `layout.RowShape`.
@@ -48,6 +85,8 @@ class Kernel:
     why_not: WhyNot
     row_shape: RowShape
     row_tokens: int = 32_768
+    packed_forward: Forward | None = None
+    packed_backward: Backward | None = None
 
 
 def why_not_kind(spec: AttentionSpec, *, windows: bool, softcaps: bool) -> str | None:
@@ -56,7 +95,7 @@ def why_not_kind(spec: AttentionSpec, *, windows: bool, softcaps: bool) -> str |
         return f"does no sliding window ({spec.window})"
     if spec.softcap is not None and not softcaps:
         return f"does no softcap ({spec.softcap})"
-    return "does no packed documents yet" if spec.packed else None
+    return None
 
 
 def window_arguments(spec: AttentionSpec, causal: bool) -> dict[str, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..spec import AttentionSpec
-from .contract import Kernel, aten, why_not_half_on_gpu, why_not_kind, window_arguments
+from .contract import Cuts, Kernel, aten, why_not_half_on_gpu, why_not_kind, window_arguments
 from .padding import with_one_width
 
 
@@ -42,6 +42,31 @@ def _flash_backward(
     return dq, dk, dv
 
 
+def _flash_packed_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, cuts: Cuts, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = aten._flash_attention_forward(
+        *(q[0], k[0], v[0], *_documents(cuts), 0.0, True, False), scale=spec.scale, **window_arguments(spec, True)
+    )
+    return out[None], lse[None]
+
+
+def _flash_packed_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, cuts: Cuts, spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    no_rng = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+    one = (x[0] for x in (dout, q, k, v, out, lse))
+    grads = aten._flash_attention_backward(
+        *(*one, *_documents(cuts), 0.0, True, *no_rng), scale=spec.scale, **window_arguments(spec, True)
+    )
+    dq, dk, dv = (x[None] for x in grads)
+    return dq, dk, dv
+
+
+def _documents(cuts: Cuts) -> tuple[Tensor, Tensor, int, int]:
+    return cuts.queries, cuts.keys, cuts.most_queries, cuts.most_keys
+
+
 def _flash_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
     # PyTorch runs AOTriton there: a row would read the keys of an earlier one, and nothing would say so.
     on_rocm = "aligns the causal mask with the first key on AMD GPUs, not with the last; install flash-attn"
@@ -50,10 +75,13 @@ def _flash_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec
 
 
 _forward, _backward = with_one_width(_flash_forward, _flash_backward)
+_packed_forward, _packed_backward = with_one_width(_flash_packed_forward, _flash_packed_backward)
 FLASH = Kernel(
     name="flash",
     forward=_forward,
     backward=_backward,
+    packed_forward=_packed_forward,
+    packed_backward=_packed_backward,
     why_not=_flash_why_not,
     row_shape="prefix",
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..spec import AttentionSpec
 from .contract import (
     NVIDIA_ALONE,
+    Cuts,
     Kernel,
     deterministic_argument,
     import_or_none,
@@ -52,6 +53,25 @@ def _fa3_backward(
     return grads.dq, grads.dk, grads.dv
 
 
+def _fa3_packed_forward(q: Tensor, k: Tensor, v: Tensor, *, cuts: Cuts, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    fa3 = importlib.import_module("flash_attn_interface")
+    kind = {**_kind(fa3._flash_attn_forward, spec, True), **cuts.arguments()}
+    out, lse, *_ = fa3._flash_attn_forward(q[0], k[0], v[0], softmax_scale=spec.scale, causal=True, **kind)
+    return out[None], lse[None]
+
+
+def _fa3_packed_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, cuts: Cuts, spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    fa3 = importlib.import_module("flash_attn_interface")
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    kind = {**_kind(fa3._flash_attn_backward, spec, True), **cuts.arguments(), **deterministic_argument()}
+    one = (x[0].contiguous() for x in (dout, q, k, v, out, lse))
+    grads = {"dq": dq[0], "dk": dk[0], "dv": dv[0]}
+    fa3._flash_attn_backward(*one, **grads, softmax_scale=spec.scale, is_causal=True, **kind)
+    return dq, dk, dv
+
+
 def _kind(function: Callable[..., Any], spec: AttentionSpec, causal: bool) -> dict[str, Any]:
     """Window and softcap; the package has had two ways of writing windows."""
     kind: dict[str, Any] = {} if spec.softcap is None else {"softcap": spec.softcap}
@@ -75,10 +95,13 @@ def _fa3_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) 
 
 
 _forward, _backward = with_one_width(_fa3_forward, _fa3_backward)
+_packed_forward, _packed_backward = with_one_width(_fa3_packed_forward, _fa3_packed_backward)
 FLASH_ATTN_3 = Kernel(
     name="flash-attn-3",
     forward=_forward,
     backward=_backward,
+    packed_forward=_packed_forward,
+    packed_backward=_packed_backward,
     why_not=_fa3_why_not,
     row_shape="prefix",
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..spec import AttentionSpec
 from .contract import (
     NVIDIA_ALONE,
+    Cuts,
     Kernel,
     deterministic_argument,
     import_or_none,
@@ -45,6 +46,26 @@ def _fa4_backward(
     return dq, dk, dv
 
 
+def _fa4_packed_forward(q: Tensor, k: Tensor, v: Tensor, *, cuts: Cuts, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    fa4 = importlib.import_module("flash_attn.cute.interface")
+    kind = {"softcap": spec.softcap, **window_arguments(spec, True), **cuts.arguments()}
+    out, lse, *_ = fa4._flash_attn_fwd(
+        q[0], k[0], v[0], softmax_scale=spec.scale, causal=True, return_lse=True, **kind
+    )
+    return out[None], lse[None]
+
+
+def _fa4_packed_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, cuts: Cuts, spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    fa4 = importlib.import_module("flash_attn.cute.interface")
+    kind = {"softcap": spec.softcap or 0.0, **window_arguments(spec, True), **deterministic_argument()}
+    one = (x[0] for x in (q, k, v, out, dout, lse))
+    grads = fa4._flash_attn_bwd(*one, softmax_scale=spec.scale, causal=True, **kind, **cuts.arguments())
+    dq, dk, dv = (x[None] for x in grads[:3])
+    return dq, dk, dv
+
+
 def _fa4_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
     reason = why_not_half_on_gpu(device, dtype, spec, least_sm=90, most_dim=256, on_rocm=NVIDIA_ALONE)
     reason = reason or why_not_kind(spec, windows=True, softcaps=True)
@@ -67,5 +88,18 @@ def _blackwell_why_not(spec: AttentionSpec, major: int) -> str | None:
 
 
 # Two widths are its own where every query head has a key head.
-_forward, _backward = with_one_width(_fa4_forward, _fa4_backward, takes_two=lambda spec: not spec.grouped)
-FLASH_ATTN_4 = Kernel(name="fa4", forward=_forward, backward=_backward, why_not=_fa4_why_not, row_shape="prefix")
+def _takes_two_widths(spec: AttentionSpec) -> bool:
+    return not spec.grouped
+
+
+_forward, _backward = with_one_width(_fa4_forward, _fa4_backward, _takes_two_widths)
+_packed_forward, _packed_backward = with_one_width(_fa4_packed_forward, _fa4_packed_backward, _takes_two_widths)
+FLASH_ATTN_4 = Kernel(
+    name="fa4",
+    forward=_forward,
+    backward=_backward,
+    packed_forward=_packed_forward,
+    packed_backward=_packed_backward,
+    why_not=_fa4_why_not,
+    row_shape="prefix",
+)

@@ -40,7 +40,7 @@ def _select(name: str, device_type: str, dtype: torch.dtype, spec: AttentionSpec
     if name != "auto" and name not in KERNELS:
         raise ValueError(f'hf_fpdt: kernel={name!r} is not known; "auto" or one of {", ".join(KERNELS)} is expected.')
     reasons: list[str] = []
-    for kernel in KERNELS.values() if name == "auto" else (KERNELS[name],):
+    for kernel in _by_preference(spec) if name == "auto" else (KERNELS[name],):
         reason = kernel.why_not(device, dtype, spec)
         if reason is None:
             logger.info("hf_fpdt: attention kernel %r for %s%s", kernel.name, case, _passed_over(reasons))
@@ -70,6 +70,11 @@ def why_not_served(name: str, cases: Iterable[tuple[torch.device, torch.dtype]],
 
 def _serving(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> list[str]:
     return [kernel.name for kernel in KERNELS.values() if kernel.why_not(device, dtype, spec) is None]
+
+
+def _by_preference(spec: AttentionSpec) -> list[Kernel]:
+    """Packed rows first ask the kernels that do their documents in one call: others do them one by one."""
+    return sorted(KERNELS.values(), key=lambda kernel: spec.packed and kernel.packed_forward is None)
 
 
 def _passed_over(reasons: list[str]) -> str:
