@@ -27,7 +27,7 @@ from .recurrent import Asked, LayerTraits, cache_argument, plain_kernels, scan_p
 from .replay_state import RandomState, untouched_random_state
 from .trial import LayerTrials, mixes_tokens, visit, visiting
 from .trial_run import TRIAL_TOKENS
-from .whole import attend_whole
+from .whole import attend_documents, attend_whole
 
 __all__ = [
     "Asked",
@@ -39,7 +39,7 @@ __all__ = [
     "RandomState",
     "StepProgress",
     "TRIAL_TOKENS",
-    "traits_without_memory",
+    "attend_documents",
     "attend_whole",
     "cache_argument",
     "chunked_loss",

@@ -32,7 +32,6 @@ def attend_whole(
     window: int | None = None,
     softcap: float | None = None,
     sinks_N: Tensor | None = None,
-    documents: Documents | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Exact causal attention of whole tensors, differentiable; the last query is aligned with the last key.
@@ -43,7 +42,6 @@ def attend_whole(
         scale: factor of the scores before softmax.
         window: keys that a query sees, its own among them; None: all before it. A `layout.Block`: those of its block.
         softcap: bound of the scores, softcap · tanh(score / softcap).
-        documents: of a packed row (B 1, S = T), whose queries see keys of their own document alone.
         sinks_N: of each head the score of a key without a value (attention sinks), differentiable.
         kernel: a name of `hf_fpdt.kernels` or "auto".
 
@@ -54,12 +52,44 @@ def attend_whole(
         ValueError: the shapes do not fit together, or the window is not positive.
         NotImplementedError: no kernel serves, or the named one does not.
     """
+    kind: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks_N": sinks_N, "kernel": kernel}
+    return _attend((q_BSNH, k_BTGH, v_BTGH), None, **kind)
+
+
+def attend_documents(q_1TNH: Tensor, k_1TGH: Tensor, v_1TGH: Tensor, documents: Documents, **kind: Any) -> Tensor:
+    """Exact causal attention of a packed row, whose queries see keys of their own document alone; differentiable.
+
+    Args:
+        q_1TNH, k_1TGH, v_1TGH: one row of `documents.n_tokens` queries, keys and values.
+        documents: of the row.
+        kind: `scale` and what else `attend_whole` takes.
+
+    Returns:
+        out [1, T, N, H of V] in the dtype of q.
+
+    Raises:
+        ValueError, NotImplementedError: as `attend_whole`, or the row is another one than the documents are of.
+    """
+    return _attend((q_1TNH, k_1TGH, v_1TGH), documents, **kind)
+
+
+def _attend(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    documents: Documents | None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_N: Tensor | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    q_BSNH, k_BTGH, v_BTGH = qkv
     _check_shapes(q_BSNH, k_BTGH, v_BTGH)
     if documents is not None and (
         q_BSNH.shape[:2] != (1, documents.n_tokens) or k_BTGH.shape[1] != documents.n_tokens
     ):
         raise ValueError(
-            f"hf_fpdt: attend_whole of documents of {documents.n_tokens:,} tokens with q {tuple(q_BSNH.shape)}, k "
+            f"hf_fpdt: attend_documents of {documents.n_tokens:,} tokens with q {tuple(q_BSNH.shape)}, k "
             f"{tuple(k_BTGH.shape)}: one row of as many queries and keys is expected."
         )
     if window is not None and window < 1:

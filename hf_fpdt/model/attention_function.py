@@ -17,9 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..attention import AttentionSpec
-from ..engine import attend_whole, current_call, visiting
-from ..layout import Block
-from ..parallel import ranks_of_batch
+from ..engine import attend_documents, attend_whole, current_call, visiting
+from ..layout import Block, Documents
+from ..parallel import MARKS, documents_of_batch, marked_documents, ranks_of_batch
 
 NAME = "fpdt"
 MASK_BYTES_LIMIT = 4 * 2**30  # of a boolean [batch, 1, queries, keys] mask
@@ -49,7 +49,8 @@ def fpdt_attention(
         attention_mask: None, what `fpdt_mask` gave for a window, or a 4-D mask, which SDPA then computes (only without
             gradients).
         scaling: factor of the scores; None: 1/√H.
-        kwargs: of them `sliding_window`, `softcap` and `s_aux` (sinks [N]) are computed with.
+        kwargs: of them `sliding_window`, `softcap`, `s_aux` (sinks [N]) and, of a packed row, `cu_seq_lens_q` or
+            `seq_idx` are computed with.
 
     Returns:
         out [B, S, N, H of V] and None (attention weights are never built).
@@ -72,11 +73,28 @@ def fpdt_attention(
     q_BSNH, k_BTGH, v_BTGH = (_at_autocast(x).transpose(1, 2) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap, sinks_N = kwargs.get("softcap"), kwargs.get("s_aux")
+    documents = _marked(module, kwargs, query, key) if call is None else call.documents
     if call is None:
-        whole = attend_whole(q_BSNH, k_BTGH, v_BTGH, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
-        return whole, None
-    spec = AttentionSpec.of(q_BSNH, k_BTGH, v_BTGH, scale, window=window, softcap=softcap)
+        kind: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks_N": sinks_N}
+        if documents is not None:
+            return attend_documents(q_BSNH, k_BTGH, v_BTGH, documents, **kind), None
+        return attend_whole(q_BSNH, k_BTGH, v_BTGH, **kind), None
+    packed = documents is not None
+    spec = AttentionSpec.of(q_BSNH, k_BTGH, v_BTGH, scale, window=window, softcap=softcap, packed=packed)
     return call.attend(q_BSNH, k_BTGH, v_BTGH, spec=spec, sinks_N=sinks_N), None
+
+
+def _marked(module: nn.Module, kwargs: dict[str, Any], query: Tensor, key: Tensor) -> Documents | None:
+    """The documents that the arguments mark, without the executor; positions alone make a mask, which came before."""
+    marks = {name: kwargs[name] for name in MARKS if kwargs.get(name) is not None}
+    if not marks:
+        return None
+    if query.shape[0] > 1 or query.shape[2] != key.shape[2]:
+        raise NotImplementedError(
+            f'hf_fpdt: attn_implementation="{NAME}" in {type(module).__name__}: {", ".join(marks)} mark one row, and '
+            f"queries {tuple(query.shape)} of keys {tuple(key.shape)} are none; give one packed row without a cache."
+        )
+    return marked_documents(marks, key.shape[2])
 
 
 def _agreed_window(module: nn.Module, masked: int | None, asked: int | None, keys: int) -> int | None:
@@ -143,7 +161,6 @@ PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 _REFUSED_ARGUMENTS = (
     ("indices", "it looks at chosen keys alone (sparse attention), which is not supported"),
     ("position_bias", "attention bias is not served by a kernel yet"),
-    *((name, "packed documents are not supported yet; give one document a sequence") for name in PACKED),
     ("cache", "continuous batching is not supported; use generate(), or another attn_implementation"),
 )
 
@@ -193,8 +210,8 @@ def fpdt_mask(
     """
     window = kwargs.get("local_size")  # Qwen2-MoE makes a mask for a window of 0 too, which no layer uses
     ranks = ranks_of_batch()
-    if ranks > 1 and attention_mask is None:
-        # transformers takes the gaps in a rank's position_ids for packed documents
+    if (ranks > 1 or documents_of_batch() is not None) and attention_mask is None:
+        # The engine knows the documents; transformers takes the gaps in a rank's position_ids for such, too.
         if _looks_ahead(batch_size, q_length, kwargs):
             raise NotImplementedError(f'hf_fpdt: attn_implementation="{NAME}": {_why_no_mask(None, False, 0)}')
         return _window_mask(batch_size, q_length, kv_length, ranks, kwargs) if window else None
@@ -225,7 +242,7 @@ def _window_mask(batch_size: int, q_length: int, kv_length: int, ranks: int, kwa
     if window >= kv_length * ranks and not visiting():
         return None
     mask = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
-    if ranks > 1 or mask_function is None:
+    if ranks > 1 or documents_of_batch() is not None or mask_function is None:
         mask.fpdt_window = window  # type: ignore[attr-defined]
     elif (kind := _kind_of(mask_function, window)) is not None:
         mask.fpdt_window = kind(window)  # type: ignore[attr-defined]
@@ -278,12 +295,13 @@ def _why_no_mask(mask_BT: Tensor | None, full: bool, needed_bytes: int) -> str |
     left = None if mask_BT is None else _left_padding(mask_BT)
     padding = full and mask_BT is not None
     what = left or ("padding that is not on the right alone" if padding else "a mask other than causal")
-    if torch.is_grad_enabled() or ranks_of_batch() > 1:
+    if torch.is_grad_enabled() or ranks_of_batch() > 1 or documents_of_batch() is not None:
         remedy = (
             "give prompts of one length to TRL's GRPO and RLOO, or one prompt a batch (steps_per_generation=1, "
             "per_device_train_batch_size=num_generations)"
             if left
-            else "give one document a sequence (position_ids that restart say that there are several)"
+            else "give no token a later one to see (without apply_fpdt: one document a sequence, as position_ids that "
+            "restart say that there are several)"
         )
         return (
             f"{what} is not supported with gradients on. Pad on the right with label -100, and {remedy}. Where "

@@ -7,7 +7,7 @@ slice of hidden states by running that forward with the base model standing asid
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,7 +28,16 @@ from ..engine import (
     visiting,
 )
 from ..labels import IGNORE_INDEX, check_padding, shifted
-from ..parallel import SAMPLE_KEY, batch_shared_by, check_shard
+from ..parallel import (
+    SAMPLE_KEY,
+    Packing,
+    Rows,
+    batch_of,
+    batch_shared_by,
+    check_shard,
+    pack_arguments,
+    without_ends,
+)
 from ..plan import by_layer
 from .layers import base_of, check_stack, decoder_layers, decoder_of
 from .patch import arguments_by_name, caches_in, patch
@@ -101,11 +110,13 @@ class _HeadCall:
     head sees them.
 
     Attributes:
+        packing: how the base model ran on the batch; its hidden states are still so, but for `whole`.
         whole: whether the head sees all that the base model gave at once; else one token of it.
         began: the random state in which the head began.
     """
 
     outputs: Any = None
+    packing: Packing = Packing()
     whole: bool = False
     began: RandomState | None = None
 
@@ -142,18 +153,24 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     _check_kernel(self, arguments)
     _check_router(self.config, arguments)
     # With a cache it is generation, in which every rank has the whole of a sequence.
-    sharded = self._fpdt.settings.group.size > 1 and not caches_in(arguments)
-    if sharded:
-        check_shard(arguments, sample, self._fpdt.settings.group, self._fpdt.settings.plan)
+    group, generates = self._fpdt.settings.group, bool(caches_in(arguments))
+    ranks = 1 if generates else group.size
+    packing = Packing() if generates else pack_arguments(arguments, ranks=ranks, may_join=_may_join_rows(self))
+    if ranks > 1:
+        check_shard(arguments, sample, group, self._fpdt.settings.plan, packing.documents)
+    if ranks > 1 or any(packing):
         arguments["use_cache"] = False
-    with batch_shared_by(self._fpdt.settings.group.size if sharded else 1):
+    with batch_shared_by(ranks), batch_of(packing.documents):
         outputs = self._fpdt.forward(**arguments)
+    flat = outputs[0]
+    if packing.rows is not None:
+        outputs = _padded(outputs, packing.rows)
     if call is None:
         return outputs
-    call.outputs = outputs
     if call.whole:
-        call.began = RandomState.now(outputs[0].device)
+        call.outputs, call.began = outputs, RandomState.now(outputs[0].device)
         return outputs
+    call.outputs, call.packing = _with(outputs, last_hidden_state=flat), packing
     # One token is enough for the model to make its output object; that token's logits are dropped.
     return _with(call.outputs, last_hidden_state=call.outputs[0][:, :1])
 
@@ -164,6 +181,25 @@ def _check_kernel(model: Any, arguments: dict[str, Any]) -> None:
     if given is not None and not caches_in(arguments):
         is_sharded = any(hasattr(layer, "unshard") for layer in decoder_layers(model))
         model._fpdt.settings.check_kernel(given.device, model.dtype, is_sharded=is_sharded)
+
+
+def _may_join_rows(base: Any) -> bool:
+    """Whether rows of a batch may become one: of a text's tokens, whose positions are an argument."""
+    return base.config is base.config.get_text_config() and "position_ids" in base._fpdt.signature.parameters
+
+
+def _padded(outputs: Any, rows: Rows) -> Any:
+    """A model's output, of one packed row, with the rows of the batch."""
+
+    def again(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(again, value))
+        packed = isinstance(value, Tensor) and value.shape[:2] == (1, rows.documents.n_tokens)
+        return rows.padded(value) if packed else value
+
+    if isinstance(outputs, tuple):
+        return again(outputs)
+    return _with(outputs, **{name: again(value) for name, value in outputs.items()})
 
 
 def _check_router(config: Any, arguments: dict[str, Any]) -> None:
@@ -285,10 +321,12 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _as_head_call(_HeadCall(_with(call.outputs, last_hidden_state=hidden))), _without_fsdp(_heads(self)):
             return self._fpdt.forward(**arguments, **kept).logits
 
-    hidden = call.outputs[0]
-    mask = arguments.get("attention_mask")
-    loss = _loss(self, hidden, logits_of, ignore_index, attention_mask=mask, **loss_arguments)
-    logits = None if kept is None else logits_of(hidden, logits_to_keep=kept)
+    hidden, rows = call.outputs[0], call.packing.rows
+    targets = _targets(call.packing, ignore_index, arguments.get("attention_mask"), loss_arguments)
+    loss = _loss(self, hidden, logits_of, ignore_index, targets, loss_arguments["num_items_in_batch"])
+    logits = None
+    if kept is not None:
+        logits = logits_of(hidden if rows is None else rows.padded(hidden), logits_to_keep=kept)
     outputs = _with(outputs, loss=loss, logits=logits)
     return outputs.to_tuple() if as_tuple else outputs
 
@@ -318,16 +356,29 @@ def _not_fsdps(hooks: Any) -> Any:
     return OrderedDict((key, hook) for key, hook in hooks.items() if not is_fsdps(hook))
 
 
+def _targets(packing: Packing, ignore_index: int, mask: Tensor | None, given: Mapping[str, Any]) -> Tensor:
+    """The next token of each position that the hidden states are of; none at the end of a document."""
+    labels, shift_labels = given["labels"], given["shift_labels"]
+    targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+    if mask is not None and mask.shape == targets.shape:
+        mask = mask.to(targets.device)
+        # On the left there may be some: it is masked.
+        check_padding("hf_fpdt", (mask == 0) & (mask.cumsum(1) > 0), targets, ignore_index)
+    if packing.rows is not None:
+        targets = packing.rows.flat(targets)
+    documents = packing.documents
+    # A rank's part of a row has no end that the collator has not seen.
+    whole = documents is not None and targets.shape == (1, documents.n_tokens)
+    return without_ends(targets, documents, ignore_index) if documents is not None and whole else targets
+
+
 def _loss(
     model: Any,
     hidden: Tensor,
     logits_of: Callable[..., Tensor],
     ignore_index: int,
-    *,
-    labels: Tensor,
-    shift_labels: Tensor | None,
+    targets: Tensor,
     num_items_in_batch: Tensor | int | None,
-    attention_mask: Tensor | None,
 ) -> Tensor:
     heads = _heads(model)
     if any(hasattr(p, "placements") for child in heads for p in child.parameters()):
@@ -343,12 +394,7 @@ def _loss(
         ignore_index=ignore_index,
     )
     group = model._fpdt.settings.group
-    targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
     if num_items_in_batch is None and group.size > 1:
         # Then a plain mean of the ranks' losses (DDP, FSDP) is the mean over the sequence's tokens.
         num_items_in_batch = group.sum((targets != ignore_index).sum().to(hidden.device)) / group.size
-    if attention_mask is not None and attention_mask.shape == targets.shape:
-        mask = attention_mask.to(targets.device)
-        # On the left there may be some: it is masked.
-        check_padding("hf_fpdt", (mask == 0) & (mask.cumsum(1) > 0), targets, ignore_index)
     return chunked_loss(head, hidden, targets, num_items_in_batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from ..engine import (
     traits_without_memory,
     visiting,
 )
-from ..layout import Block
+from ..layout import Block, Documents
+from ..parallel import documents_of_batch
 from ..plan import LayerMix
 from .attention_function import PACKED, window_of_mask
 from .fused import fuse_layer
@@ -172,7 +174,9 @@ class ChunkedLayer(nn.Module):
             fuse_layer(self, self._fpdt_layer.raw_forward, settings)
         # What the pass keeps where is settled before its first layer is entered; see `CheckpointStore.pass_of`.
         store, placed = settings.store, (hidden.device, self._fpdt_layer.is_sharded)
-        step = settings.step(hidden, is_sharded=self._fpdt_layer.is_sharded)
+        documents = documents_of_batch()
+        _check_documents(self._fpdt_traits, documents, self._fpdt_layer)
+        step = replace(settings.step(hidden, is_sharded=self._fpdt_layer.is_sharded), documents=documents)
         _check_window(window, step.windows[self._fpdt_layer.index], self._fpdt_layer.name)
         wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *parameters))
         model_pass = store.pass_of(self._fpdt_layer.index, step, *placed) if wants_grad else None
@@ -309,6 +313,17 @@ def _check_arguments(arguments: dict[str, Any], hidden: Tensor, name: str) -> No
             why = _why_not_sliced(key, tensor, n_tokens) if isinstance(tensor, Tensor) else None
             if why is not None:
                 raise NotImplementedError(f"hf_fpdt: {name} got {key!r} of shape {tuple(tensor.shape)}: {why}")
+
+
+def _check_documents(traits: LayerTraits, documents: Documents | None, layer: Layer) -> None:
+    """Refuse packed rows where a layer is given something that is one for a chunk, and not one for each document."""
+    if documents is None or traits.cache is None:
+        return
+    why = "asks how many tokens came before it" if not traits.states else "carries a state from token to token"
+    raise NotImplementedError(
+        f"hf_fpdt: {layer.name} {why}, which a packed row has another of for each of its {len(documents.starts)} "
+        "documents; give one document a row."
+    )
 
 
 def _check_window(asked: int | None, planned: int | None, name: str) -> None:

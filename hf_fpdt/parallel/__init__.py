@@ -2,11 +2,22 @@
 
 In reading order:
 
-    group     the ranks, and what they exchange (Ulysses)
-    scans     recurrent layers: heads exchanged around a scan, the inputs that a convolution needs from the left
-    sharding  the cut of a batch, and how a rank's part is known again
+    group      the ranks, and what they exchange (Ulysses)
+    scans      recurrent layers: heads exchanged around a scan, the inputs that a convolution needs from the left
+    documents  which tokens of a batch are one document
+    rows       the rows of a batch as one packed row
+    sharding   the cut of a batch, and how a rank's part is known again
 """
 
+from .documents import (
+    MARKS,
+    batch_of,
+    documents_of_batch,
+    ignore_first_tokens,
+    marked_documents,
+    positions_of,
+    without_ends,
+)
 from .group import (
     GROUP_TIMEOUT,
     SequenceParallelGroup,
@@ -16,26 +27,37 @@ from .group import (
     repeat_heads,
     sum_repeated_heads,
 )
+from .rows import Packing, Rows, pack_arguments
 from .scans import STATES, heads_of_scan, inputs_before, over_ranks, why_not_scan_heads
 from .sharding import SAMPLE_KEY, ShardingCollator, batch_shared_by, check_shard, own_tokens, ranks_of_batch
 
 __all__ = [
     "GROUP_TIMEOUT",
+    "MARKS",
+    "Packing",
+    "Rows",
     "SAMPLE_KEY",
     "STATES",
     "SequenceParallelGroup",
     "ShardingCollator",
+    "batch_of",
     "batch_shared_by",
     "build_group",
     "check_heads",
     "check_shard",
+    "documents_of_batch",
     "heads_of_scan",
     "how_to_start",
+    "ignore_first_tokens",
     "inputs_before",
+    "marked_documents",
     "over_ranks",
     "own_tokens",
+    "pack_arguments",
+    "positions_of",
     "ranks_of_batch",
     "repeat_heads",
     "sum_repeated_heads",
     "why_not_scan_heads",
+    "without_ends",
 ]

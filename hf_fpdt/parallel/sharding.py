@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..labels import IGNORE_INDEX, check_padding, shifted
-from ..layout import ChunkPlan
+from ..layout import ChunkPlan, Documents
+from .documents import MARKS, marked_documents, own_positions, positions_of, without_ends
 from .group import SequenceParallelGroup
 
 # What a sharded batch calls the number that tells whole samples apart.
@@ -63,9 +64,14 @@ class ShardingCollator:
     collator's own `shift_labels` count, and `labels` beside them do not. `fpdt_sample` [B] is a number made of each
     whole row, by which the model sees that the ranks hold parts of the same samples; pass it on if you can.
 
+    A row of packed documents (of the one row of a batch, marked as transformers' and TRL's collators do) keeps its
+    boundaries: `position_ids` restart, `cu_seq_lens_q` [documents + 1] has those of the whole row on every rank, and
+    no label at a document's end counts.
+
     Raises:
-        ValueError: no `input_ids`, labels of another shape, or padding that is not on the right or whose labels count.
-        NotImplementedError: packed documents (`position_ids` that restart).
+        ValueError: no `input_ids`, labels of another shape, padding that is not on the right or whose labels count, or
+            boundaries that disagree.
+        NotImplementedError: packed documents in several rows, or under an attention mask.
     """
 
     inner: Callable[[Any], Any]
@@ -77,20 +83,27 @@ class ShardingCollator:
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         batch = dict(self.inner(features))
         _check_batch(batch)
-        _check_positions(batch.pop("position_ids", None))
+        documents = _take_documents(batch)
         labels = batch.get("labels") if batch.get("shift_labels") is None else batch["shift_labels"]
         _check_padding(batch.pop("attention_mask", None), labels)
         n_tokens = batch["input_ids"].shape[1]
         missing = -n_tokens % self.sp_size
         if batch.get("shift_labels") is None and batch.get("labels") is not None:
             batch["shift_labels"] = shifted(batch["labels"])
+        if documents is not None and batch.get("shift_labels") is not None:
+            batch["shift_labels"] = without_ends(batch["shift_labels"], documents, IGNORE_INDEX)
         if batch.get("shift_labels") is not None:
             batch["labels"] = batch["shift_labels"] = pad(batch["shift_labels"], (0, missing), value=IGNORE_INDEX)
         batch[SAMPLE_KEY] = _fingerprint(batch["input_ids"], batch.get("shift_labels"))
         batch = {name: self._fill(name, value, n_tokens, missing) for name, value in batch.items()}
-        batch["position_ids"] = torch.arange(n_tokens + missing, device=batch["input_ids"].device).expand(
-            batch["input_ids"].shape[0], -1
-        )
+        device = batch["input_ids"].device
+        positions = torch.arange(n_tokens + missing, device=device)
+        if documents is not None:
+            documents = documents.padded(n_tokens + missing)
+            positions = positions_of(documents, device)
+            edges = torch.tensor([*documents.starts, documents.n_tokens], dtype=torch.int32, device=device)
+            batch["cu_seq_lens_q"] = edges
+        batch["position_ids"] = positions.expand(batch["input_ids"].shape[0], -1)
         own = own_tokens(ChunkPlan(n_tokens + missing, self.chunk_tokens, self.sp_size), self.rank)
         return {
             name: value[:, own] if _by_token(value, n_tokens + missing) else value for name, value in batch.items()
@@ -129,20 +142,31 @@ def _check_batch(batch: Mapping[str, Any]) -> None:
                 f"ShardingCollator: {name} of shape {tuple(getattr(labels, 'shape', ()))} do not match input_ids of "
                 f"shape {tuple(ids.shape)}; each token needs its own label."
             )
-    unsupported = [name for name in ("inputs_embeds", "cu_seq_lens_q", "seq_idx") if name in batch]
-    if unsupported:
-        raise NotImplementedError(
-            f"ShardingCollator: {', '.join(unsupported)} cannot be cut over ranks yet; give input_ids of one document "
-            "a sequence."
-        )
+    if "inputs_embeds" in batch:
+        raise NotImplementedError("ShardingCollator: inputs_embeds cannot be cut over ranks yet; give input_ids.")
 
 
-def _check_positions(positions: Tensor | None) -> None:
-    if positions is not None and not torch.equal(positions, torch.arange(positions.shape[-1]).expand_as(positions)):
+def _take_documents(batch: dict[str, Any]) -> Documents | None:
+    """The documents of a batch's one row; whatever marks them is taken out."""
+    marks = {name: value for name in (*MARKS, "position_ids") if (value := batch.pop(name, None)) is not None}
+    positions, (rows, n_tokens) = marks.get("position_ids"), batch["input_ids"].shape
+    counts_on = positions is None or torch.equal(positions, torch.arange(positions.shape[-1]).expand_as(positions))
+    if counts_on and len(marks) <= (positions is not None):
+        return None
+    if rows > 1:
         raise NotImplementedError(
-            "ShardingCollator: position_ids that do not count from 0 in steps of 1 (packed documents) are not "
-            "supported yet; give one document a sequence."
+            "ShardingCollator: packed documents (position_ids that do not count from 0 in steps of 1) in a batch of "
+            f"{rows} rows are not supported; give one row a batch, or one document a row."
         )
+    documents = marked_documents(marks, n_tokens)
+    if documents is not None and batch.get("attention_mask") is not None:
+        raise NotImplementedError(
+            "ShardingCollator: attention_mask beside packed documents: under a mask transformers takes a row for one "
+            "document; leave it out."
+        )
+    if documents is None and not counts_on:
+        raise NotImplementedError("ShardingCollator: position_ids that do not count from 0 are not supported.")
+    return documents
 
 
 def _check_padding(mask: Tensor | None, labels: Tensor | None) -> None:
@@ -161,6 +185,7 @@ def check_shard(
     sample_B: Tensor | None,
     group: SequenceParallelGroup,
     plan_of: Callable[[Tensor], ChunkPlan],
+    documents: Documents | None = None,
 ) -> None:
     """Every rank of the group must hold its own part of the same samples, else all of them raise.
 
@@ -172,6 +197,7 @@ def check_shard(
         sample_B: what `ShardingCollator` made of each whole row; None: nothing was.
         group: the ranks.
         plan_of: how the sequence is cut of which a rank holds these tokens.
+        documents: of the whole row, if it is packed.
     """
     if arguments.get("position_ids") is None or arguments.get("attention_mask") is not None:
         raise ValueError(
@@ -184,8 +210,11 @@ def check_shard(
     batch, length = tokens.shape[:2]
     plan = plan_of(tokens)
     own, positions = own_tokens(plan, group.rank, tokens.device), arguments["position_ids"]
+    own = own_positions(own, documents)
     sizes = torch.tensor([batch, length], device=tokens.device)
     sample = sizes.new_zeros(()) if sample_B is None else sample_B.sum().to(tokens.device)
+    if documents is not None:
+        sample = sample + sum(start * (index + 1) for index, start in enumerate(documents.starts)) % 2**40
     in_place = (positions == own).all() if positions.shape[-1] == length else sizes.new_zeros(())
     # Everything stays on the device until the group has seen it: the host waits once.
     batches, lengths, samples, places = group.extremes(torch.cat([sizes, torch.stack([sample, in_place.long()])]))

@@ -20,6 +20,7 @@ from hf_fpdt.attention.kernels.contract import Kernel
 from hf_fpdt.attention.kernels.table import KERNELS, select_kernel
 from hf_fpdt.attention.rows import row_calls
 from hf_fpdt.attention.spec import AttentionSpec
+from hf_fpdt.engine.whole import attend_documents
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.layout.documents import Documents
 from hf_fpdt.layout.spans import Block, Span
@@ -59,15 +60,16 @@ def alone(documents: Documents, kind: dict[str, Any]) -> Any:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
         parts = [x.split(documents.lengths, dim=1) for x in (q, k, v)]
-        each = (reference.attention(*qkv, sinks, scale=SCALE, **kind)[0] for qkv in zip(*parts, strict=True))
-        return torch.cat(list(each), dim=1)
+        each = [reference.attention(a, b, c, sinks, scale=SCALE, **kind)[0] for a, b, c in zip(*parts, strict=True)]
+        return torch.cat(each, dim=1)
 
     return attend
 
 
 def ours(kernel: str, documents: Documents | None, kind: dict[str, Any]) -> Any:
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-        return attend_whole(q, k, v, sinks_N=sinks, scale=SCALE, kernel=kernel, documents=documents, **kind)
+        more = {"sinks_N": sinks, "scale": SCALE, "kernel": kernel, **kind}
+        return attend_whole(q, k, v, **more) if documents is None else attend_documents(q, k, v, documents, **more)
 
     return attend
 
@@ -175,4 +177,4 @@ def test_packed_rows_ask_first_for_kernels_with_packed_calls(monkeypatch: pytest
 def test_rows_that_are_not_the_documents_are_refused(batch: int) -> None:
     q, k, v, _ = given_of(batch)
     with pytest.raises(ValueError, match="one row of as many queries and keys"):
-        attend_whole(q, k, v, scale=1.0, documents=Documents.of_lengths([39 if batch == 1 else 40]))
+        attend_documents(q, k, v, Documents.of_lengths([39 if batch == 1 else 40]), scale=1.0)

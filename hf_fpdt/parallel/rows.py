@@ -1,0 +1,165 @@
+"""The rows of a batch as one packed row: what its documents are, and its padding left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import Documents
+from .documents import MARKS, breaks_of, marked_documents, positions_of, text_positions
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch put one after another, their padding left out: one packed row.
+
+    Attributes:
+        kept: of the batch's tokens [B·S] those that are in the row, [T].
+        shape: (B, S).
+        documents: of the packed row.
+    """
+
+    kept: Tensor
+    shape: tuple[int, int]
+    documents: Documents
+
+    @classmethod
+    def of(cls, lengths: list[int], n_tokens: int, breaks: tuple[int, ...], device: torch.device) -> Rows:
+        """Of rows of so many tokens each, padded on the right to `n_tokens`; `breaks` are documents' starts in B·S."""
+        places = torch.arange(n_tokens, device=device)
+        kept = (places < torch.tensor(lengths, device=device)[:, None]).view(-1).nonzero().view(-1)
+        lost, at, starts = 0, 0, set[int]()
+        for row, length in enumerate(lengths):
+            first = row * n_tokens
+            starts.add(first - lost)
+            while at < len(breaks) and breaks[at] < first + n_tokens:
+                starts |= {breaks[at] - lost} if breaks[at] < first + length else set()
+                at += 1
+            lost += n_tokens - length
+        return cls(kept, (len(lengths), n_tokens), Documents(tuple(sorted(starts)), len(kept)))
+
+    def flat(self, value: Tensor) -> Tensor:
+        """[B, S, …] as [1, T, …]."""
+        return value.flatten(0, 1)[self.kept.to(value.device)][None]
+
+    def padded(self, value_1T: Tensor) -> Tensor:
+        """[1, T, …] as [B, S, …], zeros where there is padding; differentiable."""
+        whole = value_1T.new_zeros(self.shape[0] * self.shape[1], *value_1T.shape[2:])
+        return whole.index_copy(0, self.kept.to(value_1T.device), value_1T[0]).unflatten(0, self.shape)
+
+
+class Packing(NamedTuple):
+    """How a model runs on a batch.
+
+    Attributes:
+        documents: of its one row; None: each row is one document.
+        rows: how the batch's rows were put into one; None: they were not.
+    """
+
+    documents: Documents | None = None
+    rows: Rows | None = None
+
+
+def pack_arguments(arguments: dict[str, Any], *, ranks: int, may_join: bool) -> Packing:
+    """What documents a base model's arguments are of; rows of several lengths, or documents, become one packed row.
+
+    `arguments` are changed: boundaries are taken out, positions restart, and with `rows` there is no mask any more.
+
+    Args:
+        ranks: that share the row; each has its part of tokens and positions, and the boundaries of all.
+        may_join: whether the model takes token ids or embeddings and positions, and nothing else that goes by rows.
+
+    Raises:
+        ValueError: boundaries disagree.
+        NotImplementedError: there are documents where they cannot be told apart.
+    """
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    marks = {name: value for name in MARKS if (value := arguments.pop(name, None)) is not None}
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+        return Packing()
+    batch, length = tokens.shape[:2]
+    if ranks > 1:
+        return Packing(marked_documents(marks, length * ranks) if marks else None)
+    mask = arguments.get("attention_mask")
+    if mask is not None:
+        return _pack_masked(arguments, marks, may_join=may_join)
+    if batch > 1:
+        return _pack_several(arguments, marks, may_join=may_join)
+    positions = arguments.get("position_ids")
+    documents = marked_documents({**marks, "position_ids": positions}, length)
+    if documents is not None and positions is None:
+        arguments["position_ids"] = positions_of(documents, tokens.device)[None]
+    return Packing(documents)
+
+
+def _pack_masked(arguments: dict[str, Any], marks: dict[str, Any], *, may_join: bool) -> Packing:
+    """Under a mask transformers sees no documents; padding on the right is left out of what is computed."""
+    mask = arguments["attention_mask"]
+    positions = text_positions(arguments.get("position_ids"))
+    restarts = torch.is_grad_enabled() and positions is not None and _restarts(positions, mask)
+    if marks or restarts:
+        what = ", ".join(marks) if marks else "position_ids that restart"
+        raise NotImplementedError(
+            f"hf_fpdt: attention_mask beside {what}: under a mask transformers takes a row for one document; leave "
+            "attention_mask out of packed rows."
+        )
+    if not may_join or mask.dim() != 2 or mask.shape[1] < 2:
+        return Packing()
+    lengths, right = (mask != 0).sum(1), (mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all()
+    *numbers, on_the_right = torch.cat([lengths, right[None]]).tolist()  # the host waits once
+    if not on_the_right or min(numbers) == mask.shape[1]:
+        return Packing()
+    rows = Rows.of(numbers, mask.shape[1], (), mask.device)
+    _join(arguments, rows)
+    return Packing(rows.documents if len(rows.documents.starts) > 1 else None, rows)
+
+
+def _pack_several(arguments: dict[str, Any], marks: dict[str, Any], *, may_join: bool) -> Packing:
+    """Several rows, each of one document or more."""
+    positions = text_positions(arguments.get("position_ids"))
+    if marks.get("cu_seq_lens_q") is not None:
+        raise NotImplementedError("hf_fpdt: cu_seq_lens_q is of one row; put the batch's documents in a row of one.")
+    ids = marks.get("seq_idx")
+    changes = None if positions is None else breaks_of(positions)
+    if ids is not None:
+        by_ids = ids[:, 1:] != ids[:, :-1]
+        if changes is not None and not torch.equal(by_ids.expand_as(changes), changes):
+            raise ValueError("hf_fpdt: seq_idx and position_ids disagree about where documents begin; give one.")
+        changes = by_ids
+    tokens = arguments.get("input_ids")
+    tokens = arguments["inputs_embeds"] if tokens is None else tokens
+    batch, length = tokens.shape[:2]
+    if changes is None or length < 2:
+        return Packing()
+    places = changes.expand(batch, -1).nonzero().tolist()
+    if not places:
+        return Packing()
+    if not may_join:
+        raise NotImplementedError(
+            "hf_fpdt: packed documents in a batch of several rows are not supported for this model; give one row."
+        )
+    rows = Rows.of([length] * batch, length, tuple(row * length + at + 1 for row, at in places), tokens.device)
+    _join(arguments, rows)
+    return Packing(rows.documents, rows)
+
+
+def _restarts(positions: Tensor, mask: Tensor) -> bool:
+    """Whether the position of a real token is not larger than that of the one before; gaps are not restarts."""
+    real = (mask[:, 1:] * mask[:, :-1]).bool() if mask.dim() == 2 and mask.shape[1] == positions.shape[1] else True
+    return bool(((positions[:, 1:] <= positions[:, :-1]) & real).any())
+
+
+def _join(arguments: dict[str, Any], rows: Rows) -> None:
+    """Make one row of the arguments."""
+    arguments.pop("attention_mask", None)
+    if arguments.get("position_ids") is None:
+        arguments["position_ids"] = torch.arange(rows.shape[1], device=rows.kept.device).expand(rows.shape)
+    elif arguments["position_ids"].shape[0] == 1:
+        arguments["position_ids"] = arguments["position_ids"].expand(rows.shape)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.shape[:2] == rows.shape:
+            arguments[name] = rows.flat(value)
