@@ -176,7 +176,7 @@ def test_the_bare_attention_function_takes_marks_too() -> None:
     documents, batch = flattened(**OPTIONS["flash"])
     model = tiny(attention="fpdt")
     assert_exact(train_step(model, num_items_in_batch=1, ids=batch.pop("input_ids"), **batch), alone(model, documents))
-    with pytest.raises(NotImplementedError, match="cu_seq_lens_q.* are of one row"):
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q mark one row"):
         model(input_ids=tokens(2, 40), cu_seq_lens_q=batch["cu_seq_lens_q"])
 
 

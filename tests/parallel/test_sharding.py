@@ -148,9 +148,17 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "labels of padding to -100",
     ),
-    "packed documents": ({"position_ids": _positions((0, 8), (0, 12))}, NotImplementedError, "packed documents"),
+    "packed documents under a mask": (
+        {"position_ids": _positions((0, 8), (0, 12)), "attention_mask": LEFT**0},
+        NotImplementedError,
+        "attention_mask beside packed documents",
+    ),
+    "marks that disagree": (
+        {"position_ids": _positions((0, 8), (0, 12)), "seq_idx": torch.arange(20) // 10},
+        ValueError,
+        "disagrees",
+    ),
     "positions from 1": ({"position_ids": torch.arange(1, 21)}, NotImplementedError, "count from 0"),
-    "flash arguments": ({"cu_seq_lens_q": torch.tensor([0, 20])}, NotImplementedError, "cu_seq_lens_q"),
     "embeddings": ({"inputs_embeds": torch.ones(20, 4)}, NotImplementedError, "inputs_embeds"),
     "labels of another length": ({"labels": torch.arange(21)}, ValueError, "labels of shape"),
     "shifted labels of another length": ({"shift_labels": torch.arange(19)}, ValueError, "shift_labels of shape"),
@@ -164,6 +172,60 @@ def test_what_cannot_be_cut_is_refused(case: str, sp: int) -> None:
     more, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         cut([{**rows(20)[0], **more}], sp, 0)
+
+
+def packed(lengths: tuple[int, ...], marks: str) -> list[Batch]:
+    """One row whose collator marks documents in one of the ways there are; every first token has a label."""
+    (row,) = rows(sum(lengths))
+    edges = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    by_name: dict[str, Batch] = {
+        "position_ids": {"position_ids": torch.arange(edges[-1]) - torch.tensor(edges)[owner]},
+        "seq_idx": {"seq_idx": owner.int()},
+        "cu_seq_lens_q": {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges, "max_length_q": max(lengths)},
+    }
+    return [{**row, **by_name[marks]}]
+
+
+def of_one_row(features: list[Batch]) -> Batch:
+    by_token = {name: value[None] for name, value in features[0].items() if isinstance(value, Tensor)}
+    edges = {name: torch.tensor(value) for name, value in features[0].items() if isinstance(value, list)}
+    return {**features[0], **by_token, **edges}
+
+
+def check_packed(lengths: tuple[int, ...], sp: int, cut_of: Callable[[int], Batch]) -> None:
+    edges = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    whole, missing = rows(edges[-1])[0], -edges[-1] % sp
+    following = pad(whole["labels"], (0, missing + 1), value=IGNORE_INDEX)[1:]
+    following[torch.tensor(edges[1:]) - 1] = IGNORE_INDEX
+    edges += [edges[-1] + missing] if missing else []
+    places = torch.cat([torch.arange(stop - start) for start, stop in zip(edges, edges[1:], strict=False)])
+    for rank in range(sp):
+        part, own = cut_of(rank), own_tokens(sum(lengths), sp, rank)
+        assert part["cu_seq_lens_q"].tolist() == edges and part["cu_seq_lens_q"].dtype == torch.int32
+        assert torch.equal(part["position_ids"][0], places[own])
+        assert torch.equal(part["labels"][0], following[own]) and torch.equal(part["shift_labels"], part["labels"])
+        assert set(part) == {"input_ids", "position_ids", "labels", "shift_labels", "fpdt_sample", "cu_seq_lens_q"}
+
+
+@pytest.mark.parametrize("marks", ["position_ids", "seq_idx", "cu_seq_lens_q"])
+@pytest.mark.parametrize("sp", [1, 2, 3])
+def test_boundaries_are_found_before_the_cut(sp: int, marks: str) -> None:
+    for lengths in ((8, 12), (1, 1, 30, 5), (12, 24, 12), (1,) * 7):
+        features = packed(lengths, marks)
+        check_packed(lengths, sp, lambda rank, f=features: ShardingCollator(of_one_row, sp, rank, CHUNK, PAD)(f))  # type: ignore[misc]
+
+    def after(rank: int) -> Batch:
+        part = ShardingCollator(of_one_row, sp, rank, CHUNK, PAD)(packed((8, 12), marks))
+        return {**part, "cu_seq_lens_q": part["cu_seq_lens_q"] + 1}
+
+    wrong = {"boundaries off by one": after, "none": lambda rank: cut(rows(20), sp, rank) | {"cu_seq_lens_q": LEFT}}
+    assert_rejects(lambda variant: check_packed((8, 12), sp, variant), wrong)
+
+
+def test_documents_in_several_rows_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="a batch of 2 rows"):
+        cut(rows(20, 2, position_ids=_positions((0, 8), (0, 12))), 2, 0)
 
 
 def test_missing_ids_are_refused() -> None:

@@ -1,0 +1,151 @@
+"""Packed rows on several ranks: many gloo processes against one document at a time on a plain model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import DataCollatorWithFlattening
+
+import hf_fpdt.model.layers
+from hf_fpdt import FPDTPlugin, ShardingCollator, apply_fpdt
+from hf_fpdt.layout.documents import Documents
+from tests.helpers.kinds import FAMILIES, TOLERANCE, in_double, kind
+from tests.helpers.models import tiny
+from tests.helpers.packed import moved, random_lengths
+from tests.helpers.support import assert_rejects, relative_error, spawn
+from tests.parallel.test_sequence_parallel import CHUNK, gradients, sample, shard
+
+Run = tuple[str, int, tuple[int, ...], dict[str, Any]]  # family, sp_size, lengths, what else the plugin is given
+HOST: dict[str, Any] = {"device_budget_gib": 0, "host_budget_gib": 1}
+# Ending on borders of chunks of 16, longer than several, of length 1, no multiple of the ranks.
+ROWS = ((16, 40, 1, 7), (32, 32), (1, 1, 1, 60), (63,), random_lengths(3, 61))
+
+
+def model_of(name: str) -> Any:
+    sizes: dict[str, Any] = {"vocab_size": 97, "tie_word_embeddings": False}
+    return kind(name, **sizes) if name in FAMILIES else tiny(name, attention="eager", **sizes)
+
+
+def features(lengths: tuple[int, ...], index: int) -> list[dict[str, list[int]]]:
+    """Documents with labels of which some do not count, that of the first token among those that do."""
+    whole = sample(index, sum(lengths))
+    parts = [whole[name].split(list(lengths)) for name in ("input_ids", "labels")]
+    return [{"input_ids": a.tolist(), "labels": b.tolist()} for a, b in zip(*parts, strict=True)]
+
+
+def own_batch(sp: int, rank: int, lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    collator = ShardingCollator(DataCollatorWithFlattening(return_seq_idx=True), sp, rank % sp, CHUNK)
+    return collator(features(lengths, rank // sp))
+
+
+def check(name: str, lengths: tuple[int, ...], samples: int, model: nn.Module, loss: Tensor) -> None:
+    """Loss (mean over ranks) and gradients, averaged by DDP or FSDP2, are those of the documents one at a time."""
+    plain, losses = model_of(name), []
+    for index in range(samples):
+        documents = [{key: torch.tensor([value]) for key, value in each.items()} for each in features(lengths, index)]
+        kept = sum(int((each["labels"][:, 1:] != -100).sum()) for each in documents)
+        sums = [plain(**each, num_items_in_batch=kept).loss for each in documents if each["labels"].shape[1] > 1]
+        losses.append(torch.stack(sums).sum())
+    exact_loss = torch.stack(losses).mean()
+    exact_loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    assert relative_error(mean / dist.get_world_size(), exact_loss.detach()) < TOLERANCE, f"{name}, {lengths}: loss"
+    ours, exact = gradients(model), gradients(plain)
+    assert ours.keys() == exact.keys()
+    floor = 1e-3 * max(float(grad.abs().max()) for grad in exact.values())
+    for key, grad in exact.items():
+        error = float((ours[key] - grad).abs().max()) / max(float(grad.abs().max()), floor)
+        assert error < TOLERANCE, f"{name}, {lengths}: {key}: {error:.1e}"
+
+
+def applied(name: str, sp: int, **options: Any) -> Any:
+    model = model_of(name)
+    apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, sp_size=sp, loss_chunk_tokens=10, **options))
+    return model
+
+
+def _ddp(rank: int, world: int, runs: list[Run]) -> None:
+    with in_double():
+        for name, sp, lengths, options in runs:
+            wrapped = DistributedDataParallel(applied(name, sp, **options))
+            loss = wrapped(**own_batch(sp, rank, lengths)).loss
+            loss.backward()
+            check(name, lengths, world // sp, wrapped, loss)
+            with torch.no_grad():
+                evaluated = wrapped.eval()(**own_batch(sp, rank, lengths)).loss
+            assert relative_error(evaluated, loss.detach()) < TOLERANCE, f"{name}, {lengths}: in evaluation"
+
+
+def test_two_ranks_equal_documents_one_at_a_time() -> None:
+    runs: list[Run] = [("llama", 2, lengths, {}) for lengths in ROWS]
+    runs += [("gpt_oss", 2, ROWS[0], {}), ("gpt_oss", 2, ROWS[4], {"checkpoints": "segment", **HOST})]
+    runs += [
+        ("mistral", 2, ROWS[2], {}),
+        ("gpt_neox", 2, ROWS[0], {}),
+        ("llama", 1, ROWS[4], {"checkpoints": "input"}),
+    ]
+    spawn(_ddp, 2, runs)
+
+
+def test_four_ranks_equal_documents_one_at_a_time() -> None:
+    spawn(_ddp, 4, [("llama", 4, ROWS[0], {}), ("gpt_oss", 4, ROWS[4], HOST), ("mistral", 2, ROWS[0], {})])
+
+
+def _fsdp(rank: int, world: int, runs: list[Run]) -> None:
+    with in_double():
+        for name, sp, lengths, options in runs:
+            model = applied(name, sp, **options)
+            shard(model, True, None)
+            for _ in range(2):  # the second step starts from resharded weights
+                model.zero_grad()
+                loss = model(**own_batch(sp, rank, lengths)).loss
+                loss.backward()
+                check(name, lengths, world // sp, model, loss)
+
+
+def test_fsdp2_equals_documents_one_at_a_time() -> None:
+    rebuilt = {"checkpoints": "segment", **HOST}
+    spawn(_fsdp, 2, [("llama", 1, ROWS[0], {}), ("gpt_oss", 2, ROWS[4], rebuilt), ("llama", 2, ROWS[1], {})])
+
+
+def _broken(rank: int, world: int, bug: str) -> None:
+    lengths = ROWS[0]
+    with pytest.MonkeyPatch.context() as patch, in_double():
+        if bug == "boundaries of a rank's own":
+            local = moved(Documents.of_lengths(lengths), -1 - rank)
+            patch.setattr(hf_fpdt.model.layers, "documents_of_batch", lambda: local)
+        wrapped = DistributedDataParallel(applied("llama", 2))
+        batch = own_batch(2, rank, lengths)
+        if bug == "labels across boundaries":
+            flat = [{"input_ids": sum((each["input_ids"] for each in features(lengths, 0)), [])}]
+            across = ShardingCollator(DataCollatorWithFlattening(), 2, rank, CHUNK)(flat)
+            batch |= {"labels": across["labels"], "shift_labels": across["labels"]}
+        loss = wrapped(**batch).loss
+        loss.backward()
+        check("llama", lengths, 1, wrapped, loss)
+
+
+def test_the_check_rejects_broken_ranks() -> None:
+    bugs = ["boundaries of a rank's own", "labels across boundaries"]
+    assert_rejects(lambda bug: spawn(_broken, 2, bug), {bug: bug for bug in bugs})
+
+
+def _disagree(rank: int, world: int) -> None:
+    """Every rank raises, so none waits for another."""
+    model = applied("llama", 2)
+    batch = own_batch(2, rank, ((8, 55), (7, 56))[rank])
+    with pytest.raises(ValueError, match="got different samples|position_ids are not those of a rank's part"):
+        model(**batch)
+    batch = own_batch(2, rank, (8, 55))
+    with pytest.raises(ValueError, match="position_ids are not those of a rank's part"):
+        model(**batch | {"cu_seq_lens_q": torch.tensor([0, 9, 63, 64])})
+
+
+def test_ranks_with_other_boundaries_raise_on_all_of_them() -> None:
+    spawn(_disagree, 2)
