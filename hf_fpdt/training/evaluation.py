@@ -22,18 +22,24 @@ class Evaluation:
         rows: samples of the set; None where it has no length (then every row counts).
         rank: this process's data-parallel place, of `ranks`.
         finite_only: whether batches whose loss is not finite are left out.
+        samples: of the set, without filling; None where that is not known.
+        batch_size: samples that a batch is made of, which may be fewer rows: a collator may pack them.
     """
 
     rows: int | None
     rank: int
     ranks: int
     finite_only: bool
+    samples: int | None = None
+    batch_size: int = 1
     steps: int = 0
     sums: Tensor | None = None  # of losses and of rows
 
     def next_rows(self, inputs: Any) -> int:
         """Rows of this rank's next batch that are no filling; the labels of filling are switched off."""
         batch = find_batch_size(inputs) or len(inputs)  # of samples that are not collated: their number
+        if self.samples is not None and batch != self.batch_size:
+            return self._next_samples(batch)
         first = (self.steps * self.ranks + self.rank) * batch
         self.steps += 1
         real = batch if self.rows is None else min(max(self.rows - first, 0), batch)
@@ -50,6 +56,20 @@ class Evaluation:
         for name in labels:
             inputs[name] = inputs[name].clone()
             inputs[name][real:] = IGNORE_INDEX
+        return real
+
+    def _next_samples(self, rows: int) -> int:
+        """Samples of a batch that has other rows than samples: of the last one, or packed by the collator."""
+        assert self.samples is not None
+        first = (self.steps * self.ranks + self.rank) * self.batch_size
+        self.steps += 1
+        real = min(max(self.samples - first, 0), self.batch_size)
+        if self.rows is not None and real < self.batch_size:
+            raise NotImplementedError(
+                f"hf_fpdt: {self.samples} samples do not divide into whole batches of {self.batch_size} on "
+                f"{self.ranks} ranks, and a batch that the collator packs into {rows} row(s) does not tell what fills "
+                "them up: evaluate on a multiple of ranks times batch size, or with a batch size of 1."
+            )
         return real
 
     def add(self, loss: Tensor, rows: int) -> None:

@@ -63,11 +63,6 @@ def refused_options(trainer: Any, sp_size: int) -> list[str]:
             "config",
         ),
         (_pads_left(trainer), _PADS_LEFT),
-        (
-            any(kind.__name__ == "DataCollatorWithFlattening" for kind in type(_collator(trainer)).__mro__),
-            "DataCollatorWithFlattening packs documents, which are not supported yet; take "
-            "DataCollatorForLanguageModeling(tokenizer, mlm=False)",
-        ),
         (prompts := unequal_prompts(trainer), prompts or ""),
         (args.n_gpu > 1, "DataParallel is not supported; start one process a GPU with accelerate launch"),
     )
@@ -110,23 +105,6 @@ def _left_padding(short: int, long: int, lengths: Mapping[int, int], multiple: i
         f"train_dataset, of {lengths[short]} and {lengths[long]} tokens, come in one batch; give prompts of one "
         "length, or let a batch have one prompt (per_device_train_batch_size=num_generations, steps_per_generation=1)"
     )
-
-
-def packed(args: Any) -> list[str]:
-    """TRL's ways to put several documents in a row, known from a trainer's arguments alone."""
-    reasons = []
-    # Other strategies cut one stream of tokens, in which no document is told apart from the next.
-    if getattr(args, "packing", False) and str(getattr(args, "packing_strategy", "bfd")).startswith("bfd"):
-        reasons.append(
-            "packing=True packs documents, which are not supported yet; set packing=False in the trainer's config, or "
-            'packing_strategy="wrapped" where one stream of tokens will do'
-        )
-    if getattr(args, "padding_free", False):
-        reasons.append(
-            "padding_free=True packs the documents of a batch, which are not supported yet; set padding_free=False in "
-            "the trainer's config"
-        )
-    return reasons
 
 
 def _collator(trainer: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 from transformers import Trainer, TrainingArguments
 
 from ..config import FPDTPlugin
+from ..labels import IGNORE_INDEX
 from ..model import applied_settings, apply_fpdt, has_fpdt, train_with
-from ..parallel import SequenceParallelGroup
+from ..parallel import SequenceParallelGroup, ignore_first_tokens
 from .evaluation import Evaluation, filled, first_rows
 from .loaders import join_group, sharding_collator
-from .refused import packed, refused_options
+from .refused import refused_options
 from .saying import say_what_is_done
 from .speed import TrainingSpeed
 
@@ -46,8 +48,6 @@ class FPDTTrainerMixin:
         model = kwargs.get("model", args[0] if args else None)
         # TRL takes the name of a model too.
         self._fpdt_applied = applied_settings(model) if isinstance(model, nn.Module) else None
-        # Before TRL prepares the whole data set.
-        _refuse(packed(kwargs.get("args", args[1] if len(args) > 1 else None)))
         super().__init__(*args, **kwargs)
         trainer: Any = self
         _refuse(refused_options(trainer, self.fpdt_group.size))
@@ -120,6 +120,9 @@ class FPDTTrainerMixin:
         # Evaluation averages each batch by itself, as one process does: not over the batches of other ranks.
         if self._fpdt_evaluation is not None:
             return None
+        for batch in batch_samples:
+            if isinstance(batch, Mapping):
+                ignore_first_tokens(batch, IGNORE_INDEX)
         return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
 
     def _get_dataloader(self, dataset: Dataset, description: str, batch_size: int, **kwargs: Any) -> DataLoader:
@@ -128,7 +131,7 @@ class FPDTTrainerMixin:
         sampler = getattr(kwargs.get("sampler_fn"), "__func__", Trainer._get_eval_sampler)
         # A sampler of the class's own (TRL's repeats prompts) says what is evaluated, and how often.
         left_alone = kwargs.get("is_training") or sampler is not Trainer._get_eval_sampler
-        rows = None if isinstance(dataset, IterableDataset) or left_alone else len(sized)
+        rows = samples = None if isinstance(dataset, IterableDataset) or left_alone else len(sized)
         if rows is not None:
             kwargs["sampler_fn"] = SequentialSampler
             # One rank's last batch may be shorter.
@@ -136,7 +139,7 @@ class FPDTTrainerMixin:
             multiple = batch_size * ranks if ranks > 1 else 1
             dataset, rows = filled(dataset, rows, multiple), rows if rows % multiple else None
         loader = super()._get_dataloader(dataset, description, batch_size, **kwargs)  # type: ignore[misc]
-        loader.fpdt_rows = rows
+        loader.fpdt_rows, loader.fpdt_samples = rows, samples
         seeded = loader.worker_init_fn
         if isinstance(seeded, functools.partial) and "rank" in seeded.keywords:
             # What a dataset draws in a worker must be the same on all ranks of a group.
@@ -157,7 +160,12 @@ class FPDTTrainerMixin:
         rows = getattr(dataloader, "fpdt_rows", None)
         arguments: Any = self.args  # type: ignore[attr-defined]
         self._fpdt_evaluation = Evaluation(
-            rows, self._data_parallel_rank(), self._data_parallel_size(), arguments.logging_nan_inf_filter
+            rows,
+            self._data_parallel_rank(),
+            self._data_parallel_size(),
+            finite_only=arguments.logging_nan_inf_filter,
+            samples=getattr(dataloader, "fpdt_samples", None),
+            batch_size=arguments.eval_batch_size,
         )
         try:
             output = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]

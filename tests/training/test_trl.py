@@ -17,6 +17,7 @@ pytest.importorskip("trl")  # a machine with a GPU may have none; what it runs i
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+import hf_fpdt.model.layers
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.parallel.group import SequenceParallelGroup
 from hf_fpdt.training.evaluation import Evaluation
@@ -221,22 +222,44 @@ def test_a_routers_auxiliary_loss_is_refused_with_what_turns_it_off(case: str, e
         assert len(runs[0]) >= 10 and runs[1] == pytest.approx(runs[0], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    ("settings", "remedy"),
-    [
-        ({"packing": True}, "packing=False"),
-        ({"packing": True, "packing_strategy": "bfd_split"}, "packing=False"),
-        ({"padding_free": True}, "padding_free=False"),
-    ],
-    ids=str,
-)
-def test_packed_documents_are_refused_before_the_data_is_prepared(
-    settings: dict[str, Any], remedy: str, tmp_path: Path
-) -> None:
-    """There are no data and no model: nothing was asked of them."""
-    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **settings)
-    with pytest.raises(NotImplementedError, match=f"not supported yet; set {remedy} in the trainer's config"):
-        FpdtSft(model="no model", args=args)
+PACKINGS: dict[str, dict[str, Any]] = {
+    "packing": {"packing": True},
+    "packing, several rows": {"packing": True, "packing_strategy": "bfd_split"},
+    "padding_free": {"padding_free": True},
+}
+
+
+@pytest.mark.parametrize("settings", PACKINGS)
+def test_packed_rows_train_as_without_the_mixin(settings: str, checkpoint: Path, tmp_path: Path) -> None:
+    """TRL's own model tells documents apart here, by their positions; ours by whatever TRL says of them."""
+    more = PACKINGS[settings]
+    ours = {"fpdt_plugin": FPDTPlugin(chunk_tokens=64)}
+    plain = trained_on(SFTTrainer, checkpoint, tmp_path, more)
+    chunked = trained_on(FpdtSft, checkpoint, tmp_path, more, **ours)
+    assert len(plain) == 6 and chunked == pytest.approx(plain, rel=TOLERANCE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_fpdt.model.layers, "documents_of_batch", lambda: None)
+        leaky = trained_on(FpdtSft, checkpoint, tmp_path, more, **ours)
+
+    def check(found: list[float]) -> None:
+        assert found == pytest.approx(plain, rel=TOLERANCE)
+
+    assert_rejects(check, {"documents see each other": leaky})
+
+
+def trained_on(kind: Any, checkpoint: Path, folder: Path, settings: dict[str, Any], **more: Any) -> list[float]:
+    """Loss and norm of the gradient of two steps, and the loss of an evaluation."""
+    often: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
+    often |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+    often |= {"max_length": 200 if settings.get("packing") else None}
+    args = SFTConfig(str(folder), use_cpu=True, bf16=False, report_to="none", eval_packing=False, **often, **settings)
+    short = Dataset.from_list([{"text": text[: 40 + 60 * index]} for index, text in enumerate(stories(8))])
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    sets = {"train_dataset": short, "eval_dataset": short.select([1, 2, 5])}
+    trainer = kind(model=str(checkpoint), args=args, processing_class=tokenizer, **sets, **more)
+    trainer.train()
+    names = ("loss", "grad_norm", "eval_loss")
+    return [row[name] for row in trainer.state.log_history for name in names if name in row]
 
 
 def test_a_stream_that_is_cut_in_windows_trains(checkpoint: Path, tmp_path: Path) -> None:
@@ -265,6 +288,16 @@ def test_an_evaluation_that_would_count_filling_is_refused() -> None:
     assert evaluation.next_rows(batch) == 2
     with pytest.raises(NotImplementedError, match="6 rows do not divide into whole batches on 2 ranks"):
         Evaluation(rows=6, rank=1, ranks=2, finite_only=True, steps=1).next_rows(batch)
+
+
+def test_an_evaluation_counts_the_samples_of_a_packed_row() -> None:
+    """As Trainer does: each batch's loss once for each of its samples, whatever the collator made of them."""
+    row = {"input_ids": torch.zeros(1, 9), "labels": torch.zeros(1, 9)}
+    evaluation = Evaluation(rows=None, rank=0, ranks=1, finite_only=True, samples=7, batch_size=3)
+    assert [evaluation.next_rows(row) for _ in range(3)] == [3, 3, 1]
+    evaluation = Evaluation(rows=5, rank=1, ranks=2, finite_only=True, samples=5, batch_size=3)
+    with pytest.raises(NotImplementedError, match="5 samples do not divide.*a batch size of 1"):
+        evaluation.next_rows(row)
 
 
 def test_ranks_that_share_sequences_are_refused(checkpoint: Path) -> None:
