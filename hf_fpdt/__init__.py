@@ -8,7 +8,7 @@ from .config import FPDTPlugin
 from .engine import attend_whole
 from .model import FPDTHandle, apply_fpdt, register
 from .parallel import ShardingCollator
-from .training import FPDTAccelerator, FPDTTrainer, FPDTTrainerMixin
+from .training import FPDTAccelerator, FPDTTrainer, FPDTTrainerMixin, PackedRows, PackedStream, PackingCollator
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +17,9 @@ __all__ = [
     "FPDTPlugin",
     "FPDTTrainer",
     "FPDTTrainerMixin",
+    "PackedRows",
+    "PackedStream",
+    "PackingCollator",
     "ShardingCollator",
     "apply_fpdt",
     "attend_whole",

@@ -39,7 +39,7 @@ from ..parallel import (
     without_ends,
 )
 from ..plan import by_layer
-from .layers import base_of, check_stack, decoder_layers, decoder_of
+from .layers import base_of, check_stack, decoder_layers, decoder_of, takes_documents
 from .patch import arguments_by_name, caches_in, patch
 from .refusals import check_loss_arguments, homes_of
 from .settings import Settings
@@ -184,8 +184,12 @@ def _check_kernel(model: Any, arguments: dict[str, Any]) -> None:
 
 
 def _may_join_rows(base: Any) -> bool:
-    """Whether rows of a batch may become one: of a text's tokens, whose positions are an argument."""
-    return base.config is base.config.get_text_config() and "position_ids" in base._fpdt.signature.parameters
+    """Whether rows of a batch may become one: of a text's tokens, whose positions are an argument.
+
+    A layer that is given a cache's stand-in gets one for a chunk, whatever rows it is of.
+    """
+    of_text = base.config is base.config.get_text_config() and "position_ids" in base._fpdt.signature.parameters
+    return of_text and all(takes_documents(layer) for layer in decoder_layers(base))
 
 
 def _padded(outputs: Any, rows: Rows) -> Any:
@@ -241,7 +245,7 @@ def _reads_padding(model: Any, arguments: dict[str, Any], outputs: Any, call: _H
     if (loss := _loss_of(outputs)) is None:
         return False
     hidden, padding_BS1 = call.outputs[0].detach(), (arguments["attention_mask"] == 0).unsqueeze(-1)
-    other = _with(call.outputs, last_hidden_state=torch.where(padding_BS1.to(hidden.device), -hidden, hidden))
+    other = _with(call.outputs, last_hidden_state=torch.where(padding_BS1.to(hidden.device), 1 - hidden, hidden))
     assert call.began is not None
     with torch.no_grad(), untouched_random_state(hidden.device), _as_head_call(_HeadCall(other)):
         call.began.restore()

@@ -216,6 +216,11 @@ class ChunkedLayer(nn.Module):
         self._fpdt_traits = trials.traits_of(self, window)
 
 
+def takes_documents(layer: Any) -> bool:
+    """Whether a layer that was entered runs on rows of several documents."""
+    return isinstance(layer, ChunkedLayer) and layer._fpdt_traits.cache is None
+
+
 def enter_layer(layer: Any, settings: Settings, index: int) -> None:
     """Put `ChunkedLayer` into the layer's class, and describe the layer to the engine."""
     original: Any = type(layer)

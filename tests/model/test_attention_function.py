@@ -277,8 +277,6 @@ def test_a_local_mask_that_is_no_window_is_not_taken_for_one() -> None:
     [
         ({"position_bias": torch.zeros(1)}, "attention bias"),
         ({"indices": torch.zeros(1, 23, 4, dtype=torch.long)}, "sparse attention"),
-        ({"cu_seq_lens_q": torch.tensor([0, 23])}, "one document a sequence"),
-        ({"cu_seq_lens_k": torch.tensor([0, 23])}, "one document a sequence"),
         ({"output_attentions": True}, "output_attentions off"),
         ({"is_causal": False}, "not causal"),
     ],

@@ -1,0 +1,297 @@
+"""Documents of every length in rows of one length: which go together, and the batch that tells them apart.
+
+A row is filled greedily: a document, then again and again the longest waiting one that fits. Over documents that wait
+from the longest down that is first-fit decreasing; over a stream it takes whoever waits longest first, so that nobody
+waits for ever. No document is cut but on request: a trajectory that ends in its midst teaches never to stop.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from ..labels import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
+
+LongDocuments = Literal["drop", "cut", "error"]
+# Documents that wait in a stream: enough that rows of 64K and more are over 98 % full.
+BUFFER_DOCUMENTS = 2048
+# What a row calls the lengths of its documents; TRL's packed data sets call them so.
+LENGTHS = "seq_lengths"
+
+
+@dataclass
+class PackingCounts:
+    """What was packed, and what was not.
+
+    Attributes:
+        room: tokens of a row.
+        rows: that were made.
+        documents, tokens: in them.
+        dropped, cut: documents longer than a row: left out, or cut in several.
+        dropped_tokens: of those left out.
+    """
+
+    room: int
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    dropped: int = 0
+    dropped_tokens: int = 0
+    cut: int = 0
+
+    @property
+    def filled(self) -> float:
+        """Share of the rows' tokens that are of documents."""
+        return self.tokens / max(1, self.rows * self.room)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents:,} documents, {self.tokens:,} tokens in {self.rows:,} rows of {self.room:,}, "
+            f"{100 * self.filled:.1f} % filled; dropped {self.dropped:,} ({self.dropped_tokens:,} tokens), "
+            f"cut {self.cut:,}"
+        )
+
+
+class _Waiting:
+    """Documents by length; the longest that fits is found, and so is the one that waits longest."""
+
+    def __init__(self) -> None:
+        self._by_length: list[tuple[int, int]] = []  # (length, when it came), ascending
+        self._order: deque[tuple[int, int]] = deque()
+        self._gone: set[int] = set()
+        self._came = 0
+        self._values: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_length)
+
+    def add(self, length: int, value: Any) -> None:
+        """One more."""
+        insort(self._by_length, (length, self._came))
+        self._order.append((length, self._came))
+        self._values[self._came] = value
+        self._came += 1
+
+    def longest_within(self, room: int) -> tuple[int, Any] | None:
+        """(length, value) of the longest one of at most so many tokens, taken out; the first come of these."""
+        at = bisect_right(self._by_length, (room, self._came)) - 1
+        if at < 0:
+            return None
+        length = self._by_length[at][0]
+        at = bisect_right(self._by_length, (length, -1))
+        _, when = self._by_length.pop(at)
+        self._gone.add(when)
+        return length, self._values.pop(when)
+
+    def first_come(self) -> tuple[int, Any]:
+        """(length, value) of the one that waits longest, taken out."""
+        while self._order[0][1] in self._gone:
+            self._gone.remove(self._order.popleft()[1])
+        length, when = self._order.popleft()
+        del self._by_length[bisect_right(self._by_length, (length, when)) - 1]
+        return length, self._values.pop(when)
+
+    def row(self, room: int, *, first_come: bool) -> list[Any]:
+        """The values of a row: one, and whatever fits beside it."""
+        taken = self.first_come() if first_come else self.longest_within(room)
+        values = []
+        while taken is not None:
+            length, value = taken
+            values.append(value)
+            room -= length
+            taken = self.longest_within(room)
+        return values
+
+
+def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Rows of documents, by their places in `lengths`, none of which is longer than `room`: first-fit decreasing.
+
+    Raises:
+        ValueError: a document is longer, or has no token.
+    """
+    if wrong := [length for length in lengths if not 0 < length <= room]:
+        raise ValueError(f"hf_fpdt: pack(room={room}): documents of 1 to {room} tokens are expected, got {wrong[0]}.")
+    waiting = _Waiting()
+    for index, length in enumerate(lengths):
+        waiting.add(length, index)
+    rows = []
+    while len(waiting):
+        rows.append(waiting.row(room, first_come=False))
+    return rows
+
+
+def fitting_pieces(length: int, room: int, long_documents: LongDocuments, counts: PackingCounts) -> list[slice]:
+    """What of a document goes into rows: all of it, or of one longer than a row nothing, or pieces; it is counted.
+
+    Raises:
+        ValueError: it is longer, and that is an error.
+    """
+    if length <= room:
+        return [slice(0, length)] if length else []
+    if long_documents == "error":
+        raise ValueError(
+            f"hf_fpdt: a document has {length:,} tokens, and a row {room:,}: take longer rows, or long_documents="
+            '"drop" (leave it out) or "cut" (in pieces, of which only the last one teaches how it ends).'
+        )
+    if long_documents == "cut":
+        counts.cut += 1
+        return [slice(start, min(start + room, length)) for start in range(0, length, room)]
+    counts.dropped += 1
+    counts.dropped_tokens += length
+    return []
+
+
+def _documents_of(sample: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Ids and labels of a sample as lists; its labels are its ids where it has none."""
+    ids = _listed(sample["input_ids"])
+    return {"input_ids": ids, "labels": _listed(sample["labels"]) if sample.get("labels") is not None else ids}
+
+
+def _listed(values: Any) -> list[int]:
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
+def _row(pieces: Sequence[Mapping[str, list[int]]]) -> dict[str, list[int]]:
+    row: dict[str, list[int]] = {name: [] for name in ("input_ids", "labels")}
+    for piece in pieces:
+        for name, values in row.items():
+            values += piece[name]
+    return {**row, LENGTHS: [len(piece["input_ids"]) for piece in pieces]}
+
+
+class PackedRows(Dataset[dict[str, list[int]]]):
+    """A data set of documents as rows of at most `max_length` tokens; which go together is settled once.
+
+    Args:
+        documents: samples with `input_ids` and, if they differ from these, `labels`; of known number.
+        max_length: tokens of a row.
+        long_documents: longer ones are left out ("drop"), cut in pieces ("cut"), or an error ("error").
+
+    Attributes:
+        counts: what was packed; logged too.
+
+    Raises:
+        ValueError: a document is longer than a row and that is an error, or none is left.
+    """
+
+    def __init__(self, documents: Any, max_length: int, long_documents: LongDocuments = "drop") -> None:
+        self.documents, self.counts = documents, PackingCounts(max_length)
+        self._pieces: list[tuple[int, slice]] = []
+        for index in range(len(documents)):
+            length = len(documents[index]["input_ids"])
+            pieces = fitting_pieces(length, max_length, long_documents, self.counts)
+            self._pieces += [(index, piece) for piece in pieces]
+        lengths = [piece.stop - piece.start for _, piece in self._pieces]
+        if not lengths:
+            raise ValueError(f"hf_fpdt: no document is left to pack ({self.counts}); take longer rows (max_length).")
+        self.rows = pack(lengths, max_length)
+        self.counts.rows, self.counts.documents, self.counts.tokens = len(self.rows), len(lengths), sum(lengths)
+        logger.info("hf_fpdt: packed %s", self.counts)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        found = []
+        for at in self.rows[index]:
+            document, piece = self._pieces[at]
+            whole = _documents_of(self.documents[document])
+            found.append({name: values[piece] for name, values in whole.items()})
+        return _row(found)
+
+
+class PackedStream(IterableDataset[dict[str, list[int]]]):
+    """A stream of documents as a stream of rows, each filled from a buffer of waiting documents.
+
+    Args:
+        documents: an iterable of samples with `input_ids` and, if they differ from these, `labels`.
+        max_length: tokens of a row.
+        long_documents: as in `PackedRows`.
+        buffer: documents that wait; the more, the fuller rows are.
+
+    Attributes:
+        counts: of the pass that runs or ran last; logged at its end.
+    """
+
+    def __init__(
+        self,
+        documents: Iterable[Any],
+        max_length: int,
+        long_documents: LongDocuments = "drop",
+        buffer: int = BUFFER_DOCUMENTS,
+    ) -> None:
+        self.documents, self.max_length, self.long_documents = documents, max_length, long_documents
+        self.buffer = buffer
+        self.counts = PackingCounts(max_length)
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        counts = self.counts = PackingCounts(self.max_length)
+        waiting = _Waiting()
+        for sample in self.documents:
+            whole = _documents_of(sample)
+            length = len(whole["input_ids"])
+            for piece in fitting_pieces(length, self.max_length, self.long_documents, counts):
+                waiting.add(piece.stop - piece.start, {name: values[piece] for name, values in whole.items()})
+            while len(waiting) > self.buffer:
+                yield self._counted(waiting.row(self.max_length, first_come=True))
+        while len(waiting):
+            yield self._counted(waiting.row(self.max_length, first_come=False))
+        logger.info("hf_fpdt: packed %s", counts)
+
+    def _counted(self, pieces: Sequence[Mapping[str, list[int]]]) -> dict[str, list[int]]:
+        row = _row(pieces)
+        self.counts.rows += 1
+        self.counts.documents += len(pieces)
+        self.counts.tokens += len(row["input_ids"])
+        return row
+
+    def set_epoch(self, epoch: int) -> None:
+        """Handed on to the stream, which may shuffle by it."""
+        if hasattr(self.documents, "set_epoch"):
+            self.documents.set_epoch(epoch)
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """All samples of a batch in one packed row [1, T]: documents, or rows of `PackedRows`, `PackedStream` or TRL.
+
+    The result has `input_ids`, `labels`, of which those of first tokens count for nothing, and `position_ids`, which
+    restart with each document: what transformers' own attention functions tell them apart by, too.
+
+    Attributes:
+        length: the row is filled up to a multiple of it, so that steps are alike; 0: it is not.
+        pad_token_id: what fills it, as a document of its own without labels.
+    """
+
+    length: int = 0
+    pad_token_id: int = 0
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        row = _row([_documents_of(feature) for feature in features])
+        lengths = [length for feature in features for length in _lengths_of(feature)]
+        if missing := -sum(lengths) % self.length if self.length else 0:
+            row["input_ids"] += [self.pad_token_id] * missing
+            row["labels"] += [IGNORE_INDEX] * missing
+            lengths.append(missing)
+        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+        batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORE_INDEX)
+        return batch
+
+
+def _lengths_of(feature: Mapping[str, Any]) -> list[int]:
+    tokens, lengths = len(feature["input_ids"]), feature.get(LENGTHS)
+    lengths = [tokens] if lengths is None else _listed(lengths)
+    if sum(lengths) != tokens:
+        raise ValueError(f"PackingCollator: {LENGTHS} add up to {sum(lengths)}, and the row has {tokens} tokens.")
+    return [length for length in lengths if length]

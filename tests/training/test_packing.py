@@ -1,0 +1,183 @@
+"""Documents in rows: each token once, rows full, nothing lost in silence, and a batch that tells documents apart."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithFlattening
+
+from hf_fpdt import PackedRows, PackedStream, PackingCollator
+from hf_fpdt.training.packing import pack
+from tests.helpers.support import assert_rejects
+
+ROOM = 32
+LENGTHS = (5, 40, 12, 1, 31, 32, 9, 33, 2, 7, 7, 64, 20)
+Sample = dict[str, list[int]]
+
+
+def samples(lengths: tuple[int, ...] = LENGTHS) -> list[Sample]:
+    """Each token tells its document and its place; every other sample has labels of its own."""
+    made: list[Sample] = []
+    for index, length in enumerate(lengths):
+        ids = [1000 * index + place for place in range(length)]
+        made.append({"input_ids": ids, **({"labels": [-100, *ids[1:]]} if index % 2 else {})})
+    return made
+
+
+def rows_of(kind: str, long_documents: Any = "drop", lengths: tuple[int, ...] = LENGTHS) -> tuple[list[Any], Any]:
+    """(rows, counts) of a data set, or of a stream with few waiting documents."""
+    if kind == "stream":
+        stream = PackedStream(iter(samples(lengths)), ROOM, long_documents, buffer=3)
+        return list(stream), stream.counts
+    packed = PackedRows(samples(lengths), ROOM, long_documents)
+    return [packed[index] for index in range(len(packed))], packed.counts
+
+
+def check_rows(rows: list[Any], expected: set[int]) -> None:
+    tokens = Counter(token for row in rows for token in row["input_ids"])
+    assert set(tokens.values()) == {1} and set(tokens) == expected
+    for row in rows:
+        assert sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"]) <= ROOM
+        edges = [sum(row["seq_lengths"][:index]) for index in range(len(row["seq_lengths"]) + 1)]
+        for start, stop in zip(edges, edges[1:], strict=False):
+            piece = row["input_ids"][start:stop]
+            assert piece == list(range(piece[0], piece[0] + len(piece))), "a document is in one piece"
+            labels = row["labels"][start:stop]
+            assert labels == piece or labels == [-100, *piece[1:]]
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+@pytest.mark.parametrize("long_documents", ["drop", "cut"])
+def test_every_token_is_in_one_row_and_what_is_not_is_counted(kind: str, long_documents: str) -> None:
+    rows, counts = rows_of(kind, long_documents)
+    kept = {index for index, length in enumerate(LENGTHS) if length <= ROOM or long_documents == "cut"}
+    expected = {1000 * index + place for index in kept for place in range(LENGTHS[index])}
+    check_rows(rows, expected)
+    assert counts.tokens == len(expected) and counts.rows == len(rows)
+    dropped = {"drop": (3, 40 + 33 + 64, 0), "cut": (0, 0, 3)}[long_documents]
+    assert (counts.dropped, counts.dropped_tokens, counts.cut) == dropped
+    assert counts.filled == pytest.approx(len(expected) / (len(rows) * ROOM))
+    twice = [*rows, rows[0]]
+    merged = [{**rows[0], "seq_lengths": [len(rows[0]["input_ids"])]}, *rows[1:]]
+    broken = {"a row lost": rows[1:], "twice": twice}
+    if len(rows[0]["seq_lengths"]) > 1:
+        broken["boundaries lost"] = merged
+    assert_rejects(lambda variant: check_rows(variant, expected), broken)
+
+
+def test_what_is_dropped_and_cut_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="hf_fpdt"):
+        for kind in ("rows", "stream"):
+            rows_of(kind)
+    assert len(caplog.messages) == 2
+    for message in caplog.messages:
+        assert "10 documents, 126 tokens in" in message and "% filled; dropped 3 (137 tokens), cut 0" in message
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream"])
+def test_long_documents_can_be_an_error(kind: str) -> None:
+    with pytest.raises(ValueError, match='a document has 40 tokens, and a row 32: .*"drop".*"cut"'):
+        rows_of(kind, "error")
+    with pytest.raises(ValueError, match="no document is left to pack.*dropped 1"):
+        PackedRows(samples((40,)), ROOM)
+
+
+def lognormal(mean: float, sigma: float, count: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(count, generator=generator) * sigma + math.log(mean) - sigma**2 / 2
+    return [int(length) for length in drawn.exp().clamp(min=2)]
+
+
+# CoderForge's trajectories: median 38K, 95 % under 71K, longest 184K.
+CORPORA: dict[str, tuple[list[int], int]] = {
+    "lognormal, mean 8K": (lognormal(8192, 1.2, 5000), 256 * 1024),
+    "trajectories": ([min(length, 184 * 1024) for length in lognormal(41_700, 0.37, 3000)], 256 * 1024),
+    "chats, mean 1.5K": (lognormal(1500, 1.0, 20_000), 32 * 1024),
+}
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_rows_are_98_percent_full(corpus: str) -> None:
+    lengths, room = CORPORA[corpus]
+    lengths = [length for length in lengths if length <= room]
+
+    def check(rows: list[list[int]]) -> None:
+        assert sum(lengths) >= 0.98 * room * len(rows)
+
+    rows = pack(lengths, room)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in row) <= room for row in rows)
+    check(rows)
+    if corpus == "trajectories":
+        assert_rejects(check, {"in the order they come": [*in_order(lengths, room)]})
+    stream = PackedStream(({"input_ids": range(length)} for length in lengths), room)
+    stream._counted = lambda pieces: pieces  # type: ignore[assignment, method-assign, return-value]
+    check([[0]] * sum(1 for _ in stream))
+
+
+def in_order(lengths: list[int], room: int) -> Iterator[list[int]]:
+    row: list[int] = []
+    for index, length in enumerate(lengths):
+        if sum(lengths[each] for each in row) + length > room:
+            yield row
+            row = []
+        row.append(index)
+    yield row
+
+
+def test_nobody_waits_for_ever_in_a_stream() -> None:
+    """Long documents fill rows by themselves; a short one leaves when it has waited longest."""
+    lengths = (3, *(30,) * 40)
+    stream = PackedStream(samples(lengths), ROOM, buffer=4)
+    rows = [row["input_ids"][0] // 1000 for row in stream]
+    assert 0 in rows[:6]
+    assert list(stream) == list(stream), "a second pass is the first again"
+
+
+def assert_batch(collate: Callable[[list[Any]], Any], **more: Any) -> None:
+    features = [samples()[0], samples()[2], {**samples()[4]}]
+    batch, theirs = collate(features), DataCollatorWithFlattening()(features)
+    length = theirs["input_ids"].shape[1]
+    assert set(batch) == {"input_ids", "labels", "position_ids"}
+    for name in batch:
+        assert torch.equal(batch[name][:, :length], theirs[name]), name
+    assert batch["input_ids"].shape[1] == more.get("length", length)
+    assert (batch["labels"][:, length:] == -100).all() and (batch["input_ids"][:, length:] == 7).all()
+    rest = batch["position_ids"][0, length:]
+    assert torch.equal(rest, torch.arange(len(rest)))
+
+
+def test_a_batch_is_what_transformers_flattening_makes() -> None:
+    assert_batch(PackingCollator())
+    assert_batch(PackingCollator(length=64, pad_token_id=7), length=64)
+    shifted: Callable[[list[Any]], Any] = lambda features: {  # noqa: E731
+        **(batch := PackingCollator()(features)),
+        "position_ids": batch["position_ids"].roll(1, 1),
+    }
+    assert_rejects(assert_batch, {"boundaries off by one": shifted})
+
+
+def test_packed_rows_go_on_as_their_documents() -> None:
+    """Several rows a batch, from a loader; TRL's packed rows have the same column."""
+    loader = DataLoader(PackedRows(samples(), ROOM), batch_size=2, collate_fn=PackingCollator())
+    documents: list[list[int]] = []
+    for batch in loader:
+        starts = (batch["position_ids"][0] == 0).nonzero().view(-1).tolist()
+        assert (batch["labels"][0, starts] == -100).all()
+        documents += [part.tolist() for part in batch["input_ids"][0].tensor_split(starts[1:])]
+    kept = [sample["input_ids"] for sample in samples() if len(sample["input_ids"]) <= ROOM]
+    assert sorted(documents) == sorted(kept)
+    with pytest.raises(ValueError, match="seq_lengths add up to 3, and the row has 5 tokens"):
+        PackingCollator()([{"input_ids": [1] * 5, "seq_lengths": [1, 2]}])
+
+
+@pytest.mark.parametrize("lengths", [(0,), (33,)])
+def test_only_documents_that_fit_are_packed(lengths: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="documents of 1 to 32 tokens are expected"):
+        pack(lengths, ROOM)
