@@ -35,7 +35,7 @@ echo "[quickstart] 2 of 2: extend it to $length tokens in chunks, with attn_impl
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --main_process_port 0 -m hf_fpdt.commands.finetune --use_cpu --sp_size 2 --model "$output/small-llama-512" \
-    --data "$output/data/train.jsonl" --eval_data "$output/data/held_out.jsonl" --rope_scaling yarn \
+    --data "$output/data/train.jsonl" --eval_data "$output/data/held_out.jsonl" --rope_scaling yarn --long_documents cut \
     --lora_r 16 --lora_alpha 32 --learning_rate 3e-3 --max_length "$length" "${size[@]}" \
     --output_dir "$output/extended" --overwrite
 

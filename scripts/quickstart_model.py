@@ -32,7 +32,7 @@ from transformers import (
 
 from hf_fpdt.commands.finetune.sources import read_documents
 from hf_fpdt.commands.finetune.steps import quiet
-from hf_fpdt.commands.finetune.windows import RightPadding, WindowDataset, document_tokens, plan_windows, tokenise
+from hf_fpdt.commands.finetune.windows import WindowDataset, document_tokens, plan_windows, tokenise
 from hf_fpdt.commands.options import UserMistake, exit_status
 
 HELD_OUT = ("argparse", "asyncio", "email", "http", "json", "logging", "tarfile", "zipfile")
@@ -237,6 +237,20 @@ def pretrain(model: LlamaForCausalLM, windows: WindowDataset, recipe: Recipe, se
     return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry][-1]
 
 
+@dataclass(frozen=True)
+class RightPadding:
+    """Collator: shorter windows are padded on the right with ignored labels. Causal attention then needs no mask."""
+
+    pad_id: int
+
+    def __call__(self, windows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad([w["input_ids"] for w in windows], batch_first=True, padding_value=self.pad_id),
+            "labels": pad([w["labels"] for w in windows], batch_first=True, padding_value=-100),
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for data/ and small-llama-512/")
@@ -267,7 +281,7 @@ def make_base(output: Path, recipe: Recipe, seed: int, training_names: Sequence[
         f"{recipe.steps} steps on {seen:,} of {sum(lengths):,} tokens in windows of {PRETRAINED_TOKENS}",
         flush=True,
     )
-    windows = WindowDataset(tokenised, plan_windows(lengths, PRETRAINED_TOKENS))
+    windows = WindowDataset(tokenised, plan_windows(lengths, PRETRAINED_TOKENS, "cut")[0])
     loss = pretrain(model, windows, recipe, seed, output / "pretraining")
     model.save_pretrained(output / BASE_NAME)
     tokenizer.save_pretrained(output / BASE_NAME)

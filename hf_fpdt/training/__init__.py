@@ -14,7 +14,7 @@ In reading order:
 
 from .accelerator import FPDTAccelerator
 from .loaders import join_group, sharding_collator
-from .packing import PackedRows, PackedStream, PackingCollator, PackingCounts, fitting_pieces, pack
+from .packing import LongDocuments, PackedRows, PackedStream, PackingCollator, PackingCounts, fitting_pieces, pack
 from .refused import refused_options
 from .saying import say_what_is_done
 from .trainer import FPDTTrainer, FPDTTrainerMixin
@@ -23,6 +23,7 @@ __all__ = [
     "FPDTAccelerator",
     "FPDTTrainer",
     "FPDTTrainerMixin",
+    "LongDocuments",
     "PackedRows",
     "PackedStream",
     "PackingCollator",

@@ -277,13 +277,14 @@ class PackingCollator:
     pad_token_id: int = 0
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        row = _row([_documents_of(feature) for feature in features])
+        named = [{"labels": feature["input_ids"], **feature} for feature in features]
         lengths = [length for feature in features for length in _lengths_of(feature)]
-        if missing := -sum(lengths) % self.length if self.length else 0:
-            row["input_ids"] += [self.pad_token_id] * missing
-            row["labels"] += [IGNORE_INDEX] * missing
-            lengths.append(missing)
-        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
+        missing = -sum(lengths) % self.length if self.length else 0
+        lengths += [missing] if missing else []
+        batch = {}
+        for name, filling in (("input_ids", self.pad_token_id), ("labels", IGNORE_INDEX)):
+            parts = [torch.as_tensor(feature[name], dtype=torch.long) for feature in named]
+            batch[name] = torch.cat([*parts, torch.full((missing,), filling)])[None]
         batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
         batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORE_INDEX)
         return batch

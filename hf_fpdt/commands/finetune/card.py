@@ -187,8 +187,9 @@ def _data_text(facts: Mapping[str, Any]) -> str:
     sources = ", ".join(f"`{source}`" for source in arguments["data"])
     return (
         f"Data: {sources}, {data['documents']} documents of {data['tokens']:,} tokens, as {data['windows']} "
-        f"windows ({data['full_windows']} full). Documents shorter than a window follow one another with an "
-        "end-of-sequence token between them, under plain causal attention."
+        f"windows, {100 * data['filled']:.1f} % filled. Documents are packed whole, each closed by an end-of-sequence "
+        f"token, and do not see one another; {data['dropped_documents']} longer than a window were left out, "
+        f"{data['cut_documents']} were cut."
     )
 
 

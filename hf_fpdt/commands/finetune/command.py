@@ -14,9 +14,8 @@ Fine-tune a Hugging Face decoder on long texts, LoRA or full, with exact attenti
 --output_dir: the adapter or the model with its tokenizer, README.md (the model card), loss_by_position.png and .csv
 (held-out loss at each position, before and after), run.json (options, versions, hardware, timing).
 
-Documents longer than --max_length are cut into windows of that length. Shorter documents and the tails of long ones
-are put one after another, each closed by an end-of-sequence token, until a window is full; attention is plain causal
-attention across them (masks between packed documents are not in this version).
+Documents are packed whole into windows of --max_length tokens, each closed by an end-of-sequence token; none sees
+another one, in attention or in the loss. Longer documents are left out and counted, or cut: --long_documents.
 """
 EXAMPLES = """\
 Options may be written with underscores or dashes. The command line wins over --config, that over defaults.

@@ -42,16 +42,26 @@ def prepare_data(options: Options, tokenizer: Any, progress: Progress, ids: int)
     training = tokenise(documents, tokenizer, "training documents", ids)
     evaluation = tokenise(held_out, tokenizer, "held-out documents", ids)
     lengths, eval_lengths = document_tokens(training), document_tokens(evaluation)
-    windows = plan_windows(lengths, options.max_length)
+    windows, counts = plan_windows(lengths, options.max_length, options.long_documents)
     eval_windows = plan_eval_windows(eval_lengths, options.max_length, options.eval_docs, options.eval_windows)
+    if not windows and counts.dropped:
+        raise UserMistake(
+            f"--max_length: all {counts.dropped} training documents are longer than {options.max_length:,} tokens; "
+            "give a larger one, or --long_documents cut"
+        )
     if not windows or window_tokens(eval_windows[0]) < 2:
         raise UserMistake("data: fewer than two tokens in the training or the held-out documents; give longer ones")
     facts = {
         "documents": len(lengths),
         "tokens": sum(lengths),
         "windows": len(windows),
-        "longest_window_tokens": max(map(window_tokens, windows)),
-        "full_windows": sum(window_tokens(window) == options.max_length for window in windows),
+        # What was read in one piece: documents side by side in a window do not see one another.
+        "longest_window_tokens": max(window_tokens((piece,)) for window in windows for piece in window),
+        "trained_tokens": counts.tokens,
+        "filled": round(counts.filled, 4),
+        "dropped_documents": counts.dropped,
+        "dropped_tokens": counts.dropped_tokens,
+        "cut_documents": counts.cut,
         "held_out_documents": len(eval_lengths),
         "eval_documents": sorted({evaluation[window[0].document]["name"] for window in eval_windows}),
         "eval_windows": len(eval_windows),
@@ -59,7 +69,9 @@ def prepare_data(options: Options, tokenizer: Any, progress: Progress, ids: int)
         "left_out": left_out,
     }
     progress.say(_data_line(facts, options))
-    return Data(WindowDataset(training, windows), WindowDataset(evaluation, eval_windows), facts)
+    length = max(map(window_tokens, windows))
+    filled = WindowDataset(training, windows, filled_to=length, pad_id=tokenizer.eos_token_id)
+    return Data(filled, WindowDataset(evaluation, eval_windows), facts)
 
 
 def _documents(options: Options, progress: Progress) -> tuple[Dataset, Dataset, list[str]]:
@@ -86,12 +98,20 @@ def _documents(options: Options, progress: Progress) -> tuple[Dataset, Dataset, 
 
 def _data_line(facts: dict[str, Any], options: Options) -> str:
     short = "" if facts["eval_length_tokens"] == options.max_length else ": no held-out document is longer"
-    full = f"{facts['full_windows']} full"
-    if not facts["full_windows"]:
-        full = f"none full, the longest has {facts['longest_window_tokens']:,} tokens: give more text"
+    longest = facts["longest_window_tokens"]
+    few = "" if longest == options.max_length else f", the longest document in them has {longest:,} tokens"
     return (
         f"{facts['documents']} training documents, {facts['tokens']:,} tokens, {facts['windows']} windows of "
-        f"up to {tokens_text(options.max_length)} ({full}); held out: "
+        f"{tokens_text(options.max_length)}, {100 * facts['filled']:.1f} % filled{few}; {_long_text(facts)}; "
+        f"held out: "
         f"{facts['held_out_documents']} documents, {facts['eval_windows']} windows of "
         f"{tokens_text(facts['eval_length_tokens'])}{short}"
     )
+
+
+def _long_text(facts: dict[str, Any]) -> str:
+    """What became of documents longer than a window."""
+    if count := facts["dropped_documents"]:
+        share = 100 * facts["dropped_tokens"] / facts["tokens"]
+        return f"left out {count} longer ones ({share:.1f} % of the tokens; --long_documents cut takes them in pieces)"
+    return f"cut {facts['cut_documents']} longer ones" if facts["cut_documents"] else "none is longer"

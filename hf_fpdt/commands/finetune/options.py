@@ -70,6 +70,9 @@ class LengthOptions:
     """How far."""
 
     max_length: int = option(64 * 1024, "tokens of a window: 8192, 32K (1,024 each), 1M", metavar="TOKENS")
+    long_documents: Literal["drop", "cut", "error"] = option(
+        "drop", "those longer than a window: leave them out and count them, cut them in pieces, or stop"
+    )
     rope_scaling: str = option("none", "how to stretch the rotary position embedding", choices=KINDS)
     rope_factor: str = option(
         "auto", "auto (max_length over the pre-training length) or a number from 1", metavar="FACTOR"

@@ -29,6 +29,7 @@ OWN_SETTINGS = (
     "eval_data",
     "eval_fraction",
     "max_length",
+    "long_documents",
     "full",
 ) + ("rope_scaling", "rope_factor", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 TRAINER_SETTINGS = (

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PrinterCallback, Trainer, set_seed
 from ...config import resolve_chunk_tokens
 from ...model import apply_fpdt, mapping_with_rope, without_adapters
 from ...parallel import SequenceParallelGroup, build_group
-from ...training import FPDTTrainer, say_what_is_done
+from ...training import FPDTTrainer, PackingCollator, say_what_is_done
 from ..eval.curves import Curve
 from ..eval.loss_by_position import Cut, measure
 from ..options import mistakes
@@ -45,7 +45,7 @@ from .output import (
 from .rope import RopePlan, apply_rope, beyond_reach, plan_rope
 from .steps import NothingLeftError, Progress, StepPrinter, quiet
 from .trainer_options import autocast_dtype, check_trainer, intervals_line, passes_line
-from .windows import RightPadding, check_tokenizer
+from .windows import check_tokenizer
 
 ROPE_ONLY = MappingProxyType({"yarn": "YaRN only, before training", "linear": "linear scaling only, before training"})
 
@@ -187,8 +187,7 @@ def train(job: Job, model: nn.Module) -> tuple[Trainer, StepPrinter]:
             args=job.options.trainer,
             train_dataset=job.data.training,
             eval_dataset=job.data.evaluation,
-            # What padding is made of reaches no loss; a token for it alone may be one that the model does not know.
-            data_collator=RightPadding(job.tokenizer.eos_token_id),
+            data_collator=PackingCollator(),
             callbacks=[steps],
             fpdt_plugin=job.options.plugin,
         )

@@ -2,21 +2,24 @@
 
 A document is one text (`sources` reads them). Documents are held out whole, so that no evaluation window shares
 a document with a training window. A window is a list of pieces (document, start, stop) that together hold at most
-max_length_tokens; which pieces go where is integer arithmetic (`plan_windows`), done before any token is copied.
+max_length_tokens; which pieces go where is integer arithmetic (`plan_windows`), done before any token is copied. No
+document sees another one in its window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import pad
 
 from ...labels import IGNORE_INDEX
-from ..options import UserMistake
+from ...training import LongDocuments, PackingCounts, fitting_pieces, pack
+from ..options import UserMistake, mistakes
 
 
 @dataclass(frozen=True)
@@ -115,37 +118,27 @@ def document_tokens(tokenised: Dataset) -> list[int]:
     return [len(ids) for ids in tokenised["input_ids"]]
 
 
-def plan_windows(lengths_tokens: Sequence[int], max_length_tokens: int) -> list[Window]:
-    """Full windows of every long document, then the short documents and the tails one after another.
+def plan_windows(
+    lengths_tokens: Sequence[int], max_length_tokens: int, long_documents: LongDocuments = "drop"
+) -> tuple[list[Window], PackingCounts]:
+    """Whole documents side by side, so that windows are as full as can be; what was left out or cut is counted.
 
-    Every token is in exactly one window, and all windows but the last are full.
+    Args:
+        long_documents: of those longer than a window: "drop" leaves them out, "cut" cuts them in pieces of a window,
+            "error" refuses them.
     """
-    windows: list[Window] = []
-    tails: list[Piece] = []
-    for document, length in enumerate(lengths_tokens):
-        full = length // max_length_tokens * max_length_tokens
-        starts = range(0, full, max_length_tokens)
-        windows += [(Piece(document, start, start + max_length_tokens),) for start in starts]
-        if length > full:
-            tails.append(Piece(document, full, length))
-    return windows + list(_filled(tails, max_length_tokens))
-
-
-def _filled(pieces: Sequence[Piece], max_length_tokens: int) -> Iterator[Window]:
-    window: list[Piece] = []
-    room = max_length_tokens
-    for piece in pieces:
-        start = piece.start
-        while start < piece.stop:
-            stop = min(piece.stop, start + room)
-            window.append(Piece(piece.document, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield tuple(window)
-                window, room = [], max_length_tokens
-    if window_tokens(tuple(window)) > 1:  # one token alone has nothing to predict
-        yield tuple(window)
+    counts, pieces = PackingCounts(max_length_tokens), list[Piece]()
+    with mistakes(ValueError):
+        for document, length in enumerate(lengths_tokens):
+            parts = fitting_pieces(length, max_length_tokens, long_documents, counts)
+            pieces += [Piece(document, part.start, part.stop) for part in parts]
+    # One token alone has nothing to predict.
+    lengths = [piece.stop - piece.start for piece in pieces]
+    windows = [tuple(pieces[index] for index in row) for row in pack(lengths, max_length_tokens)]
+    windows = [window for window in windows if any(piece.stop - piece.start > 1 for piece in window)]
+    counts.rows, counts.documents = len(windows), sum(map(len, windows))
+    counts.tokens = sum(map(window_tokens, windows))
+    return windows, counts
 
 
 def plan_eval_windows(
@@ -169,33 +162,32 @@ def plan_eval_windows(
 
 
 class WindowDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Windows as input_ids and labels, read from the tokenised documents when asked for."""
+    """Windows as input_ids, labels and the lengths of their documents, read from the documents when asked for.
 
-    def __init__(self, tokenised: Dataset, windows: Sequence[Window]) -> None:
-        self.tokenised = tokenised
-        self.windows = windows
+    Args:
+        tokenised: documents with `input_ids` and, where they differ from these, `labels`.
+        windows: which pieces of them.
+        filled_to: tokens that each window is filled up to, by a document of `pad_id` without labels, so that all steps
+            are alike; 0: none is.
+    """
+
+    def __init__(self, tokenised: Dataset, windows: Sequence[Window], filled_to: int = 0, pad_id: int = 0) -> None:
+        self.tokenised, self.windows = tokenised, windows
+        self.filled_to, self.pad_id = filled_to, pad_id
+        self._labels = "labels" if "labels" in tokenised.column_names else "input_ids"
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        pieces = [
-            torch.as_tensor(self.tokenised[piece.document]["input_ids"][piece.start : piece.stop], dtype=torch.long)
-            for piece in self.windows[index]
-        ]
-        input_ids = torch.cat(pieces)
-        return {"input_ids": input_ids, "labels": input_ids.clone()}
-
-
-@dataclass(frozen=True)
-class RightPadding:
-    """Collator: shorter windows are padded on the right with ignored labels. Causal attention then needs no mask."""
-
-    pad_id: int
-
-    def __call__(self, windows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        pad = torch.nn.utils.rnn.pad_sequence
-        return {
-            "input_ids": pad([w["input_ids"] for w in windows], batch_first=True, padding_value=self.pad_id),
-            "labels": pad([w["labels"] for w in windows], batch_first=True, padding_value=IGNORE_INDEX),
-        }
+        documents = [(self.tokenised[piece.document], piece) for piece in self.windows[index]]
+        input_ids, labels = (
+            torch.cat([torch.as_tensor(row[name][p.start : p.stop], dtype=torch.long) for row, p in documents])
+            for name in ("input_ids", self._labels)
+        )
+        lengths = [piece.stop - piece.start for piece in self.windows[index]]
+        if missing := max(0, self.filled_to - len(input_ids)):
+            input_ids = pad(input_ids, (0, missing), value=self.pad_id)
+            labels = pad(labels, (0, missing), value=IGNORE_INDEX)
+            lengths.append(missing)
+        return {"input_ids": input_ids, "labels": labels.clone(), "seq_lengths": torch.tensor(lengths)}

@@ -84,7 +84,7 @@ def arguments(inputs: Inputs, output: Path, *extra: str) -> list[str]:
     return [
         *("--model", str(inputs.model), "--data", str(inputs.train), "--eval_data", str(inputs.held_out)),
         *("--max-length", "1K", "--chunk_tokens", "256", "--steps", "2", "--warmup_steps", "0", "--lr", "1e-2"),
-        *("--lora_r", "4", "--use_cpu", "--output", str(output), *extra),
+        *("--long_documents", "cut", "--lora_r", "4", "--use_cpu", "--output", str(output), *extra),
     ]
 
 
@@ -336,7 +336,8 @@ def test_what_is_left_out_is_said_and_padding_needs_no_token_of_its_own(
     one_of_two_is_short = ("--max-length", "400", "--per_device_train_batch_size", "2", "--steps", "1")
     assert main(["finetune", *arguments(inputs, tmp_path / "output", *sources, *one_of_two_is_short)]) == 0
     facts = json.loads((tmp_path / "output" / "run.json").read_text())
-    assert facts["data"]["windows"] == 2 and facts["data"]["full_windows"] == 1
+    data_facts = facts["data"]
+    assert data_facts["windows"] == 2 and data_facts["filled"] < 1 and data_facts["cut_documents"] == 1
     assert math.isfinite(facts["training_losses"][0])
     left_out = facts["data"]["left_out"]
     assert [line.split(",")[0] for line in left_out] == [

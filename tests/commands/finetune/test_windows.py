@@ -7,13 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import Dataset
 
 from hf_fpdt.commands.finetune.sources import read_documents
 from hf_fpdt.commands.finetune.windows import (
     Piece,
-    RightPadding,
     WindowDataset,
     document_tokens,
     hold_out,
@@ -24,6 +22,7 @@ from hf_fpdt.commands.finetune.windows import (
     without_held_out_texts,
 )
 from hf_fpdt.commands.options import UserMistake, tokens, tokens_text
+from hf_fpdt.training import LongDocuments, PackingCollator
 from tests.helpers.app_support import stories, write_jsonl, write_tiny_checkpoint
 
 LENGTHS = [[5, 7, 3], [10, 20, 30], [1, 1, 1], [100], [9, 11, 63, 2, 10], [1]]
@@ -36,31 +35,49 @@ def tokenised_rows(*rows: list[int]) -> Dataset:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_every_token_is_in_exactly_one_window(lengths: list[int]) -> None:
-    windows = plan_windows(lengths, 10)
+@pytest.mark.parametrize("long_documents", ["drop", "cut"])
+def test_every_token_is_in_one_window_or_counted(lengths: list[int], long_documents: LongDocuments) -> None:
+    windows, counts = plan_windows(lengths, 10, long_documents)
     pieces = [piece for window in windows for piece in window]
     seen = Counter((piece.document, token) for piece in pieces for token in range(piece.start, piece.stop))
-    everything = {(document, token) for document, length in enumerate(lengths) for token in range(length)}
+    long = [length for length in lengths if length > 10] if long_documents == "drop" else []
+    everything = {
+        (document, token) for document, length in enumerate(lengths) for token in range(length) if length not in long
+    }
     lost = everything - set(seen)
     assert set(seen.values()) <= {1} and set(seen) <= everything
-    assert len(lost) <= 1  # one token alone at the very end has nothing to predict
+    assert all(lengths[document] % 10 == 1 for document, _ in lost)  # one token alone has nothing to predict
+    assert (counts.dropped, counts.dropped_tokens, counts.tokens) == (len(long), sum(long), len(seen))
+    assert counts.cut == (sum(length > 10 for length in lengths) if long_documents == "cut" else 0)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_all_windows_but_the_last_are_full(lengths: list[int]) -> None:
-    sizes = [window_tokens(window) for window in plan_windows(lengths, 10)]
-    assert all(size == 10 for size in sizes[:-1]) and all(1 < size <= 10 for size in sizes)
+def test_windows_hold_whole_documents_and_no_two_fit_into_one(lengths: list[int]) -> None:
+    windows, _ = plan_windows(lengths, 10)
+    sizes = [window_tokens(window) for window in windows]
+    assert all(piece.stop - piece.start == lengths[piece.document] for window in windows for piece in window)
+    assert all(size <= 10 for size in sizes) and all(a + b > 10 for a, b in zip(sizes, sizes[1:], strict=False))
 
 
-def test_a_long_document_fills_windows_of_its_own() -> None:
-    assert plan_windows([25], 10) == [(Piece(0, 0, 10),), (Piece(0, 10, 20),), (Piece(0, 20, 25),)]
+def test_long_documents_are_cut_or_refused_when_asked() -> None:
+    windows, _ = plan_windows([25], 10, "cut")
+    assert windows == [(Piece(0, 0, 10),), (Piece(0, 10, 20),), (Piece(0, 20, 25),)]
+    with pytest.raises(UserMistake, match="a document has 25 tokens, and a row 10"):
+        plan_windows([5, 25], 10, "error")
 
 
-def test_short_documents_follow_one_another_with_an_end_between_them() -> None:
+def test_documents_side_by_side_are_told_apart() -> None:
     tokenised = tokenised_rows([7, 8, 0], [9, 0])
-    window = WindowDataset(tokenised, plan_windows(document_tokens(tokenised), 10))[0]
-    assert window["input_ids"].tolist() == [7, 8, 0, 9, 0]
+    windows, _ = plan_windows(document_tokens(tokenised), 10)
+    window = WindowDataset(tokenised, windows)[0]
+    assert window["input_ids"].tolist() == [7, 8, 0, 9, 0] and window["seq_lengths"].tolist() == [3, 2]
     assert window["labels"].tolist() == window["input_ids"].tolist()
+    filled = WindowDataset(tokenised, windows, filled_to=8, pad_id=5)[0]
+    assert filled["input_ids"].tolist() == [7, 8, 0, 9, 0, 5, 5, 5] and filled["seq_lengths"].tolist() == [3, 2, 3]
+    assert filled["labels"].tolist() == [7, 8, 0, 9, 0, -100, -100, -100]
+    batch = PackingCollator()([filled])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert batch["labels"].tolist() == [[-100, 8, 0, -100, 0, -100, -100, -100]]
 
 
 def test_evaluation_windows_are_of_one_document_and_one_length() -> None:
@@ -136,13 +153,6 @@ def test_an_id_without_an_embedding_is_refused_where_it_is_used(tmp_path: Path) 
     tokenizer.eos_token = "<extra>"
     with pytest.raises(UserMistake, match="the end of each document has the token '<extra>'"):
         tokenise(plain, tokenizer, "texts", known)
-
-
-def test_padding_is_on_the_right_and_not_learnt() -> None:
-    rows = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([1, 2, 3], [4])]
-    batch = RightPadding(pad_id=0)(rows)
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
-    assert batch["labels"].tolist() == [[1, 2, 3], [4, -100, -100]]
 
 
 @pytest.mark.parametrize(("text", "number"), [("8192", 8192), ("8K", 8192), ("1m", 1024**2), ("1.5K", 1536)])
