@@ -19,6 +19,7 @@ from .windows import (
     plan_windows,
     tokenise,
     window_tokens,
+    with_something_to_learn,
     without_held_out_texts,
 )
 
@@ -39,8 +40,10 @@ def prepare_data(options: Options, tokenizer: Any, progress: Progress, ids: int)
     """
     documents, held_out, left_out = _documents(options, progress)
     progress.say(f"tokenising {len(documents)} training and {len(held_out)} held-out documents")
-    training = tokenise(documents, tokenizer, "training documents", ids)
-    evaluation = tokenise(held_out, tokenizer, "held-out documents", ids)
+    training, evaluation = (
+        _learnable(tokenise(each, tokenizer, f"{what} documents", ids), what, left_out, progress)
+        for each, what in ((documents, "training"), (held_out, "held-out"))
+    )
     lengths, eval_lengths = document_tokens(training), document_tokens(evaluation)
     windows, counts = plan_windows(lengths, options.max_length, options.long_documents)
     eval_windows = plan_eval_windows(eval_lengths, options.max_length, options.eval_docs, options.eval_windows)
@@ -72,6 +75,16 @@ def prepare_data(options: Options, tokenizer: Any, progress: Progress, ids: int)
     length = max(map(window_tokens, windows))
     filled = WindowDataset(training, windows, filled_to=length, pad_id=tokenizer.eos_token_id)
     return Data(filled, WindowDataset(evaluation, eval_windows), facts)
+
+
+def _learnable(tokenised: Dataset, what: str, left_out: list[str], progress: Progress) -> Dataset:
+    kept = with_something_to_learn(tokenised)
+    if missing := len(tokenised) - len(kept):
+        left_out.append(f"{what} conversations left out in which no assistant speaks: {missing}")
+        progress.say(left_out[-1])
+    if not len(kept):
+        raise UserMistake(f"data: no assistant speaks in any of the {what} conversations; give some in which one does")
+    return kept
 
 
 def _documents(options: Options, progress: Progress) -> tuple[Dataset, Dataset, list[str]]:

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
 from ..options import UserMistake, one_line
+from .chat import conversation_of
 from .skipped import Skipped
 from .tables import READERS, NoRows, NotATable, Table, json_kind, open_unpacked, read_rows, unpacked_suffix
 
@@ -30,8 +31,16 @@ TEXT_SUFFIXES = frozenset(
 OFTEN_NO_DATA = frozenset((".json", ".csv", ".tsv"))
 # Not found, offline, gated, made by a script, of a split that it lacks.
 NO_HUB_DATA = (DatasetsError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError)
+TEXT, CHAT = "text", "chat"
 REPLACED = "\N{REPLACEMENT CHARACTER}"
-Document = tuple[str, str]  # name, text
+
+
+class Document(NamedTuple):
+    """One of them; the text of a conversation is JSON, see `chat`."""
+
+    name: str
+    text: str
+    kind: str = TEXT
 
 
 class NotText(UserMistake):
@@ -44,17 +53,15 @@ def read_documents(
     broken_lines: str = "skip",
     say: Callable[[str], None] = print,
 ) -> Dataset:
-    """All documents of all sources, as a data set with the columns name and text; says what was left out."""
+    """All documents of all sources, as a data set with the columns name, text and kind; says what was left out."""
     reader = Reader(text_column, broken_lines == "error")
-    names: list[str] = []
-    texts: list[str] = []
-    for name, text in (document for source in sources for document in reader.documents(source)):
-        if text.strip():
-            names.append(name)
-            texts.append(text)
+    kept: list[Document] = []
+    for document in (document for source in sources for document in reader.documents(source)):
+        if document.text.strip():
+            kept.append(document)
         else:
-            reader.skipped.add("blank documents left out", name)
-    if not texts:
+            reader.skipped.add("blank documents left out", document.name)
+    if not kept:
         raise UserMistake(
             f"data: {', '.join(sources)} holds no text{reader.left_out()}; give files, folders or tables with at "
             "least one document"
@@ -62,8 +69,9 @@ def read_documents(
     for line in reader.skipped.lines():
         say(line)
     # Plain strings end at 2 GiB a column.
-    features = Features({"name": Value("string"), "text": Value("large_string")})
-    return Dataset.from_dict({"name": names, "text": texts}, features=features)
+    features = Features({"name": Value("string"), "text": Value("large_string"), "kind": Value("string")})
+    columns = dict(zip(Document._fields, map(list, zip(*kept, strict=True)), strict=True))
+    return Dataset.from_dict(columns, features=features)
 
 
 @contextmanager
@@ -110,13 +118,11 @@ class Reader:
     def _file(self, path: Path, name: str) -> Iterator[Document]:
         with _reading(path):
             if unpacked_suffix(path) not in READERS:
-                yield name, self._text(path)
+                yield Document(name, self._text(path))
                 return
             table = Table(path, self.text_column, self.skipped, self.strict)
             for number, fields in read_rows(table):
-                text = self._text_of(fields.get(self.text_column), table.where(number))
-                if text is not None:
-                    yield _row_name(fields, f"{name}:{number}"), text
+                yield from self._row(fields, f"{name}:{number}", table.where(number))
 
     def _folder(self, folder: Path) -> Iterator[Document]:
         files = sorted(self._files(folder, set()))
@@ -154,6 +160,15 @@ class Reader:
                 yield path
             else:
                 self.skipped.add_other_file(path.suffix.lower())
+
+    def _row(self, fields: Mapping[str, Any], name: str, where: str) -> Iterator[Document]:
+        """The document of a table's row, if it holds one: a conversation before a text, unless a column is named."""
+        name = _row_name(fields, name)
+        conversation = conversation_of(fields, where) if self.text_column == TEXT else None
+        if conversation is not None:
+            yield Document(name, conversation, CHAT)
+        elif (text := self._text_of(fields.get(self.text_column), where)) is not None:
+            yield Document(name, text)
 
     def _text(self, path: Path) -> str:
         """The file as UTF-8, whose few wrong bytes are replaced and said; with more of them it is no text."""
@@ -200,11 +215,9 @@ class Reader:
             ) from error
         table = Table(Path(name), self.text_column, self.skipped, self.strict)
         table.check_columns(rows.column_names)
-        wanted = [column for column in rows.column_names if column in (self.text_column, "name")]
+        wanted = [column for column in rows.column_names if column in table.wanted]
         for number, fields in enumerate(rows.select_columns(wanted), start=1):
-            text = self._text_of(fields[self.text_column], f"{name} row {number}")
-            if text is not None:
-                yield _row_name(fields, f"{name}:{number}"), text
+            yield from self._row(fields, f"{name}:{number}", f"{name} row {number}")
 
 
 def _row_name(fields: Mapping[str, Any], place: str) -> str:
@@ -222,8 +235,8 @@ def _looks_like_a_path(source: str) -> bool:
 def _kind_and_remedy(value: Any) -> str:
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
         return (
-            "a list of chat messages, not text; chat data is not supported yet: render each list to text first, with "
-            "tokenizer.apply_chat_template(messages, tokenize=False), and give a column of these texts"
+            "a list of chat messages, not text: call their column 'messages', which is rendered by the tokenizer's "
+            "apply_chat_template, or name a column of text"
         )
     in_json = isinstance(value, list | dict | int | float)
     kind = json_kind(value) if in_json else f"a value of type {type(value).__name__}"

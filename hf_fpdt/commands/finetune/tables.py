@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..options import UserMistake
+from .chat import CHAT_COLUMNS
 from .skipped import Skipped
 
 Row = tuple[int, dict[str, Any]]  # the number of its line or record, from 1, and its fields
@@ -60,12 +61,21 @@ class Table:
         units = {".json": "record", ".parquet": "row"}
         return f"{units.get(unpacked_suffix(self.path), 'line')} {number}"
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The columns that are read where they are there."""
+        return (self.text_column, "name", *(CHAT_COLUMNS if self.text_column == "text" else ()))
+
+    def _holds_documents(self, names: Iterable[str]) -> bool:
+        found = set(names) & set(self.wanted)
+        return bool(found & {self.text_column, "messages"}) or {"prompt", "completion"} <= found
+
     def check_columns(self, columns: Iterable[str]) -> None:
         """Refuse a table without the text column, by the names that it has."""
         names = list(columns)
         if not names:
             raise NoRows(f"data: {self.path} holds no rows; give a table with at least one, or leave it out")
-        if self.text_column not in names:
+        if not self._holds_documents(names):
             shown = ", ".join(name[:40] for name in names[:12]) + (", ..." if len(names) > 12 else "")
             raise NotATable(
                 f"--text_column: {self.path} has no column {self.text_column!r}; its columns: {shown}; name the one "
@@ -77,7 +87,8 @@ class Table:
         for number, line in lines:
             try:
                 fields = fields_of(line)
-                _check_unicode(fields.get(self.text_column))
+                for name in self.wanted:
+                    _check_unicode(fields.get(name))
             except BrokenLine as error:
                 self._add_broken(number, str(error))
                 continue
@@ -104,7 +115,9 @@ class Table:
 def _check_unicode(text: object) -> None:
     """Python's strings may hold lone surrogates, files and tokenizers may not."""
     try:
-        if isinstance(text, str):
+        if isinstance(text, (list, dict)):
+            json.dumps(text, ensure_ascii=False).encode()
+        elif isinstance(text, str):
             text.encode()
     except UnicodeEncodeError as error:
         raise BrokenLine(f"half a surrogate pair, or a byte that is not UTF-8, character {error.start + 1}") from error
@@ -166,7 +179,7 @@ def _json(file: IO[bytes], table: Table) -> Iterator[Row]:
         if not _begins_with_an_object(lines):
             raise NotATable(f"data: {table.path} can't be read as JSON ({error}); give {wanted}") from error
         return _json_lines(lines, table)
-    if isinstance(records, dict) and isinstance(records.get(table.text_column), str):
+    if isinstance(records, dict) and table._holds_documents(records):
         records = [records]
     if not isinstance(records, list) or not any(isinstance(record, dict) for record in records):
         holds = "a list without objects" if isinstance(records, list) else json_kind(records)
@@ -219,7 +232,7 @@ def _parquet(file: IO[bytes], table: Table) -> Iterator[Row]:
     packed = table.path.suffix.lower() == ".gz"
     parquet = pq.ParquetFile(io.BytesIO(file.read()) if packed else file)
     table.check_columns(parquet.schema_arrow.names)
-    wanted = [name for name in (table.text_column, "name") if name in parquet.schema_arrow.names]
+    wanted = [name for name in table.wanted if name in parquet.schema_arrow.names]
     number = 0
     for batch in parquet.iter_batches(batch_size=64, columns=wanted):
         columns = [_as_bytes(column) for column in batch.columns]

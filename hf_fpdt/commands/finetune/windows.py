@@ -20,6 +20,8 @@ from torch.nn.functional import pad
 from ...labels import IGNORE_INDEX
 from ...training import LongDocuments, PackingCounts, fitting_pieces, pack
 from ..options import UserMistake, mistakes
+from .chat import Conversations
+from .sources import CHAT
 
 
 @dataclass(frozen=True)
@@ -91,22 +93,45 @@ def _check_known(ids: Sequence[int], where: str, tokenizer: Any, known_ids: int 
 
 
 def tokenise(documents: Dataset, tokenizer: Any, what: str, known_ids: int | None = None) -> Dataset:
-    """Token ids of each document (column input_ids), each closed by an end-of-sequence token.
+    """Token ids of each document (column input_ids), texts closed by an end-of-sequence token.
 
-    Ids that the model does not know, `known_ids` and above, are refused.
+    Where there are conversations among them, labels too (column labels): of texts all tokens are learnt. Ids that the
+    model does not know, `known_ids` and above, are refused.
     """
     check_tokenizer(tokenizer, known_ids)
+    kinds = documents["kind"] if "kind" in documents.column_names else []
+    labelled, conversations = CHAT in kinds, Conversations(tokenizer)
+
+    def of_texts(texts: list[str]) -> list[list[int]]:
+        rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        return [_closed(list(ids), tokenizer.eos_token_id) for ids in rows]
+
+    def of_any(name: str, text: str, kind: str) -> tuple[list[int], list[int]]:
+        return conversations.tokens(text, name) if kind == CHAT else (of_texts([text])[0],) * 2
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        rows = tokenizer(batch["text"], return_attention_mask=False, verbose=False)["input_ids"]
-        for name, ids in zip(batch["name"], rows, strict=True):
+        found: dict[str, list[list[int]]] = {}
+        if labelled:
+            rows = [of_any(*each) for each in zip(batch["name"], batch["text"], batch["kind"], strict=True)]
+            found["input_ids"], found["labels"] = map(list, zip(*rows, strict=True))
+        else:
+            found["input_ids"] = of_texts(batch["text"])
+        for name, ids in zip(batch["name"], found["input_ids"], strict=True):
             _check_known(ids, f"document {name}", tokenizer, known_ids)
-        return {"input_ids": [_closed(list(ids), tokenizer.eos_token_id) for ids in rows]}
+        return found
 
-    columns = documents.column_names
-    encoded = documents.map(encode, batched=True, batch_size=16, remove_columns=["text"], desc=f"tokenising {what}")
-    assert set(encoded.column_names) == (set(columns) - {"text"}) | {"input_ids"}
+    spent = [name for name in ("text", "kind") if name in documents.column_names]
+    encoded = documents.map(encode, batched=True, batch_size=16, remove_columns=spent, desc=f"tokenising {what}")
     return encoded.with_format("numpy")
+
+
+def with_something_to_learn(tokenised: Dataset) -> Dataset:
+    """The documents with a label behind their first token: a conversation without an assistant has none."""
+    if "labels" not in tokenised.column_names:
+        return tokenised
+    return tokenised.select(
+        [row for row in range(len(tokenised)) if (tokenised[row]["labels"][1:] != IGNORE_INDEX).any()]
+    )
 
 
 def _closed(ids: list[int], eos_id: int) -> list[int]:
