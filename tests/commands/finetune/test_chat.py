@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_fpdt.commands.finetune import chat
 from hf_fpdt.commands.finetune.chat import Conversations, conversation_of
 from hf_fpdt.commands.finetune.sources import read_documents
 from hf_fpdt.commands.finetune.windows import tokenise, with_something_to_learn
+from hf_fpdt.commands.main import main
 from hf_fpdt.commands.options import UserMistake
 from tests.helpers.app_support import write_tiny_checkpoint
 from tests.helpers.support import assert_rejects
@@ -167,3 +169,33 @@ def test_tables_of_conversations_are_read(folder: Path, tmp_path: Path) -> None:
     assert len(with_something_to_learn(rows)) == 5
     named = read_documents([str(tmp_path / "a.jsonl")], text_column="name", say=lambda line: None)
     assert named["text"] == ["second"] and named["kind"] == ["text"]
+
+
+def test_a_step_on_conversations_has_the_loss_of_the_labels_of_each_alone(tmp_path: Path) -> None:
+    """Packed in one row of the command, normalised over the labels of the whole step; a long one is left out."""
+    model_folder = write_tiny_checkpoint(tmp_path / "model")
+    tokenizer = tokenizer_of(model_folder, TEMPLATES["plain"])
+    tokenizer.save_pretrained(model_folder)
+    data, held_out = tmp_path / "chats.jsonl", tmp_path / "held_out.jsonl"
+    rows = [{"messages": MESSAGES}, {"prompt": "line 1 of", "completion": " story number"}, {"messages": MESSAGES[:2]}]
+    rows += [{"messages": [*MESSAGES[:2], {"role": "assistant", "content": "line 7 of story " * 90}]}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out.write_text(json.dumps({"messages": MESSAGES[1:]}) + "\n")
+    words = f"finetune --model {model_folder} --data {data} --eval_data {held_out} --max_length 256 --max_steps 1"
+    words += f" --chunk_tokens 64 --lora_r 4 --use_cpu --output_dir {tmp_path / 'out'}"
+    assert main(words.split()) == 0
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    kept = (facts["data"]["windows"], facts["data"]["dropped_documents"], facts["data"]["documents"])
+    assert kept == (1, 1, 3) and any("no assistant speaks: 1" in line for line in facts["data"]["left_out"])
+    stock, total, labels = AutoModelForCausalLM.from_pretrained(model_folder), 0.0, 0
+    tokenised = tokenise(read_documents([str(data)], say=lambda line: None), tokenizer, "texts")
+    for row in tokenised.select(range(2)):
+        batch = {name: torch.as_tensor(row[name])[None] for name in ("input_ids", "labels")}
+        total += float(stock(**batch, num_items_in_batch=1).loss.detach())
+        labels += int((batch["labels"] != -100).sum())
+
+    def check(loss: float) -> None:
+        assert facts["training_losses"][0] == pytest.approx(loss, abs=2e-4)
+
+    check(total / labels)
+    assert_rejects(check, {"a mean of means": total / labels + 1e-3, "every token": total / labels * 0.9})
