@@ -13,7 +13,7 @@ In reading order:
 from .kernels.contract import Kernel
 from .kernels.math import SCORE_BYTES
 from .kernels.table import KERNELS, select_kernel, why_not_served
-from .online import backward_row, forward_row
+from .online import backward_row, call_backward, call_forward, forward_row
 from .reference import attention, peaked_qkv
 from .rows import row_calls
 from .sinks import sinks_gradient
@@ -26,6 +26,8 @@ __all__ = [
     "SCORE_BYTES",
     "attention",
     "backward_row",
+    "call_backward",
+    "call_forward",
     "forward_row",
     "peaked_qkv",
     "row_calls",

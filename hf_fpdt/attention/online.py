@@ -53,16 +53,37 @@ def forward_row(
     """
     merged: tuple[Tensor, Tensor] | None = None
     for span, k, v in kv:
-        if span.cuts:
-            assert kernel.packed_forward is not None
-            part = kernel.packed_forward(q_BSNH, k, v, cuts=_cuts(span, q_BSNH.shape[1], q_BSNH.device), spec=spec)
-        else:
-            part = kernel.forward(q_BSNH, k, v, causal=span.causal, spec=spec)
+        part = call_forward(kernel, q_BSNH, k, v, span, spec)
         merged = part if merged is None else merge(merged, part)
     assert merged is not None
     if sinks_N is not None:
         merged = with_sinks(merged, sinks_N)
     return merged[0].to(q_BSNH.dtype), merged[1].to(accumulation_dtype(q_BSNH.dtype))
+
+
+def call_forward(
+    kernel: Kernel, q_BSNH: Tensor, k_BTGH: Tensor, v_BTGH: Tensor, span: Span, spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of queries over the keys of one span, which may be those of several documents."""
+    if not span.cuts:
+        return kernel.forward(q_BSNH, k_BTGH, v_BTGH, causal=span.causal, spec=spec)
+    assert kernel.packed_forward is not None
+    return kernel.packed_forward(q_BSNH, k_BTGH, v_BTGH, cuts=_cuts(span, q_BSNH.shape[1], q_BSNH.device), spec=spec)
+
+
+def call_backward(
+    kernel: Kernel, dout_BSNH: Tensor, q_BSNH: Tensor, *kv_and_row: Tensor, span: Span, spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of the same call.
+
+    Args:
+        kv_and_row: k, v of the span; out, lse of the whole row.
+    """
+    if not span.cuts:
+        return kernel.backward(dout_BSNH, q_BSNH, *kv_and_row, causal=span.causal, spec=spec)
+    assert kernel.packed_backward is not None
+    cuts = _cuts(span, q_BSNH.shape[1], q_BSNH.device)
+    return kernel.packed_backward(dout_BSNH, q_BSNH, *kv_and_row, cuts=cuts, spec=spec)
 
 
 def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -92,12 +113,7 @@ def backward_row(
     """dq of one query row, whose merged (out, lse) is `row`; dK and dV of the spans it reads are added in `store`."""
     dq: Tensor | None = None
     for span, k, v in store.stream(spans, with_grads=True):
-        if span.cuts:
-            assert kernel.packed_backward is not None
-            cuts = _cuts(span, q_BSNH.shape[1], q_BSNH.device)
-            part, dk, dv = kernel.packed_backward(dout_BSNH, q_BSNH, k, v, *row, cuts=cuts, spec=spec)
-        else:
-            part, dk, dv = kernel.backward(dout_BSNH, q_BSNH, k, v, *row, causal=span.causal, spec=spec)
+        part, dk, dv = call_backward(kernel, dout_BSNH, q_BSNH, k, v, *row, span=span, spec=spec)
         store.add_grad(span, dk, dv)
         dq = part if dq is None else dq.to(accumulation_dtype(dq.dtype)).add_(part)
     assert dq is not None

@@ -9,15 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attention import AttentionSpec, Kernel, select_kernel
+from ..attention import AttentionSpec, Kernel, call_backward, call_forward, select_kernel
 from ..forecast import GPU, HEAD_DIMS, gpu_named
-from ..layout import seen_pairs
+from ..layout import Documents, Span, first_key, seen_pairs
 from ..memory import PinnedMemory, Transfers, device_bytes_available
 from ..plan import BACKWARD_OPERATIONS
 from ..units import GIB
@@ -105,7 +105,11 @@ def attention_rates(device: torch.device, dtype: torch.dtype, head_dim: int, siz
 
 @dataclass(frozen=True)
 class QueryRow:
-    """Queries, and the keys that they read in one call; with `causal` the last query is aligned with the last key."""
+    """Queries, and the keys that they read in one call; with `causal` the last query is aligned with the last key.
+
+    Attributes:
+        documents: of a packed row of `keys` tokens; the kernel is then asked for the documents that queries are of.
+    """
 
     q_heads: int
     kv_heads: int
@@ -113,13 +117,22 @@ class QueryRow:
     queries: int
     keys: int
     causal: bool
+    documents: Documents | None = None
+
+    @property
+    def span(self) -> Span:
+        """The keys that the queries see, and where documents begin among them."""
+        start = self.keys - self.queries
+        cuts = () if self.documents is None else self.documents.inside(start, self.keys)
+        first = 0 if self.documents is None else first_key(start, self.spec.window, self.documents)
+        return Span(first, self.keys, self.causal, cuts)
 
     @property
     def operations(self) -> float:
         """Of its forward pass, of the pairs that are seen."""
         pairs = float(self.queries * self.keys)
         if self.causal:
-            pairs = seen_pairs(self.keys - self.queries, self.keys, self.spec.window)
+            pairs = seen_pairs(self.keys - self.queries, self.keys, self.spec.window, self.documents)
         return 2.0 * pairs * self.q_heads * (self.spec.head_dim + self.spec.value_dim)
 
 
@@ -131,14 +144,15 @@ def row_rates(
     def normal(tokens: int, heads: int, width: int) -> Tensor:
         return torch.randn(1, tokens, heads, width, device=device, dtype=dtype)
 
-    spec = row.spec
+    spec, span = row.spec, row.span
     q, dout = (normal(row.queries, row.q_heads, width) for width in (spec.head_dim, spec.value_dim))
-    k, v = (normal(row.keys, row.kv_heads, width) for width in (spec.head_dim, spec.value_dim))
-    how: dict[str, Any] = {"causal": row.causal, "spec": replace(spec, grouped=row.q_heads != row.kv_heads)}
-    out, lse = kernel.forward(q, k, v, **how)
-    forward = rate_of(row.operations, lambda: kernel.forward(q, k, v, **how), device, seconds)
+    k, v = (normal(span.stop - span.start, row.kv_heads, width) for width in (spec.head_dim, spec.value_dim))
+    spec = replace(spec, grouped=row.q_heads != row.kv_heads)
+    out, lse = call_forward(kernel, q, k, v, span, spec)
+    forward = rate_of(row.operations, lambda: call_forward(kernel, q, k, v, span, spec), device, seconds)
     again = BACKWARD_OPERATIONS * row.operations
-    return forward, rate_of(again, lambda: kernel.backward(dout, q, k, v, out, lse, **how), device, seconds)
+    backward = partial(call_backward, kernel, dout, q, k, v, out, lse, span=span, spec=spec)
+    return forward, rate_of(again, backward, device, seconds)
 
 
 def _memory_rate(device: torch.device, sizes: Sizes) -> float:

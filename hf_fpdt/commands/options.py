@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..config import FPDTPlugin, parse_tokens
+from ..forecast import Corpus
 from ..model import SHAPES, build_random, with_layers
 
 
@@ -142,6 +144,21 @@ def add_model(
         metavar="SHAPE",
         help=f"a known model's sizes: {known} (default: {DEFAULT_SHAPE})",
     )
+
+
+def corpus_of(text: str) -> Corpus:
+    """The documents of --documents: lognormal:MEAN,SIGMA, or a JSON file with a list of lengths."""
+    how = f"--documents {text}: lognormal:MEAN,SIGMA (as in lognormal:8K,1.2) or a JSON file with a list of lengths"
+    try:
+        if text.startswith("lognormal:"):
+            mean, _, sigma = text.removeprefix("lognormal:").partition(",")
+            return Corpus(mean=parse_tokens(mean), sigma=float(sigma or "1"))
+        lengths = json.loads(Path(text).read_text(encoding="utf-8"))
+        if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
+            raise UserMistake(f"{how} is expected; the file holds no list of whole numbers.")
+        return Corpus(lengths=tuple(lengths))
+    except (OSError, ValueError) as error:
+        raise UserMistake(f"{how} is expected ({plain(error)}).") from error
 
 
 def config_of(options: argparse.Namespace, *, layers: int | None) -> PreTrainedConfig:

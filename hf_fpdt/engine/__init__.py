@@ -51,6 +51,7 @@ __all__ = [
     "plain_kernels",
     "run_layer",
     "scan_packages",
+    "traits_without_memory",
     "untouched_random_state",
     "visit",
     "visiting",

@@ -7,9 +7,11 @@ In reading order:
     collectives  how often and how much GPUs exchange
     rates        what known GPUs do in a second
     rates_file   rates that were measured, kept in a file
+    corpus       documents that packed rows are made of
     curves       memory over a step; reach by host memory
 """
 
+from .corpus import Corpus
 from .curves import MemoryCurve, Reach, memory_curve, reach_by_host
 from .fit import (
     STEP_TOKENS,
@@ -31,6 +33,7 @@ from .rates_file import HEAD_DIMS, read_rates, save_rates
 from .seconds import step_seconds, ulysses_seconds
 
 __all__ = [
+    "Corpus",
     "GPU",
     "GPUS",
     "HEAD_DIMS",

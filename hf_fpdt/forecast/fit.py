@@ -29,6 +29,7 @@ from ..plan import (
 )
 from ..units import GIB
 from .collectives import ShardedWeights
+from .corpus import Corpus
 from .rates import GPU
 from .seconds import sharded_seconds, step_seconds, ulysses_seconds
 
@@ -116,6 +117,7 @@ class Training:
         weights: its parameters.
         vocabulary: logits a token.
         chunk_tokens: tokens of a chunk, over all GPUs.
+        documents: what a packed row is made of; None: a row is one document.
         auto_chunk: whether `chunk_tokens` is the most that "auto" takes; one GPU takes less where that does not fit.
         loss_tokens: tokens whose logits exist at a time.
         checkpoints: `FPDTPlugin.checkpoints`.
@@ -132,6 +134,7 @@ class Training:
     fused: bool = True
     fused_experts: bool = True
     auto_chunk: bool = False
+    documents: Corpus | None = None
 
     def step(self, n_tokens: int, sp_size: int) -> StepSizes:
         """Sizes of a step of one sequence."""
@@ -143,6 +146,7 @@ class Training:
             vocabulary=self.vocabulary,
             fused=self.fused,
             fused_experts=self.fused and self.fused_experts,
+            documents=None if self.documents is None else self.documents.row(plan.n_tokens),
         )
 
 
@@ -227,7 +231,7 @@ def _fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
         peak=_peak(step, plan, training, dict(fixed)),
         host=plan.forecast.host_bytes * machines.gpus,
         seconds=seconds,
-        strict_mfu=strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=full)
+        strict_mfu=strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=full, documents=step.documents)
         / seconds
         / machines.gpus
         / gpu.peak,

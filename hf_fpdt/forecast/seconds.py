@@ -185,7 +185,7 @@ def _attention(step: StepSizes, window: int | None) -> tuple[float, float]:
     """
     m, n_tokens = step.model, step.plan.n_tokens
     share = step.batch / step.plan.sp_size
-    every, seen = (seen_pairs(0, n_tokens, reach) for reach in (None, window))
+    every, seen = (seen_pairs(0, n_tokens, reach, step.documents) for reach in (None, window))
     extra = (0, 0) if window is None else WINDOW_EXTRA_KEYS
     forward, backward = (share * min(every, seen + n_tokens * keys) for keys in extra)
     return m.attention_forward(forward), m.attention_backward(backward)

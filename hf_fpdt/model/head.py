@@ -33,6 +33,7 @@ from ..parallel import (
     Packing,
     Rows,
     batch_of,
+    batch_shape,
     batch_shared_by,
     check_shard,
     pack_arguments,
@@ -154,12 +155,15 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     _check_router(self.config, arguments)
     # With a cache it is generation, in which every rank has the whole of a sequence.
     group, generates = self._fpdt.settings.group, bool(caches_in(arguments))
-    ranks = 1 if generates else group.size
+    ranks, shape = 1 if generates else group.size, batch_shape(arguments)
     packing = Packing() if generates else pack_arguments(arguments, ranks=ranks, may_join=_may_join_rows(self))
     if ranks > 1:
         check_shard(arguments, sample, group, self._fpdt.settings.plan, packing.documents)
     if ranks > 1 or any(packing):
         arguments["use_cache"] = False
+    if torch.is_grad_enabled():
+        row = packing.rows.documents if packing.rows is not None else packing.documents
+        self._fpdt.settings.packed = None if row is None else (shape, row)
     with batch_shared_by(ranks), batch_of(packing.documents):
         outputs = self._fpdt.forward(**arguments)
     flat = outputs[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attention import SCORE_BYTES, select_kernel, why_not_served
 from ..config import FPDTPlugin, resolve_chunk_tokens
 from ..engine import Asked, LayerTrials, StepProgress
-from ..layout import ChunkPlan, chunk_choices
+from ..layout import ChunkPlan, Documents, chunk_choices
 from ..memory import CheckpointStore
 from ..parallel import SequenceParallelGroup
 from ..plan import ModelSizes, StepSizes
@@ -40,6 +40,7 @@ class Settings:
         trials: which layers were tried.
         chunks: tokens of a chunk that "auto" came to, by rows and tokens of hidden states and by their dtype.
         fused_experts: whether chosen experts run as one operation.
+        packed: of the last batch with gradients its shape and the documents of its packed row; None: it had none.
         padding_tried: whether a head that is no language model's was found not to read padding.
         asked: what layers ask of attention, each kind once; () where that is not known before the first step.
         plain: of devices and dtypes those on which kernels were looked for, and whether there was but plain PyTorch.
@@ -56,6 +57,7 @@ class Settings:
     trials: LayerTrials = field(default_factory=LayerTrials)
     chunks: dict[tuple[object, ...], int] = field(default_factory=dict)
     padding_tried: bool = False
+    packed: tuple[tuple[int, ...], Documents] | None = None
     asked: tuple[Asked, ...] = ()
     plain: dict[tuple[str, torch.dtype], bool] = field(default_factory=dict)
 

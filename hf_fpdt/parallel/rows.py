@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,6 +64,18 @@ class Packing(NamedTuple):
     rows: Rows | None = None
 
 
+def batch_shape(arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """Rows of a model's arguments, and tokens of each; () where it is given neither ids nor embeddings."""
+    tokens = _tokens(arguments)
+    return () if tokens is None else tuple(tokens.shape[:2])
+
+
+def _tokens(arguments: Mapping[str, Any]) -> Tensor | None:
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    return tokens if isinstance(tokens, Tensor) and tokens.dim() > 1 else None
+
+
 def pack_arguments(arguments: dict[str, Any], *, ranks: int, may_join: bool) -> Packing:
     """What documents a base model's arguments are of; rows of several lengths, or documents, become one packed row.
 
@@ -76,10 +89,9 @@ def pack_arguments(arguments: dict[str, Any], *, ranks: int, may_join: bool) -> 
         ValueError: boundaries disagree.
         NotImplementedError: there are documents where they cannot be told apart.
     """
-    tokens = arguments.get("input_ids")
-    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    tokens = _tokens(arguments)
     marks = {name: value for name in MARKS if (value := arguments.pop(name, None)) is not None}
-    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+    if tokens is None:
         return Packing()
     batch, length = tokens.shape[:2]
     if ranks > 1:
@@ -130,11 +142,10 @@ def _pack_several(arguments: dict[str, Any], marks: dict[str, Any], *, may_join:
         if changes is not None and not torch.equal(by_ids.expand_as(changes), changes):
             raise ValueError("hf_fpdt: seq_idx and position_ids disagree about where documents begin; give one.")
         changes = by_ids
-    tokens = arguments.get("input_ids")
-    tokens = arguments["inputs_embeds"] if tokens is None else tokens
-    batch, length = tokens.shape[:2]
-    if changes is None or length < 2:
+    tokens = _tokens(arguments)
+    if changes is None or tokens is None or tokens.shape[1] < 2:
         return Packing()
+    batch, length = tokens.shape[:2]
     places = changes.expand(batch, -1).nonzero().tolist()
     if not places:
         return Packing()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ..layout import Chunk, seen_pairs
+from ..layout import Chunk, Documents, seen_pairs
 from .checkpointing import KeptLayers
 from .model_sizes import LayerMix
 from .sizes import ModelSizes, StepSizes
@@ -17,24 +17,28 @@ from .sizes import ModelSizes, StepSizes
 BACKWARD_OPERATIONS = 2.5
 
 
-def strict_flops(model: ModelSizes, vocabulary: int, n_tokens: int, *, full: bool) -> float:
+def strict_flops(
+    model: ModelSizes, vocabulary: int, n_tokens: int, *, full: bool, documents: Documents | None = None
+) -> float:
     """Operations that a step on one sequence needs, none of them twice; of attention the pairs that a layer sees.
 
     tokens · (4·N + 6·L·S·heads·head_dim) where adapters train, 6·N where every weight does. N are the linear weights
     of the base model and of its head: no adapters, no embeddings. The second term is causal attention, at half; a
-    layer with a window has fewer pairs, and values of another width count by it. A recurrent layer scans its states
-    instead: 6 operations a token and element of them forward (see `LayerMix`), and twice as many backward.
+    layer with a window, and a packed row of several documents, has fewer pairs, and values of another width count by
+    it. A recurrent layer scans its states instead: 6 operations a token and element of them forward (see `LayerMix`),
+    and twice as many backward.
     """
     weights = sum(mix.linear_weights for mix in model.all_mixes) + vocabulary * model.hidden
     scans = 3 * sum(mix.scan_operations for mix in model.mixes)
-    return n_tokens * ((6 if full else 4) * weights + scans) + 3 * attention_of_all(model, n_tokens)
+    return n_tokens * ((6 if full else 4) * weights + scans) + 3 * attention_of_all(model, n_tokens, documents)
 
 
-def attention_of_all(model: ModelSizes, n_tokens: int) -> float:
-    """Operations of attention forward, in all layers, on one sequence."""
+def attention_of_all(model: ModelSizes, n_tokens: int, documents: Documents | None = None) -> float:
+    """Operations of attention forward, in all layers, on one sequence or on one packed row."""
     mixes = model.all_mixes
     windows = Counter(window for window, mix in zip(model.windows_at(n_tokens), mixes, strict=True) if mix.attends)
-    return sum(count * model.attention_forward(seen_pairs(0, n_tokens, window)) for window, count in windows.items())
+    pairs = {window: seen_pairs(0, n_tokens, window, documents) for window in windows}
+    return sum(count * model.attention_forward(pairs[window]) for window, count in windows.items())
 
 
 WorkPhase = Literal["forward", "rebuild", "backward"]

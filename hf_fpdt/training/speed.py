@@ -37,11 +37,10 @@ class TrainingSpeed:
         self._tokens = 0
         self._operations = 0.0
 
-    def count(self, model: nn.Module, inputs: Any, step: int) -> None:
-        """This process's part of a batch is about to be trained on; the clock runs from the first one on.
+    def begin(self, model: nn.Module, step: int) -> None:
+        """A batch is about to be trained on; the clock runs from the first one on.
 
         Args:
-            inputs: a batch with input_ids, or a list of samples; what has none yet (TRL's prompts) counts no tokens.
             step: optimizer steps that are done.
         """
         if model is not self._model:
@@ -49,19 +48,32 @@ class TrainingSpeed:
             self._full = mostly_trained(list(model.parameters()))
         if self._began is None:
             self._began, self._step = time.perf_counter(), step
+        if self._settings is not None:
+            self._settings.packed = None
+
+    def count(self, inputs: Any) -> None:
+        """This process's part of the batch was trained on; of a packed one the pairs of its documents count.
+
+        Args:
+            inputs: a batch with input_ids, or a list of samples; what has none yet (TRL's prompts) counts no tokens.
+        """
         if self._settings is None:
             return
-        on_gpu = self._accelerator.device.type == "cuda"
+        packed, ranks = self._settings.packed, self._settings.group.size
         for rows, tokens in _sizes(inputs):
-            self._tokens += rows * tokens
-            self._operations += self._operations_of(rows, tokens, on_gpu=on_gpu)
+            if packed is not None and packed[0] == (rows, tokens):
+                documents = packed[1]
+                self._tokens += documents.n_tokens // ranks
+                self._operations += self._operations_of(documents.n_tokens, documents) / ranks
+            else:
+                self._tokens += rows * tokens
+                self._operations += rows * self._operations_of(tokens * ranks) / ranks
 
-    def _operations_of(self, rows: int, rank_tokens: int, *, on_gpu: bool) -> float:
-        """Of this rank's share of a step."""
+    def _operations_of(self, n_tokens: int, documents: Any = None) -> float:
+        """Of a step of one sequence, or of one packed row."""
         settings = self._settings
-        plan = settings.plan_of(rank_tokens, on_gpu=on_gpu)
         vocabulary = settings.config.get_text_config().vocab_size
-        return rows * strict_flops(settings.sizes, vocabulary, plan.n_tokens, full=self._full) / settings.group.size
+        return strict_flops(settings.sizes, vocabulary, n_tokens, full=self._full, documents=documents)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -89,7 +101,7 @@ class TrainingSpeed:
 
         Returns:
             step_seconds: of an optimizer step, on average.
-            tokens_per_second: of all processes, padding included; where any were counted.
+            tokens_per_second: of all processes, padding that is computed included; where any were counted.
             strict_mfu: of a GPU, on average, likewise, where its peak is known: no recomputation, attention at half.
             device_peak_gib: the most that was allocated on any GPU so far.
             host_gib: host memory that holds K, V and checkpoints, of all processes together.

@@ -96,8 +96,10 @@ class FPDTTrainerMixin:
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's; its tokens are counted."""
         if self._fpdt_speed is not None:
-            self._fpdt_speed.count(model, inputs, self.state.global_step)  # type: ignore[attr-defined]
+            self._fpdt_speed.begin(model, self.state.global_step)  # type: ignore[attr-defined]
         step: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if self._fpdt_speed is not None:
+            self._fpdt_speed.count(inputs)
         return step
 
     def log(self, logs: dict[str, float], start_time: float | None = None, **kwargs: Any) -> None:

@@ -45,6 +45,16 @@ class LostChunk(Stack):
         return loss.detach()
 
 
+class SeesOtherDocuments(Stack):
+    """A row of several documents is run as one."""
+
+    packs = True
+
+    def loss_and_backward(self, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        self.packed = {}
+        return super().loss_and_backward(model, ids_BS, labels_BS)
+
+
 class MeanOverAll(Stack):
     """The loss is divided by all tokens, the ignored ones too."""
 

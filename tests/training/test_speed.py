@@ -15,9 +15,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_fpdt import FPDTPlugin, FPDTTrainer, FPDTTrainerMixin, apply_fpdt
-from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.plan.operations import strict_flops
-from hf_fpdt.plan.sizes import ModelSizes, StepSizes
+from hf_fpdt.plan.sizes import ModelSizes
 from hf_fpdt.training.speed import TrainingSpeed
 from tests.helpers.models import tiny
 from tests.training.test_fpdt_trainer import STEPS, trainer
@@ -34,10 +33,12 @@ class CountTokens(PadRight):
     def __init__(self) -> None:
         super().__init__()
         self.shapes: list[tuple[int, int]] = []
+        self.lengths: list[list[int]] = []  # without padding, which is not computed
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().__call__(rows)
         self.shapes.append((batch["input_ids"].shape[0], batch["input_ids"].shape[1]))
+        self.lengths.append(batch["attention_mask"].sum(1).tolist())
         return batch
 
 
@@ -82,12 +83,17 @@ def sizes(shapes: list[tuple[int, int]]) -> list[int]:
     return [rows * length for rows, length in shapes]
 
 
+def real(collator: CountTokens) -> list[int]:
+    """Tokens of each batch without padding."""
+    return [sum(lengths) for lengths in collator.lengths]
+
+
 def test_tokens_a_second_times_seconds_are_the_tokens(tmp_path: Path) -> None:
     began = time.perf_counter()
     _, logs, collator = trained(tmp_path)
     seconds = time.perf_counter() - began
     assert len(logs) == STEPS and all(log.keys() >= set(KEYS) for log in logs)
-    assert tokens_of(logs) == sizes(collator.shapes)[:STEPS]
+    assert tokens_of(logs) == real(collator)[:STEPS] != sizes(collator.shapes)[:STEPS]
     assert 0 < sum(log["step_seconds"] for log in logs) < seconds
     assert "device_peak_gib" not in logs[0] and "strict_mfu" not in logs[0], "there is no GPU"
     assert logs[0]["host_gib"] >= 0
@@ -96,7 +102,7 @@ def test_tokens_a_second_times_seconds_are_the_tokens(tmp_path: Path) -> None:
 def test_accumulated_batches_count_to_their_step(tmp_path: Path) -> None:
     _, logs, collator = trained(tmp_path, gradient_accumulation_steps=3, logging_steps=2)
     assert len(logs) == STEPS // 2
-    counted = sizes(collator.shapes)[: 3 * STEPS]
+    counted = real(collator)[: 3 * STEPS]
     assert tokens_of(logs, steps=2) == [sum(counted[:6]), sum(counted[6:12])]
 
 
@@ -114,7 +120,7 @@ def test_evaluation_is_not_training_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(log["step_seconds"] < HOUR / 2 for log in logs)
     assert not any(key in evaluation for evaluation in evaluations for key in KEYS)
     # Evaluation's batches of three rows pass the same collator, and do not count.
-    training = sizes([shape for shape in collator.shapes if shape[0] == BATCH])
+    training = [sum(lengths) for lengths in collator.lengths if len(lengths) == BATCH]
     assert tokens_of(logs, steps=2) == [sum(training[:2]), sum(training[2:4])]
 
 
@@ -139,8 +145,8 @@ def test_callbacks_get_them_from_a_trainer_of_ones_own(tmp_path: Path) -> None:
 def test_they_stand_beside_transformers_own_count(tmp_path: Path) -> None:
     _, logs, collator = trained(tmp_path, include_num_input_tokens_seen="all")
     seen = 0
-    for log, tokens in zip(logs, sizes(collator.shapes), strict=False):
-        seen += tokens
+    for log, padded, tokens in zip(logs, sizes(collator.shapes), real(collator), strict=False):
+        seen += padded
         assert log["num_input_tokens_seen"] == seen and log["train_tokens_per_second"] > 0
         assert tokens_of([log]) == [tokens]
 
@@ -162,9 +168,9 @@ def test_strict_mfu_is_the_models_operations_over_what_the_gpu_could(
     model = run.model
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     sizes_of_model = ModelSizes.of(model.config, layers=2, layer_parameters=layer)
-    for log, (rows, length) in zip(logs, collator.shapes, strict=False):
-        step = StepSizes(sizes_of_model, ChunkPlan(length, 16), batch=rows, vocabulary=model.config.vocab_size)
-        operations = step.batch * strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=True)
+    for log, lengths in zip(logs, collator.lengths, strict=False):
+        vocabulary = model.config.vocab_size
+        operations = sum(strict_flops(sizes_of_model, vocabulary, length, full=True) for length in lengths)
         assert log["strict_mfu"] * log["step_seconds"] * peak == pytest.approx(operations)
 
 
@@ -182,7 +188,8 @@ def test_what_a_trainer_hands_out_counts_as_far_as_it_says(inputs: Any, tokens: 
     speed, model = TrainingSpeed(here), tiny()
     handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=16))
     model(input_ids=torch.full((1, 20), 3))  # host memory is there
-    speed.count(model, inputs, 0)
+    speed.begin(model, 0)
+    speed.count(inputs)
     log = speed.log(1)
     assert log["step_seconds"] > 0 and log.get("tokens_per_second", 0) * log["step_seconds"] == pytest.approx(tokens)
     assert ("tokens_per_second" in log) == bool(tokens)
@@ -192,5 +199,35 @@ def test_what_a_trainer_hands_out_counts_as_far_as_it_says(inputs: Any, tokens: 
 def test_a_model_without_fpdt_is_left_alone() -> None:
     speed: Any = TrainingSpeed(SimpleNamespace(device=torch.device("cpu")))
     assert speed.log(1) == {}
-    speed.count(tiny(), {"input_ids": torch.zeros(1, 4, dtype=torch.long)}, 0)
+    speed.begin(tiny(), 0)
+    speed.count({"input_ids": torch.zeros(1, 4, dtype=torch.long)})
     assert speed.log(1) == {}
+
+
+def test_a_packed_row_counts_its_tokens_and_its_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peak, lengths = 1e9, (7, 20, 13)
+    monkeypatch.setattr("hf_fpdt.training.speed.device_peak", lambda: peak)
+    here = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: own)
+    speed, model = TrainingSpeed(here), tiny()
+    handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=16))
+    ids = torch.full((1, 40), 3)
+    places = torch.cat([torch.arange(length) for length in lengths])[None]
+    mask = (torch.arange(20) < torch.tensor([[7], [20], [13]])).long()
+    packed: list[tuple[dict[str, torch.Tensor], tuple[int, ...]]] = [
+        ({"input_ids": ids, "position_ids": places}, lengths),
+        ({"input_ids": ids}, (40,)),
+        ({"input_ids": torch.full((3, 20), 3), "attention_mask": mask}, lengths),
+    ]
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    sizes_of_model = ModelSizes.of(model.config, layers=2, layer_parameters=layer)
+    for inputs, documents in packed:
+        speed.begin(model, 0)
+        labels = inputs["input_ids"].masked_fill(inputs.get("attention_mask", torch.ones(1)) == 0, -100)
+        model(**inputs, labels=labels).loss.backward()
+        speed.count(inputs)
+        log = speed.log(1)
+        assert log["tokens_per_second"] * log["step_seconds"] == pytest.approx(40)
+        # Each document by itself makes the operations of the row.
+        each = [strict_flops(sizes_of_model, model.config.vocab_size, length, full=True) for length in documents]
+        assert log["strict_mfu"] * log["step_seconds"] * peak == pytest.approx(sum(each))
+    handle.remove()

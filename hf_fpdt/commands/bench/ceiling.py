@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from ...attention import AttentionSpec, select_kernel
-from ...layout import seen_pairs
+from ...layout import Documents, seen_pairs
 from ...model import training_of
 from ...plan import ModelSizes, largest, windows_of
 from ..measure import QueryRow, rate_of, row_rates
+from ..options import corpus_of
 from .figures import keys_of
 from .job import Job
 from .models import config_of
@@ -36,7 +37,8 @@ def measure_ceiling(job: Job) -> dict[str, Any]:
     lengths = sorted({keys_of(n_tokens) for n_tokens in job.tokens})
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
     kernels = dict.fromkeys(select_kernel("auto", device, dtype, kind).name for kind in kinds)
-    attention = {str(keys): attention_rates(sizes, kinds, keys, device, dtype) for keys in lengths}
+    rows = {keys: None if job.documents is None else corpus_of(job.documents).row(keys) for keys in lengths}
+    attention = {str(keys): attention_rates(sizes, kinds, keys, device, dtype, rows[keys]) for keys in lengths}
     return {
         "kernel": ", ".join(kernels),
         "attention": attention,
@@ -58,7 +60,12 @@ def _kinds(text: Any, sizes: ModelSizes) -> Iterator[AttentionSpec]:
 
 
 def attention_rates(
-    sizes: ModelSizes, kinds: Mapping[AttentionSpec, int], keys: int, device: torch.device, dtype: torch.dtype
+    sizes: ModelSizes,
+    kinds: Mapping[AttentionSpec, int],
+    keys: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    documents: Documents | None = None,
 ) -> tuple[float, float]:
     """Forward and backward over all layers of a sequence of so many keys, each kind measured by itself.
 
@@ -66,22 +73,32 @@ def attention_rates(
 
     Args:
         kinds: how many layers have which attention.
+        documents: of a packed row of so many tokens, whose last 32K queries are measured.
     """
     operations, forward_s, backward_s = 0.0, 0.0, 0.0
     for kind, layers in kinds.items():
         spec = kind if kind.window is not None and kind.window < keys else replace(kind, window=None)
-        forward, backward = _kind_rates(sizes, spec, keys, device, dtype)
-        work = layers * sizes.attention_forward(seen_pairs(0, keys, spec.window))
+        forward, backward = _kind_rates(sizes, spec, keys, device, dtype, documents)
+        work = layers * sizes.attention_forward(seen_pairs(0, keys, spec.window, documents))
         operations, forward_s, backward_s = operations + work, forward_s + work / forward, backward_s + work / backward
     return operations / forward_s, operations / backward_s
 
 
 def _kind_rates(
-    sizes: ModelSizes, spec: AttentionSpec, keys: int, device: torch.device, dtype: torch.dtype
+    sizes: ModelSizes,
+    spec: AttentionSpec,
+    keys: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    documents: Documents | None,
 ) -> tuple[float, float]:
     """Where a kernel's causal masks are not aligned to the last key, every query sees every key; the rate is equal."""
+    spec = replace(spec, packed=documents is not None)
     kernel = select_kernel("auto", device, dtype, spec)
     queries = min(keys, ROW_TOKENS)
+    if documents is not None and kernel.packed_forward is not None:
+        row = QueryRow(sizes.q_heads, sizes.kv_heads, spec, queries, keys, True, documents)
+        return row_rates(kernel, row, device, dtype, SECONDS[device.type])
     if spec.window is not None:
         keys, causal = min(keys, queries + spec.window - 1), True
     else:

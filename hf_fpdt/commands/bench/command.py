@@ -18,6 +18,7 @@ from ..options import (
     check_settings,
     check_writable,
     config_of,
+    corpus_of,
     count,
     mistakes,
     new_parser,
@@ -51,6 +52,7 @@ examples:
   hf-fpdt bench --shape llama-1b --full --seq-len 128K --csv steps.csv
   hf-fpdt bench ./my-model --layers 4 --seq-len 16K           a model folder's own shape, four layers of it
   hf-fpdt bench --gpus 2 --seq-len 128K --stacks fpdt         two GPUs share the sequence
+  hf-fpdt bench --stacks fpdt --seq-len 256K --documents lognormal:8K,1.2    a row of packed documents
   hf-fpdt bench --longest --stacks fpdt hf-offload            the longest sequence that completes a step
 
 FPDT's settings beside the chunk are taken from FPDT_* variables, as in training. A stack of your own is module:Class,
@@ -77,6 +79,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "and from the given --seq-len on",
     )
     how = parser.add_argument_group("how")
+    what.add_argument(
+        "--documents",
+        metavar="HOW",
+        help="rows are packed of documents: lognormal:MEAN,SIGMA in tokens, as in lognormal:8K,1.2, or a JSON file "
+        "with a list of lengths (default: one document a row)",
+    )
     how.add_argument("--layers", type=count, help="layers of the model to keep (default: all)")
     how.add_argument("--full", action="store_true", help="train every weight (default: LoRA, rank 16, all linears)")
     how.add_argument("--chunk-tokens", type=tokens, metavar="TOKENS", help="FPDT's chunk (default: its own choice)")
@@ -135,16 +143,20 @@ def bench(options: argparse.Namespace) -> int:
         training = training_of(config_of(options, layers=options.layers), lora=False)
     shape = options.shape or DEFAULT_SHAPE
     job = _job(options, shape)
+    documents = None if options.documents is None else corpus_of(options.documents)
     with mistakes(Unavailable):
         for name in STACKS.keys() & options.stacks:
             STACKS[name].check_gpus(options.gpus)
+            STACKS[name].check_packs(options.documents)
     with mistakes(FileExistsError):
         files, rows = Files(options.csv, options.json), []
     with Children(options.limit, command_for(options.gpus)) as children:
         measured = Bench(
             job=job,
             stacks=tuple(options.stacks),
-            trained=Trained(sizes=training.model, vocabulary=training.vocabulary, full=options.full),
+            trained=Trained(
+                sizes=training.model, vocabulary=training.vocabulary, full=options.full, documents=documents
+            ),
             name=options.model or shape,
             longest=options.longest,
             run=children.run,
@@ -182,4 +194,5 @@ def _job(options: argparse.Namespace, shape: str) -> Job:
         dtype=options.dtype,
         gpus=options.gpus,
         held_gib=options.held_gib,
+        documents=options.documents,
     )

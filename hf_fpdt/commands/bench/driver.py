@@ -119,6 +119,7 @@ class Bench:
             "dtype": job.dtype,
             "gpus": job.gpus,
             "held_gib": job.held_gib or None,
+            "documents": job.documents,
             "chunk_tokens": job.chunk_tokens if stack not in PEERS else None,
             **{key: value for key, value in outcome.found.items() if key not in ("passed", "verdict")},
         }

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ...forecast import Corpus
+from ...layout import Documents
 from ...plan import BACKWARD_OPERATIONS, ModelSizes, attention_of_all, strict_flops
 
 # Keys beyond these change the kernel's rate by less than it varies.
@@ -29,7 +31,8 @@ the operations) at the kernel's rates, linears at the rate of large matrix produ
 gradients of inputs, with weights trained their gradients too; all rates measured in the same run. Scans of recurrent
 layers: 6 operations a token and element of their states, forward, at the rate of products, which no kernel reaches.
 Of several GPUs: tokens of all together, over the peaks and rates of as many; what they send each other is not in the
-ceiling. GPU GiB: the fullest; pinned and process GiB: all processes."""
+ceiling. GPU GiB: the fullest; pinned and process GiB: all processes.
+With --documents pairs of a query and a key of one document alone count, and attention's rates are of such rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +53,20 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The model that is trained: sizes, logits a token, and whether every weight trains."""
+    """The model that is trained: sizes, logits a token, whether every weight trains, and on what rows."""
 
     sizes: ModelSizes
     vocabulary: int
     full: bool
+    documents: Corpus | None = None
+
+    def _row(self, n_tokens: int) -> Documents | None:
+        return None if self.documents is None else self.documents.row(n_tokens)
 
     def strict(self, n_tokens: int) -> float:
         """Operations of a step, none twice."""
-        return strict_flops(self.sizes, self.vocabulary, n_tokens, full=self.full)
+        row = self._row(n_tokens)
+        return strict_flops(self.sizes, self.vocabulary, n_tokens, full=self.full, documents=row)
 
     def with_recompute(self, n_tokens: int) -> float:
         """The same, and one more forward pass of all layers."""
@@ -77,7 +85,7 @@ class Trained:
 
     def _attention(self, n_tokens: int) -> float:
         """Operations of all layers' attention, forward, of the pairs that they see."""
-        return attention_of_all(self.sizes, n_tokens)
+        return attention_of_all(self.sizes, n_tokens, self._row(n_tokens))
 
     def figures(
         self, n_tokens: int, seconds: float, peak: float | None, rates: Rates | None, gpus: int = 1

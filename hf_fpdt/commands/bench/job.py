@@ -28,6 +28,7 @@ class Job:
         dtype: of every parameter, "bfloat16" or "float32".
         gpus: that train the model together, a process each.
         held_gib: memory of each GPU that steps do without.
+        documents: what rows are packed of, as --documents has it; None: a row is one document.
     """
 
     kind: Kind
@@ -43,6 +44,7 @@ class Job:
     dtype: str
     gpus: int = 1
     held_gib: float = 0.0
+    documents: str | None = None
 
     @property
     def n_tokens(self) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from ...labels import IGNORE_INDEX
 from ...model import SHAPES, build_random, with_layers
+from ...parallel import positions_of
+from ..options import corpus_of
 from .job import Job
 
 SEED = 0
@@ -25,6 +29,18 @@ def model_of(job: Job, config: Any) -> nn.Module:
     """Random weights, the same for every stack; LoRA of rank 16 on every linear, or every weight trained."""
     torch.manual_seed(SEED)
     return build_random(config, job.device, getattr(torch, job.dtype), lora=not job.full)
+
+
+def packed_row(job: Job, ids_BS: Tensor) -> dict[str, Tensor]:
+    """What tells the documents of a row apart; nothing where it is one."""
+    if job.documents is None:
+        return {}
+    return {"position_ids": positions_of(corpus_of(job.documents).row(ids_BS.shape[1]), ids_BS.device)[None]}
+
+
+def without_first_tokens(labels_BS: Tensor, packed: Mapping[str, Tensor]) -> Tensor:
+    """Labels of which none is that of a document's first token."""
+    return labels_BS.masked_fill(packed["position_ids"] == 0, IGNORE_INDEX) if packed else labels_BS
 
 
 def tokens_of(job: Job, config: Any, n_tokens: int, step: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ from ...labels import IGNORE_INDEX
 from ..accuracy import FACTOR, LOSS, Tensors, Worst, errors, in_double, least_of_dtype, worst
 from ..float64 import float64_throughout
 from .job import Job
-from .models import config_of, model_of, tokens_of
+from .models import config_of, model_of, packed_row, tokens_of, without_first_tokens
 from .ranks import whole
 from .stacks.base import Pieces, Stack
 
@@ -51,11 +51,14 @@ def check(stack: Stack, job: Job) -> Worst:
     ids = tokens_of(job, config, N_TOKENS)
     labels = ids.clone()
     labels[:, :IGNORED_TOKENS] = IGNORE_INDEX
+    stack.packed = packed_row(job, ids)
+    labels, plain = without_first_tokens(labels, stack.packed), Stack()
+    plain.packed = stack.packed
     # Before the stack, which may change classes of the whole process.
     wide = in_double(copy.deepcopy(model))
     with float64_throughout(), plain_kernels(wide):
-        truth = results(Stack(), wide, ids, labels)
-    naive = errors(results(Stack(), copy.deepcopy(model), ids, labels), truth)
+        truth = results(plain, wide, ids, labels)
+    naive = errors(results(plain, copy.deepcopy(model), ids, labels), truth)
     stack.prepare(model, Pieces(most_tokens=N_TOKENS // PIECES))
     # FSDP2 is not to be had without an optimizer.
     spread, _ = stack.spread(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))

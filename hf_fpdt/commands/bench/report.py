@@ -31,7 +31,7 @@ COLUMNS = (
     + tuple(key for key, _, _ in TABLE)
     + ("predicted_s", "predicted_device_gib", "predicted_pinned_gib")
     + ("steps_s", "pinning_s", "loss", "ceiling_s", "kernel", "attention_forward", "attention_backward", "matmul")
-    + ("peak", "model", "layers", "trained", "dtype", "chunk_tokens", "held_gib", "gpu", "gpus")
+    + ("peak", "model", "layers", "trained", "dtype", "chunk_tokens", "held_gib", "documents", "gpu", "gpus")
     + ("host_memory_gib", "versions", "commit", "date")
 )
 CONDITIONS = (
@@ -40,6 +40,7 @@ CONDITIONS = (
     "trained",
     "dtype",
     "held_gib",
+    "documents",
     "gpu",
     "host_memory_gib",
     "versions",
@@ -80,6 +81,7 @@ def conditions_line(rows: Iterable[Row]) -> str:
     words = {
         "layers": "{} layers",
         "held_gib": "{} GiB of a GPU held",
+        "documents": "documents {}",
         "host_memory_gib": "{} GiB of host memory",
         "commit": "commit {}",
     }

@@ -15,7 +15,7 @@ from torch import nn
 from ...units import GIB
 from .ceiling import finish
 from .job import Job
-from .models import config_of, model_of, tokens_of
+from .models import config_of, model_of, packed_row, tokens_of, without_first_tokens
 from .stacks.base import Pieces, Stack
 
 LEARNING_RATE = 1e-5
@@ -70,7 +70,7 @@ class Steps:
 
     def __init__(self, stack: Stack, model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> None:
         self._stack, self._model, self._optimizer = stack, model, optimizer
-        self._device = torch.device(job.device)
+        self._device, self._job = torch.device(job.device), job
         self.forget()
 
     def forget(self) -> None:
@@ -84,11 +84,13 @@ class Steps:
 
     def run(self, ids_BS: torch.Tensor) -> None:
         """Forward, loss, backward and optimizer; host memory that is pinned meanwhile is timed apart."""
+        self._stack.packed = packed_row(self._job, ids_BS)
+        labels_BS = without_first_tokens(ids_BS, self._stack.packed)
         pinned = self._stack.pinned()[1]
         finish(self._device)
         self._stack.world.meet()
         began = time.perf_counter()
-        loss = self._stack.loss_and_backward(self._model, ids_BS, ids_BS)
+        loss = self._stack.loss_and_backward(self._model, ids_BS, labels_BS)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         finish(self._device)

@@ -42,6 +42,7 @@ from ..options import (
     built_without_memory,
     check_picture,
     config_of,
+    corpus_of,
     count,
     mistakes,
     new_parser,
@@ -71,6 +72,7 @@ examples:
   hf-fpdt plan meta-llama/Llama-3.1-70B --gpus 32 --host-mem 4096 --fsdp --seq-len 1M
   hf-fpdt plan ./my-model --gpu a100-80 --gpus 4 --host-mem 1024 --full --fsdp --json
   hf-fpdt plan --host-mem 128 --seq-len 512K --plot plan.png         the same as a picture
+  hf-fpdt plan --host-mem 128 --seq-len 256K --documents lognormal:8K,1.2   a row of packed documents
 """
 
 
@@ -86,6 +88,12 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add_model(parser.add_argument_group("what to train").add_mutually_exclusive_group())
     training = parser.add_argument_group("how")
     training.add_argument("--seq-len", type=tokens, metavar="TOKENS", help="default: the longest that fits")
+    training.add_argument(
+        "--documents",
+        metavar="HOW",
+        help="what rows are packed of: lognormal:MEAN,SIGMA in tokens, as in lognormal:8K,1.2, or a JSON file with a "
+        "list of lengths (default: one document a row)",
+    )
     training.add_argument("--chunk-tokens", type=tokens, metavar="TOKENS", help="default: what FPDTPlugin would take")
     trained = training.add_mutually_exclusive_group()
     trained.add_argument("--lora", action="store_true", help="train adapters of rank 16 on every linear (the default)")
@@ -205,6 +213,7 @@ def _training(options: argparse.Namespace, config: PreTrainedConfig) -> Training
         chunk_tokens=chunk_tokens,
         auto_chunk=options.chunk_tokens is None,
         checkpoints=options.checkpoints,
+        documents=None if options.documents is None else corpus_of(options.documents),
     )
 
 

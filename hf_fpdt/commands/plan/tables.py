@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...forecast import Machines, More, PlannedStep, Use, machine_bytes
+from ...layout import seen_pairs
 from ...plan import KeptLayers, described_windows
 from ...units import GIB
 
@@ -39,6 +40,7 @@ def as_json(found: PlannedStep, helps: Mapping[More, int], least: PlannedStep | 
         "resident_chunks": kv.backward_resident,
         "windows": list(found.step.windows) if any(found.step.windows) else [],
         "ring_bytes": max(kv.forward_ring, kv.backward_ring),
+        **documents_as_json(found),
         "key_dim": found.step.model.head_dim,
         "value_dim": found.step.model.value_dim,
         "longest_with": {more.value: tokens for more, tokens in helps.items()},
@@ -132,9 +134,24 @@ def _between_gpus(found: PlannedStep) -> Iterator[Text]:
         yield Text(f"weights and gradients between GPUs: {found.gather_seconds:,.1f} s under the computation")
 
 
+def documents_as_json(found: PlannedStep) -> dict[str, Any]:
+    """Of a packed row, how many documents it holds, and what share of the pairs of one document is computed."""
+    documents, n_tokens = found.step.documents, found.step.plan.n_tokens
+    if documents is None:
+        return {}
+    pairs = seen_pairs(0, n_tokens, None, documents) / seen_pairs(0, n_tokens, None)
+    return {"documents": len(documents.starts), "share_of_pairs": pairs}
+
+
 def heads_lines(found: PlannedStep) -> Iterator[str]:
     """What is not plain of attention: layers with a window, what one of them has on a GPU, values of another width."""
     kv, model = found.plan.kv, found.step.model
+    if packed := documents_as_json(found):
+        count, share = packed["documents"], 100 * packed["share_of_pairs"]
+        yield (
+            f"a row of {count:,} documents, {found.step.plan.n_tokens / count:,.0f} tokens each on average: attention "
+            f"computes {share:.1f} % of the pairs of one"
+        )
     if windows := described_windows(found.step):
         yield ", ".join(windows)
     if any(found.step.windows):

@@ -15,7 +15,9 @@ from transformers import GPTNeoXConfig, LlamaConfig
 
 from hf_fpdt.commands.accuracy import Worst, worst
 from hf_fpdt.commands.bench import child
+from hf_fpdt.commands.bench.ceiling import measure_ceiling
 from hf_fpdt.commands.bench.driver import Bench
+from hf_fpdt.commands.bench.figures import Rates, Trained
 from hf_fpdt.commands.bench.job import Job
 from hf_fpdt.commands.bench.parity import check
 from hf_fpdt.commands.bench.ranks import World
@@ -26,6 +28,9 @@ from hf_fpdt.commands.bench.stacks.hugging_face import HuggingFace, Liger, Offlo
 from hf_fpdt.commands.bench.stacks.trl_loss import chunked_nll
 from hf_fpdt.commands.bench.steps import measure
 from hf_fpdt.commands.main import main
+from hf_fpdt.commands.options import corpus_of
+from hf_fpdt.model.shapes import training_of
+from hf_fpdt.plan.operations import attention_of_all
 from tests.helpers import bench_stacks
 from tests.helpers.app_support import run_python
 from tests.helpers.support import assert_rejects, relative_error
@@ -238,3 +243,38 @@ def test_steps_do_without_memory_that_is_held(tmp_path: Path) -> None:
     task = job(tmp_path, kind="step", tokens=(512,), device="cuda", dtype="bfloat16")
     peaks = [measure(HuggingFace(), replace(task, held_gib=held))["peak_device_gib"] for held in (0.0, 1.5)]
     assert peaks[1] - peaks[0] == pytest.approx(1.5, abs=0.05)
+
+
+def test_packed_rows_are_held_against_plain_hugging_face_and_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documents of both are told apart by positions; the ceiling is of the pairs that are computed."""
+    task = job(tmp_path, documents="lognormal:200,1")
+
+    def verdict(stack: Stack) -> None:
+        assert check(stack, task).passed
+
+    verdict(Fpdt())
+    assert_rejects(verdict, {"documents see each other": bench_stacks.SeesOtherDocuments()})
+    found = measure(Fpdt(), replace(task, kind="step", tokens=(600,), chunk_tokens=256))
+    assert found["step_s"] > 0 and found["loss"] == pytest.approx(
+        measure(Fpdt(), replace(task, tokens=(600,)))["loss"]
+    )
+    assert found["loss"] != pytest.approx(measure(Fpdt(), replace(task, tokens=(600,), documents=None))["loss"])
+    rates = measure_ceiling(replace(task, kind="ceiling", tokens=(600,)))
+    assert rates["attention"]["600"][0] > 0
+    sizes = training_of(LlamaConfig(**SIZES, num_key_value_heads=2), lora=False)
+    plain, packed = (
+        Trained(sizes=sizes.model, vocabulary=128, full=False, documents=each)
+        for each in (None, corpus_of("lognormal:200,1"))
+    )
+    known = Rates(forward=1e9, backward=1e9, matmul=1e9, kernel="")
+    fewer = attention_of_all(sizes.model, 600) - attention_of_all(
+        sizes.model, 600, corpus_of("lognormal:200,1").row(600)
+    )
+    saved = plain.ceiling_seconds(600, known) - packed.ceiling_seconds(600, known)
+    assert saved == pytest.approx(3.5 * fewer / 1e9) and plain.strict(600) - packed.strict(600) == pytest.approx(
+        3 * fewer
+    )
+    with pytest.raises(Unavailable, match="--documents lognormal:200,1: the stack hf is measured on one document"):
+        HuggingFace.check_packs("lognormal:200,1")

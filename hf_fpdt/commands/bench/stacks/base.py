@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -52,12 +54,29 @@ class Stack:
         about: what a user of it switches on.
         gpus: the fewest and the most that it trains one model on.
         world: the processes that do so; each has a GPU, and all are given the same sequences.
+        packs: whether it takes rows of several documents.
+        packed: what else the model is told of the next row: of one with several documents its `position_ids`.
     """
 
     name: ClassVar[str] = ""
     about: ClassVar[str] = ""
     gpus: ClassVar[tuple[int, int]] = (1, 1)
     world = World()
+    packs: ClassVar[bool] = False
+    packed: Mapping[str, Tensor] = MappingProxyType({})
+
+    @classmethod
+    def check_packs(cls, documents: str | None) -> None:
+        """Whether it takes packed rows, where such are asked for.
+
+        Raises:
+            Unavailable: it does not.
+        """
+        if documents is not None and not cls.packs:
+            raise Unavailable(
+                f"--documents {documents}: the stack {cls.name or cls.__name__} is measured on one document a row; "
+                "leave it out."
+            )
 
     @classmethod
     def check_gpus(cls, count: int) -> None:
@@ -92,7 +111,7 @@ class Stack:
         Args:
             ids_BS, labels_BS: whole sequences, the same in all processes; labels not shifted.
         """
-        loss = model(input_ids=ids_BS, labels=labels_BS, use_cache=False).loss
+        loss = model(input_ids=ids_BS, labels=labels_BS, use_cache=False, **self.packed).loss
         loss.backward()
         return loss.detach()
 

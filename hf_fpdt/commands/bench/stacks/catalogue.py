@@ -34,6 +34,7 @@ class Fpdt(Stack):
     about = "this package, GPU memory used for what fits"
 
     gpus = (1, MANY_GPUS)
+    packs = True
     settings: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     _handle: FPDTHandle
     _accelerator: Any
@@ -78,7 +79,7 @@ class Fpdt(Stack):
     def _own_part(self, ids_BS: Tensor, labels_BS: Tensor) -> dict[str, Any]:
         group, on_gpu = self._accelerator.fpdt_group, ids_BS.is_cuda
         collator = sharding_collator(dict, self._plugin, group, on_gpu=on_gpu)
-        part: dict[str, Any] = collator({"input_ids": ids_BS, "labels": labels_BS})
+        part: dict[str, Any] = collator({"input_ids": ids_BS, "labels": labels_BS, **self.packed})
         return part
 
     def warm_up_tokens(self, pieces: Pieces) -> int:
