@@ -31,7 +31,7 @@ def main() -> None:
     arguments = SFTConfig(
         output_dir=options.output,
         max_length=options.length,
-        packing=False,  # FPDT takes one document a sequence
+        packing=True,  # several texts a row, none of which sees another
         max_steps=options.steps,
         per_device_train_batch_size=1,
         learning_rate=1e-3,
