@@ -49,8 +49,9 @@ Answers before you train: which attention kernels does this machine have, and wh
 model? If so, are its loss and gradients right here?
 
 For the last, a tiny copy of the model with random weights (its architecture and features, two layers, small sizes)
-makes one training step with every kernel, beside plain attention and the same step in float64. FPDT's errors may be
-at most twice those of plain attention. That takes seconds; of a model only the configuration is read.
+makes one training step with every kernel, beside plain attention and the same step in float64, and another on a row
+of packed documents, beside each of them alone. FPDT's errors may be at most twice those of plain attention. That takes
+seconds; of a model only the configuration is read.
 
 Of an adapter's folder (PEFT's) such an adapter is trained on a tiny copy of its base; it also says whether the adapter
 was trained with other rotary parameters than its base has.
@@ -180,6 +181,10 @@ def _check_model(name: str, tiny: TinyModel) -> bool:
     )
     for finding in findings:
         print(f"  {_line(finding)}")
+    if tiny.refused_documents is not None:
+        print(
+            textwrap.fill(f"packed    documents are refused: {tiny.refused_documents}", 110, subsequent_indent="    ")
+        )
     return _verdict(findings)
 
 
@@ -217,10 +222,12 @@ def _findings(tiny: TinyModel, device: Device) -> Iterator[Finding]:
             yield next((finding for finding in alone if not finding.passed), max(alone, key=lambda each: each.ratio))
             if all(finding.ratio != float("inf") for finding in alone):
                 yield tiny.check(kernel, dtype)
+                documents = tiny.check_documents(kernel, dtype)
+                yield from () if documents is None else (documents,)
 
 
 def _line(finding: Finding) -> str:
-    what = "attention alone" if finding.what == "attention" else "loss, gradients"
+    what = {"attention": "attention alone", "documents": "packed, the same"}.get(finding.what, "loss, gradients")
     verdict = "right" if finding.passed else "WRONG"
     return (
         f"{finding.kernel:{NAME_WIDTH}} {what}  {_short(finding.dtype):9} {verdict}  "

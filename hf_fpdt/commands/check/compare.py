@@ -28,6 +28,7 @@ from .tiny_config import VOCABULARY, shrunk
 
 ATTENTION_TOKENS = 500
 TRAINING_TOKENS, CHUNK_TOKENS, LOSS_TOKENS = 150, 64, 40  # ragged chunks
+DOCUMENT_TOKENS = (70, 1, 57, 22)  # of a packed row: one that goes on into the next chunk, one of a token
 # Scores then have a standard deviation of a few units: a softmax with peaks.
 WEIGHT_GAIN, VECTOR_NOISE = 2.0, 0.1
 # Adapters add products of two such matrices, some times over.
@@ -42,7 +43,8 @@ class Finding:
 
     Attributes:
         kernel: its name.
-        what: "attention" alone on peaked inputs, or "training": loss and gradients of the tiny model.
+        what: "attention" alone on peaked inputs, or loss and gradients of the tiny model, on one document
+            ("training") or on a packed row of several ("documents").
         dtype: of the inputs or of the model.
         worst: the tensor with the largest error beside the plain one's, or what the kernel said when it did not run.
         ratio: that error over the plain one's; NaN where a tensor holds one, infinite where it did not run.
@@ -165,13 +167,17 @@ class TinyModel:
         config: of the large model; it is shrunk here.
         device: where the steps run.
         adapter: what is trained around it; None: every weight.
+
+    Attributes:
+        refused_documents: why it takes no packed rows, where that was found.
     """
 
     def __init__(self, config: Any, device: torch.device, adapter: Adapter | None = None) -> None:
         self.config, self.device, self.adapter = shrunk(config), device, adapter
         words = min(VOCABULARY, self.config.vocab_size)
         self._ids = torch.randint(3, words, (1, TRAINING_TOKENS), generator=torch.Generator().manual_seed(0))
-        self._plain: dict[torch.dtype, Tensors] = {}
+        self._plain: dict[tuple[torch.dtype, bool], Tensors] = {}
+        self.refused_documents: str | None = None
 
     def check(self, kernel: str, dtype: torch.dtype) -> Finding:
         """Loss and every gradient of one step with this kernel.
@@ -180,20 +186,32 @@ class TinyModel:
             NotImplementedError, RuntimeError: the model does what FPDT cannot do in chunks; the message says what.
             NothingToCompare: the small model does not run, without FPDT.
         """
-        truth, plain = self._plain_step(torch.float64), self._plain_step(dtype)
-        found = worst_of_run(self._step(dtype, kernel), plain, truth)
-        return Finding(kernel=kernel, what="training", dtype=dtype, worst=found.name, ratio=found.ratio)
+        return self._compared(kernel, dtype, packed=False)
 
-    def _plain_step(self, dtype: torch.dtype) -> Tensors:
+    def check_documents(self, kernel: str, dtype: torch.dtype) -> Finding | None:
+        """The same of a packed row, against its documents one at a time; None where such rows are refused."""
+        try:
+            return self._compared(kernel, dtype, packed=True)
+        except NotImplementedError as error:
+            self.refused_documents = plain(error)
+            return None
+
+    def _compared(self, kernel: str, dtype: torch.dtype, *, packed: bool) -> Finding:
+        truth, naive = (self._plain_step(each, packed=packed) for each in (torch.float64, dtype))
+        found = worst_of_run(self._step(dtype, kernel, packed=packed), naive, truth)
+        what = "documents" if packed else "training"
+        return Finding(kernel=kernel, what=what, dtype=dtype, worst=found.name, ratio=found.ratio)
+
+    def _plain_step(self, dtype: torch.dtype, *, packed: bool) -> Tensors:
         """Without FPDT; the same for every kernel."""
-        if dtype not in self._plain:
+        if (dtype, packed) not in self._plain:
             try:
-                self._plain[dtype] = self._step(dtype)
+                self._plain[dtype, packed] = self._step(dtype, packed=packed)
             except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 raise NothingToCompare(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-        return self._plain[dtype]
+        return self._plain[dtype, packed]
 
-    def _step(self, dtype: torch.dtype, kernel: str | None = None) -> Tensors:
+    def _step(self, dtype: torch.dtype, kernel: str | None = None, *, packed: bool) -> Tensors:
         """Loss and gradients, of plain eager attention where no kernel is named."""
         model: Any = build_random(self.config, self.device, dtype, False)
         model.set_attn_implementation("eager")
@@ -221,9 +239,21 @@ class TinyModel:
         # What is compared with is PyTorch's way of a recurrence, which has float64 too.
         wide = float64_throughout() if dtype == torch.float64 else nullcontext()
         with nullcontext() if kernel is not None else plain_kernels(model), wide:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = torch.stack(_losses(model, ids, packed=packed, one_by_one=kernel is None)).sum()
             loss.backward()
         return {LOSS: loss.detach(), **dict(_gradients(model))}
+
+
+def _losses(model: Any, ids: Tensor, *, packed: bool, one_by_one: bool) -> list[Tensor]:
+    """Parts of the loss of a row, which is one document, or packed of several; these one by one if so asked."""
+    if not packed:
+        return [model(input_ids=ids, labels=ids, use_cache=False).loss]
+    if one_by_one:
+        parts = [part for part in ids.split(DOCUMENT_TOKENS, dim=1) if part.shape[1] > 1]
+        how = {"num_items_in_batch": TRAINING_TOKENS, "use_cache": False}
+        return [model(input_ids=part, labels=part, **how).loss for part in parts]
+    edges = torch.tensor([0, *DOCUMENT_TOKENS]).cumsum(0).to(ids.device, torch.int32)
+    return [model(input_ids=ids, labels=ids, cu_seq_lens_q=edges, num_items_in_batch=TRAINING_TOKENS).loss]
 
 
 def why_refused_tiny(config: Any) -> str | None:

@@ -92,7 +92,7 @@ def test_supported_models_are_right_here(
     name: str, config: dict[str, Any], folder: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, _ = run(capsys, folder(name, **config))
-    assert status == 0 and "is supported" in out and out.count(" right  ") == 4, out
+    assert status == 0 and "is supported" in out and out.count(" right  ") == 6, out
 
 
 def test_kernels_are_named_for_each_kind_of_attention(
@@ -194,7 +194,7 @@ def test_a_broken_kernel_ends_with_1_and_its_name(
     with_kernel("math", broken)
     status, out, _ = run(capsys, folder("llama", **GROUPED))
     assert status == 1 and "not right with kernel math:" in out and "is supported" in out, out
-    assert out.count("WRONG") == (1 if broken is crashes else 2) and out.count(" right  ") == 2
+    assert out.count("WRONG") == (1 if broken is crashes else 3) and out.count(" right  ") == 3
     assert ("no kernel image" in out) == (broken is crashes)
 
 
