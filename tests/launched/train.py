@@ -142,9 +142,20 @@ def collate(features: list[Row]) -> dict[str, torch.Tensor]:
     return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100), "attention_mask": mask}
 
 
+class Counted(FPDTTrainer):
+    """Counts the tokens that are trained on: all of a rank's part of a sequence, else those that are no padding."""
+
+    computed = 0
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        mask = inputs.get("attention_mask")
+        self.computed += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
 def execute(run: Run, output: Path, name: str) -> FPDTTrainer:
     """Train, evaluate, and write what came of it."""
-    trainer = FPDTTrainer(
+    trainer = Counted(
         model=tiny_model(run.lora),
         args=arguments(run, output, name),
         train_dataset=Stream(24, 0) if run.stream else Rows(24, 0, random=run.random_rows),
@@ -157,6 +168,7 @@ def execute(run: Run, output: Path, name: str) -> FPDTTrainer:
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     result: dict[str, Any] = {key: [entry[key] for entry in history] for key in ("loss", "grad_norm", "epoch")}
     result["speed_tokens"] = [round(log["tokens_per_second"] * log["step_seconds"]) for log in history]
+    result["computed"] = int(trainer.accelerator.gather(torch.tensor([trainer.computed])).sum())
     result["parameters"] = trainer.model.num_parameters(exclude_embeddings=True)
     for batch_size in (1, 2):
         trainer.args.per_device_eval_batch_size = batch_size

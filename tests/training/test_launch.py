@@ -200,13 +200,14 @@ def test_batches_and_epochs_are_counted_by_groups(two: Path, four: Path) -> None
 
 
 def test_logged_speeds_are_of_the_tokens_of_all_processes(two: Path, four: Path) -> None:
-    """Trainer counts 6 operations a token and parameter, of all processes, whatever shares a sequence."""
+    """Trainer counts 6 operations a token and parameter, of all processes, and padding, which may not be computed."""
     for folder, names in ((two, TWO_PROCESSES), (four, FOUR_PROCESSES)):
         for name in names:
             told = read(folder, name).numbers
             assert len(told["speed_tokens"]) == told["steps"], name
             if "lora" not in name:  # of which Trainer counts the adapters' parameters too
-                assert sum(told["speed_tokens"]) == told["tokens"] / (6 * told["parameters"]), name
+                with_padding = told["tokens"] / (6 * told["parameters"])
+                assert sum(told["speed_tokens"]) == told["computed"] <= with_padding, name
 
 
 def test_predictions_have_a_row_for_each_sample_or_none(two: Path, four: Path) -> None:
