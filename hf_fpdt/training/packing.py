@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..labels import IGNORE_INDEX
 
@@ -151,6 +151,16 @@ def fitting_pieces(length: int, room: int, long_documents: LongDocuments, counts
     return []
 
 
+def _lengths(documents: Any) -> Iterator[int]:
+    """Tokens of each document; of a data set of `datasets` without reading them one by one."""
+    if hasattr(documents, "select_columns") and hasattr(documents, "with_format"):
+        for table in documents.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000):
+            for part in table["input_ids"].chunks:
+                yield from part.value_lengths().to_pylist()
+    else:
+        yield from (len(documents[index]["input_ids"]) for index in range(len(documents)))
+
+
 def _documents_of(sample: Mapping[str, Any]) -> dict[str, list[int]]:
     """Ids and labels of a sample as lists; its labels are its ids where it has none."""
     ids = _listed(sample["input_ids"])
@@ -187,8 +197,7 @@ class PackedRows(Dataset[dict[str, list[int]]]):
     def __init__(self, documents: Any, max_length: int, long_documents: LongDocuments = "drop") -> None:
         self.documents, self.counts = documents, PackingCounts(max_length)
         self._pieces: list[tuple[int, slice]] = []
-        for index in range(len(documents)):
-            length = len(documents[index]["input_ids"])
+        for index, length in enumerate(_lengths(documents)):
             pieces = fitting_pieces(length, max_length, long_documents, self.counts)
             self._pieces += [(index, piece) for piece in pieces]
         lengths = [piece.stop - piece.start for _, piece in self._pieces]
@@ -235,6 +244,14 @@ class PackedStream(IterableDataset[dict[str, list[int]]]):
         self.counts = PackingCounts(max_length)
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        worker = get_worker_info()
+        # The streams of `datasets` give each worker of a loader its own documents; of others all pack the same.
+        shared = worker is not None and not hasattr(self.documents, "num_shards")
+        for number, row in enumerate(self._rows()):
+            if worker is None or not shared or number % worker.num_workers == worker.id:
+                yield row
+
+    def _rows(self) -> Iterator[dict[str, list[int]]]:
         counts = self.counts = PackingCounts(self.max_length)
         waiting = _Waiting()
         for sample in self.documents:

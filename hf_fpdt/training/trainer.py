@@ -18,6 +18,7 @@ from ..model import applied_settings, apply_fpdt, has_fpdt, train_with
 from ..parallel import SequenceParallelGroup, ignore_first_tokens
 from .evaluation import Evaluation, filled, first_rows
 from .loaders import join_group, sharding_collator
+from .packing import LENGTHS, PackingCollator
 from .refused import refused_options
 from .saying import say_what_is_done
 from .speed import TrainingSpeed
@@ -69,6 +70,14 @@ class FPDTTrainerMixin:
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
         applied = self._fpdt_applied
         self.fpdt_group = join_group(accelerator, self.fpdt_plugin, None if applied is None else applied.group)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """As Trainer's; what tells documents of a row apart is no argument of the model, and is not taken away."""
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        collator: Any = self.data_collator  # type: ignore[attr-defined]
+        columns: list[str] = self._signature_columns  # type: ignore[attr-defined]
+        if isinstance(getattr(collator, "inner", collator), PackingCollator) and LENGTHS not in columns:
+            columns.append(LENGTHS)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; "auto" leaves the memory that this optimizer takes."""

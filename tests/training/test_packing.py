@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, TrainingArguments
 
-from hf_fpdt import PackedRows, PackedStream, PackingCollator
+from hf_fpdt import FPDTPlugin, FPDTTrainer, PackedRows, PackedStream, PackingCollator
 from hf_fpdt.training.packing import pack
+from tests.helpers.models import tiny
 from tests.helpers.support import assert_rejects
 
 ROOM = 32
@@ -28,6 +31,9 @@ def samples(lengths: tuple[int, ...] = LENGTHS) -> list[Sample]:
         ids = [1000 * index + place for place in range(length)]
         made.append({"input_ids": ids, **({"labels": [-100, *ids[1:]]} if index % 2 else {})})
     return made
+
+
+KEPT = {token for each in samples() if len(each["input_ids"]) <= ROOM for token in each["input_ids"]}
 
 
 def rows_of(kind: str, long_documents: Any = "drop", lengths: tuple[int, ...] = LENGTHS) -> tuple[list[Any], Any]:
@@ -181,3 +187,52 @@ def test_packed_rows_go_on_as_their_documents() -> None:
 def test_only_documents_that_fit_are_packed(lengths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="documents of 1 to 32 tokens are expected"):
         pack(lengths, ROOM)
+
+
+def test_a_data_set_of_datasets_is_packed_by_its_lengths_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = datasets.Dataset.from_list([{"input_ids": each["input_ids"]} for each in samples()])
+    shuffled = documents.shuffle(seed=1)
+    rows = PackedRows(shuffled, ROOM)
+    check_rows([rows[index] for index in range(len(rows))], KEPT)
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", lambda *_: pytest.fail("a document was read"))
+    assert [len(row) for row in PackedRows(shuffled, ROOM).rows] == [len(row) for row in rows.rows]
+
+
+@pytest.mark.parametrize("own_shards", [False, True])
+def test_workers_of_a_loader_share_a_stream(own_shards: bool) -> None:
+    stream: Any = samples()
+    if own_shards:
+        stream = datasets.Dataset.from_list([{"input_ids": each["input_ids"]} for each in samples()])
+        stream = stream.to_iterable_dataset(num_shards=4)
+    packed = PackedStream(stream, ROOM)
+    loader = DataLoader(packed, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    tokens = Counter(int(token) for row in loader for token in row["input_ids"])
+    assert set(tokens.values()) == {1}
+    assert set(tokens) == KEPT
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream", "columns"])
+def test_a_trainer_keeps_what_tells_documents_apart(kind: str, tmp_path: Path) -> None:
+    """Trainer takes columns away that are no argument of the model; without them a row would be one document."""
+    lengths = (5, 9, 3, 12)
+    documents = [{"input_ids": [3 + (7 * i + p) % 60 for p in range(length)]} for i, length in enumerate(lengths)]
+    rows: Any = PackedRows(documents, ROOM)
+    made = {"rows": rows, "stream": PackedStream(documents, ROOM), "columns": datasets.Dataset.from_list([rows[0]])}
+    model = tiny(dtype=torch.float32)
+    total, labels = 0.0, sum(lengths) - len(lengths)
+    for each in documents:
+        ids = torch.tensor([each["input_ids"]])
+        total += float(model(input_ids=ids, labels=ids, num_items_in_batch=1).loss.detach())
+    options: dict[str, Any] = {"max_steps": 1, "use_cpu": True, "report_to": "none", "logging_steps": 1}
+    args = TrainingArguments(str(tmp_path), **options)
+    trainer = FPDTTrainer(model, args, PackingCollator(), made[kind], fpdt_plugin=FPDTPlugin(chunk_tokens=8))
+    assert args.remove_unused_columns
+    trainer.train()
+
+    def check(loss: float) -> None:
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(loss, rel=1e-3)
+
+    check(total / labels)
+    whole = torch.tensor([rows[0]["input_ids"]])
+    leaky = tiny(dtype=torch.float32)(input_ids=whole, labels=whole).loss.item()
+    assert_rejects(check, {"one document": leaky})
