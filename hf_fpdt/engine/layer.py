@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from ..layout import Chunk
+from ..layout import Chunk, Documents
 from .calls import (
     AttentionCall,
     AttentionReached,
@@ -109,7 +109,10 @@ class _ChunkedLayer(torch.autograd.Function):
 def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall, cache: StandInCache) -> Tensor:
     """The layer's own forward on one chunk, its attention done by `call`, its states those of `cache`."""
     with calling(call), scans_over(run.layer.module, run.layer.group) if run.state_names else nullcontext():
-        y_BSD = hidden_states_of(run.layer.forward(x_BSD, **run.arguments_of(chunk, cache)))
+        if run.documents is not None and run.state_names:
+            y_BSD = _by_document(run, run.documents, chunk, x_BSD, cache)
+        else:
+            y_BSD = hidden_states_of(run.layer.forward(x_BSD, **run.arguments_of(chunk, cache)))
     did, usual = (call.qkv is not None, list(cache.finals)), (run.traits.attends, run.state_names)
     if did != usual:
         raise RuntimeError(
@@ -117,6 +120,27 @@ def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall, c
             f"{did}, then {usual}; so cutting it in chunks is not exact. Layers must do the same in every step."
         )
     return y_BSD
+
+
+def _by_document(run: LayerRun, documents: Documents, chunk: Chunk, x_BSD: Tensor, cache: StandInCache) -> Tensor:
+    """A recurrent layer's own forward on each document of a chunk: only the one that goes on has states before it.
+
+    `cache` is left with the states of the last document, which the next chunk may go on with.
+    """
+    parts, last = [], cache
+    for piece in documents.pieces(chunk):
+        # A single token that goes on would be taken for one to be decoded, which has no backward pass: the next one
+        # comes with it, whose output, and the states after it, nobody wants.
+        single = piece.goes_on and piece.stop - piece.start == 1 and piece.stop < chunk.stop
+        stop = piece.stop + single
+        part = Chunk(chunk.index, piece.start, stop, piece.start, stop)
+        last = cache if piece.goes_on else run.cache_of(part, {})
+        last.before = piece.start - documents.start_of(piece.start)
+        x = x_BSD[:, piece.start - chunk.start : stop - chunk.start]
+        y = hidden_states_of(run.layer.forward(x, **run.arguments_of(part, last)))
+        parts.append(y[:, : piece.stop - piece.start])
+    cache.finals = last.finals
+    return torch.cat(parts, dim=1)
 
 
 def _keep_states(run: LayerRun, chunk: Chunk, cache: StandInCache) -> dict[str, Tensor]:

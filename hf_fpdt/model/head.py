@@ -36,6 +36,7 @@ from ..parallel import (
     batch_shape,
     batch_shared_by,
     check_shard,
+    marks_of,
     pack_arguments,
     without_ends,
 )
@@ -156,7 +157,7 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     # With a cache it is generation, in which every rank has the whole of a sequence.
     group, generates = self._fpdt.settings.group, bool(caches_in(arguments))
     ranks, shape = 1 if generates else group.size, batch_shape(arguments)
-    packing = Packing() if generates else pack_arguments(arguments, ranks=ranks, may_join=_may_join_rows(self))
+    packing = Packing() if generates else _packing(self, arguments, ranks)
     if ranks > 1:
         check_shard(arguments, sample, group, self._fpdt.settings.plan, packing.documents)
     if ranks > 1 or any(packing):
@@ -166,9 +167,7 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         self._fpdt.settings.packed = None if row is None else (shape, row)
     with batch_shared_by(ranks), batch_of(packing.documents):
         outputs = self._fpdt.forward(**arguments)
-    flat = outputs[0]
-    if packing.rows is not None:
-        outputs = _padded(outputs, packing.rows)
+    flat, outputs = outputs[0], outputs if packing.rows is None else _padded(outputs, packing.rows)
     if call is None:
         return outputs
     if call.whole:
@@ -187,27 +186,19 @@ def _check_kernel(model: Any, arguments: dict[str, Any]) -> None:
         model._fpdt.settings.check_kernel(given.device, model.dtype, is_sharded=is_sharded)
 
 
-def _may_join_rows(base: Any) -> bool:
-    """Whether rows of a batch may become one: of a text's tokens, whose positions are an argument.
-
-    A layer that is given a cache's stand-in gets one for a chunk, whatever rows it is of.
-    """
-    of_text = base.config is base.config.get_text_config() and "position_ids" in base._fpdt.signature.parameters
-    return of_text and all(takes_documents(layer) for layer in decoder_layers(base))
+def _packing(base: Any, arguments: dict[str, Any], ranks: int) -> Packing:
+    """How it runs on a batch. Rows may become one of a text's tokens, whose positions are an argument."""
+    positions = "position_ids" in base._fpdt.signature.parameters
+    may_join = positions and base.config is base.config.get_text_config()
+    may_join = may_join and all(map(takes_documents, decoder_layers(base)))
+    return pack_arguments(arguments, ranks=ranks, may_join=may_join, takes_positions=positions)
 
 
 def _padded(outputs: Any, rows: Rows) -> Any:
     """A model's output, of one packed row, with the rows of the batch."""
-
-    def again(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(again, value))
-        packed = isinstance(value, Tensor) and value.shape[:2] == (1, rows.documents.n_tokens)
-        return rows.padded(value) if packed else value
-
     if isinstance(outputs, tuple):
-        return again(outputs)
-    return _with(outputs, **{name: again(value) for name, value in outputs.items()})
+        return rows.padded_each(outputs)
+    return _with(outputs, **{name: rows.padded_each(value) for name, value in outputs.items()})
 
 
 def _check_router(config: Any, arguments: dict[str, Any]) -> None:
@@ -270,9 +261,10 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _visited_forward(self, *args, **kwargs)
     token = _sample.set(kwargs.pop(SAMPLE_KEY, None))
     try:
-        if kwargs.get(_TRLS_LOSS):
-            return self._fpdt.forward(*args, **kwargs)  # TRL's loss in chunks, of hidden states that are made here
-        return _forward_with_loss(self, *args, **kwargs)
+        with marks_of(kwargs):
+            if kwargs.get(_TRLS_LOSS):
+                return self._fpdt.forward(*args, **kwargs)  # TRL's loss in chunks, of hidden states that are made here
+            return _forward_with_loss(self, *args, **kwargs)
     finally:
         _sample.reset(token)
 
@@ -332,9 +324,8 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     hidden, rows = call.outputs[0], call.packing.rows
     targets = _targets(call.packing, ignore_index, arguments.get("attention_mask"), loss_arguments)
     loss = _loss(self, hidden, logits_of, ignore_index, targets, loss_arguments["num_items_in_batch"])
-    logits = None
-    if kept is not None:
-        logits = logits_of(hidden if rows is None else rows.padded(hidden), logits_to_keep=kept)
+    whole = hidden if rows is None or kept is None else rows.padded(hidden)
+    logits = None if kept is None else logits_of(whole, logits_to_keep=kept)
     outputs = _with(outputs, loss=loss, logits=logits)
     return outputs.to_tuple() if as_tuple else outputs
 
@@ -375,9 +366,9 @@ def _targets(packing: Packing, ignore_index: int, mask: Tensor | None, given: Ma
     if packing.rows is not None:
         targets = packing.rows.flat(targets)
     documents = packing.documents
-    # A rank's part of a row has no end that the collator has not seen.
-    whole = documents is not None and targets.shape == (1, documents.n_tokens)
-    return without_ends(targets, documents, ignore_index) if documents is not None and whole else targets
+    if documents is None or targets.shape != (1, documents.n_tokens):
+        return targets  # a rank's part of a row has no end that the collator has not seen
+    return without_ends(targets, documents, ignore_index)
 
 
 def _loss(

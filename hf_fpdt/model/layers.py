@@ -217,7 +217,7 @@ class ChunkedLayer(nn.Module):
 
 
 def takes_documents(layer: Any) -> bool:
-    """Whether a layer that was entered runs on rows of several documents."""
+    """Whether a layer that was entered runs on rows of several documents as fast as on one."""
     return isinstance(layer, ChunkedLayer) and layer._fpdt_traits.cache is None
 
 
@@ -322,12 +322,15 @@ def _check_arguments(arguments: dict[str, Any], hidden: Tensor, name: str) -> No
 
 def _check_documents(traits: LayerTraits, documents: Documents | None, layer: Layer) -> None:
     """Refuse packed rows where a layer is given something that is one for a chunk, and not one for each document."""
-    if documents is None or traits.cache is None:
+    alone = bool(traits.states) and not traits.attends and layer.group.size == 1
+    if documents is None or traits.cache is None or alone:
         return
-    why = "asks how many tokens came before it" if not traits.states else "carries a state from token to token"
+    why = "asks how many tokens came before it, of which each has its own number"
+    if traits.states:
+        why = "has a recurrence and attention in one" if traits.attends else "carries a state over several ranks"
     raise NotImplementedError(
-        f"hf_fpdt: {layer.name} {why}, which a packed row has another of for each of its {len(documents.starts)} "
-        "documents; give one document a row."
+        f"hf_fpdt: {layer.name} does not take a packed row of {len(documents.starts)} documents: it {why}; give one "
+        "document a row."
     )
 
 

@@ -27,7 +27,7 @@ from .group import (
     repeat_heads,
     sum_repeated_heads,
 )
-from .rows import Packing, Rows, batch_shape, pack_arguments
+from .rows import Packing, Rows, batch_shape, marks_of, pack_arguments
 from .scans import STATES, heads_of_scan, inputs_before, over_ranks, why_not_scan_heads
 from .sharding import SAMPLE_KEY, ShardingCollator, batch_shared_by, check_shard, own_tokens, ranks_of_batch
 
@@ -52,6 +52,7 @@ __all__ = [
     "ignore_first_tokens",
     "inputs_before",
     "marked_documents",
+    "marks_of",
     "over_ranks",
     "own_tokens",
     "pack_arguments",

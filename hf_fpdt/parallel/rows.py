@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +54,13 @@ class Rows:
         whole = value_1T.new_zeros(self.shape[0] * self.shape[1], *value_1T.shape[2:])
         return whole.index_copy(0, self.kept.to(value_1T.device), value_1T[0]).unflatten(0, self.shape)
 
+    def padded_each(self, value: Any) -> Any:
+        """The same of every tensor of the packed row in tuples of them; what is none stays as it is."""
+        if isinstance(value, tuple):
+            return tuple(map(self.padded_each, value))
+        packed = isinstance(value, Tensor) and value.shape[:2] == (1, self.documents.n_tokens)
+        return self.padded(value) if packed else value
+
 
 class Packing(NamedTuple):
     """How a model runs on a batch.
@@ -76,7 +86,21 @@ def _tokens(arguments: Mapping[str, Any]) -> Tensor | None:
     return tokens if isinstance(tokens, Tensor) and tokens.dim() > 1 else None
 
 
-def pack_arguments(arguments: dict[str, Any], *, ranks: int, may_join: bool) -> Packing:
+_given: ContextVar[Mapping[str, Any]] = ContextVar("fpdt_marks", default=MappingProxyType({}))
+
+
+@contextmanager
+def marks_of(arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, what these arguments of a whole model mark counts, though that may keep it from its base model."""
+    found = {name: arguments[name] for name in (*MARKS, "position_ids") if arguments.get(name) is not None}
+    token = _given.set(found)
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def pack_arguments(arguments: dict[str, Any], *, ranks: int, may_join: bool, takes_positions: bool = True) -> Packing:
     """What documents a base model's arguments are of; rows of several lengths, or documents, become one packed row.
 
     `arguments` are changed: boundaries are taken out, positions restart, and with `rows` there is no mask any more.
@@ -84,11 +108,22 @@ def pack_arguments(arguments: dict[str, Any], *, ranks: int, may_join: bool) -> 
     Args:
         ranks: that share the row; each has its part of tokens and positions, and the boundaries of all.
         may_join: whether the model takes token ids or embeddings and positions, and nothing else that goes by rows.
+        takes_positions: whether it has positions.
 
     Raises:
         ValueError: boundaries disagree.
         NotImplementedError: there are documents where they cannot be told apart.
     """
+    takes_positions = takes_positions or "position_ids" in arguments
+    arguments |= {name: value for name, value in _given.get().items() if arguments.get(name) is None}
+    try:
+        return _pack(arguments, ranks=ranks, may_join=may_join)
+    finally:
+        if not takes_positions and ranks == 1:
+            arguments.pop("position_ids", None)
+
+
+def _pack(arguments: dict[str, Any], *, ranks: int, may_join: bool) -> Packing:
     tokens = _tokens(arguments)
     marks = {name: value for name in MARKS if (value := arguments.pop(name, None)) is not None}
     if tokens is None:
