@@ -147,14 +147,15 @@ def _pack_masked(arguments: dict[str, Any], marks: dict[str, Any], *, may_join: 
     """Under a mask transformers sees no documents; padding on the right is left out of what is computed."""
     mask = arguments["attention_mask"]
     positions = text_positions(arguments.get("position_ids"))
-    restarts = torch.is_grad_enabled() and positions is not None and _restarts(positions, mask)
+    plain = isinstance(mask, Tensor)  # a model may be given one for each kind of its layers
+    restarts = torch.is_grad_enabled() and positions is not None and plain and _restarts(positions, mask)
     if marks or restarts:
         what = ", ".join(marks) if marks else "position_ids that restart"
         raise NotImplementedError(
             f"hf_fpdt: attention_mask beside {what}: under a mask transformers takes a row for one document; leave "
             "attention_mask out of packed rows."
         )
-    if not may_join or mask.dim() != 2 or mask.shape[1] < 2:
+    if not may_join or not plain or mask.dim() != 2 or mask.shape[1] < 2:
         return Packing()
     lengths, right = (mask != 0).sum(1), (mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all()
     *numbers, on_the_right = torch.cat([lengths, right[None]]).tolist()  # the host waits once

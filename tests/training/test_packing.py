@@ -236,3 +236,39 @@ def test_a_trainer_keeps_what_tells_documents_apart(kind: str, tmp_path: Path) -
     whole = torch.tensor([rows[0]["input_ids"]])
     leaky = tiny(dtype=torch.float32)(input_ids=whole, labels=whole).loss.item()
     assert_rejects(check, {"one document": leaky})
+
+
+def labels_of_every_token(features: list[Any]) -> dict[str, torch.Tensor]:
+    """A collator that leaves labels of first tokens in, which nothing predicts."""
+    batch = PackingCollator()(features)
+    return {**batch, "labels": batch["input_ids"].clone()}
+
+
+def test_a_step_is_divided_by_the_labels_of_all_its_batches(tmp_path: Path) -> None:
+    """Accumulated rows of other numbers of documents; what a document's end would predict is in no sum."""
+    rows = [[5, 9, 3], [12, 1, 1, 1, 6], [17], [2, 2, 2, 14]]
+    documents = [[[3 + (7 * i + p) % 60 for p in range(n)] for i, n in enumerate(row)] for row in rows]
+    data = [{"input_ids": sum(row, []), "seq_lengths": [len(each) for each in row]} for row in documents]
+    model, total, labels = tiny(dtype=torch.float32), 0.0, 0
+    for ids in (torch.tensor([each]) for row in documents for each in row if len(each) > 1):
+        total += float(model(input_ids=ids, labels=ids, num_items_in_batch=1).loss.detach())
+        labels += ids.shape[1] - 1
+    options: dict[str, Any] = {"max_steps": 1, "use_cpu": True, "report_to": "none", "logging_steps": 1}
+    options |= {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "remove_unused_columns": False}
+    losses = {}
+    for name in ("right", "counted"):
+        args = TrainingArguments(str(tmp_path / name), **options)
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "counted":
+                patch.setattr("hf_fpdt.training.trainer.ignore_first_tokens", lambda *_: None)
+            collator: Any = labels_of_every_token
+            plugin = FPDTPlugin(chunk_tokens=8)
+            trainer = FPDTTrainer(tiny(dtype=torch.float32), args, collator, data, fpdt_plugin=plugin)
+            trainer.train()
+        losses[name] = trainer.state.log_history[0]["loss"]
+
+    def check(loss: float) -> None:
+        assert loss == pytest.approx(total / labels, rel=1e-4)
+
+    check(losses["right"])
+    assert_rejects(check, {"labels of first tokens are counted": losses["counted"]})
