@@ -155,8 +155,6 @@ def _at_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if narrow else x
 
 
-# What tells documents of one row apart, to attention and to recurrences.
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 # Arguments some models pass to attention, with why none of them may be dropped.
 _REFUSED_ARGUMENTS = (
     ("indices", "it looks at chosen keys alone (sparse attention), which is not supported"),

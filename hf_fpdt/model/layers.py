@@ -30,7 +30,7 @@ from ..engine import (
 from ..layout import Block, Documents
 from ..parallel import documents_of_batch
 from ..plan import LayerMix
-from .attention_function import PACKED, window_of_mask
+from .attention_function import window_of_mask
 from .fused import fuse_layer
 from .patch import arguments_by_name, caches_in, signature_of
 from .refusals import check_adapters
@@ -347,8 +347,6 @@ def _check_window(asked: int | None, planned: int | None, name: str) -> None:
 def _why_not_sliced(key: str, value: Tensor, n_tokens: int) -> str | None:
     if key == "attention_mask" and value.dim() > 2:
         return "masks are not supported in training; pad on the right with label -100 and pass no 4-D mask."
-    if key in PACKED:
-        return "packed documents are not supported yet; give one document a sequence."
     if value.requires_grad:
         return "only hidden states may carry a gradient into a layer."
     elsewhere = [axis for axis, size in enumerate(value.shape) if size == n_tokens > 1 and axis != 1]

@@ -125,15 +125,17 @@ def test_a_first_step_of_few_tokens_tries_layers_and_is_exact(length: int) -> No
         assert_same_step(train_step(applied, ids), train_step(model, ids), TOLERANCE)
 
 
-@pytest.mark.parametrize("mark", ["seq_idx", "cu_seq_lens_q"])
 @pytest.mark.parametrize("name", ["qwen3_5_text", "bamba"])
-def test_packed_documents_are_refused_whatever_is_installed(name: str, mark: str) -> None:
-    """Kernels take these marks, and would be given those of the whole row with each chunk."""
-    model = recurrent(name)
-    apply_fpdt(model, PLUGIN)
-    marks = {"seq_idx": torch.arange(37).ge(20).int()[None], "cu_seq_lens_q": torch.tensor([0, 20, 37]).int()}
-    with pytest.raises(NotImplementedError, match=f"hf_fpdt: layer 0 .* got '{mark}' .*packed documents"):
-        train_step(model, IDS[:1], **{mark: marks[mark]})
+def test_no_mark_of_packed_documents_reaches_a_layer(name: str) -> None:
+    """Kernels take these marks, and would be given those of the whole row with each chunk: they get pieces instead."""
+    with in_double():
+        model = recurrent(name)
+        apply_fpdt(model, PLUGIN)
+        restarts = torch.cat([torch.arange(20), torch.arange(17)])[None]
+        expected = train_step(model, IDS[:1], position_ids=restarts)
+        marks = {"seq_idx": torch.arange(37).ge(20).int()[None], "cu_seq_lens_q": torch.tensor([0, 20, 37]).int()}
+        for mark, value in marks.items():
+            assert_same_step(train_step(model, IDS[:1], **{mark: value}), expected, TOLERANCE)
 
 
 ZAMBA2: dict[str, Any] = {
