@@ -6,7 +6,7 @@ registers `attn_implementation="fpdt"`; it needs no GPU.
 
 from .config import FPDTPlugin
 from .engine import attend_whole
-from .model import FPDTHandle, apply_fpdt, register
+from .model import FPDTHandle, apply_fpdt, chunked_log_probs, register
 from .parallel import ShardingCollator
 from .training import FPDTAccelerator, FPDTTrainer, FPDTTrainerMixin, PackedRows, PackedStream, PackingCollator
 
@@ -23,6 +23,7 @@ __all__ = [
     "ShardingCollator",
     "apply_fpdt",
     "attend_whole",
+    "chunked_log_probs",
 ]
 
 register()

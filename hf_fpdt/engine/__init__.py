@@ -14,6 +14,7 @@ In reading order:
     layer_state           how a layer is built, and whether it still is
     loss                  final norm, head and loss, chunk by chunk
     cross_entropy         the loss of a chunk with its gradient, in one kernel too
+    log_probs             log-probabilities of tokens, chunk by chunk, for losses of one's own
     progress              the line inside a long step
 """
 
@@ -21,6 +22,7 @@ from .calls import current_call, traits_without_memory
 from .layer import run_layer
 from .layer_run import Layer, LayerRun
 from .layer_state import is_fsdps, look_of
+from .log_probs import STATISTICS, LastUse, LogProbs, chunked_log_probs
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
 from .recurrent import Asked, LayerTraits, cache_argument, plain_kernels, scan_packages
@@ -32,16 +34,20 @@ from .whole import attend_documents, attend_whole
 __all__ = [
     "Asked",
     "Head",
+    "LastUse",
+    "LogProbs",
     "Layer",
     "LayerRun",
     "LayerTraits",
     "LayerTrials",
     "RandomState",
+    "STATISTICS",
     "StepProgress",
     "TRIAL_TOKENS",
     "attend_documents",
     "attend_whole",
     "cache_argument",
+    "chunked_log_probs",
     "chunked_loss",
     "current_call",
     "is_fsdps",

@@ -13,6 +13,7 @@ In reading order:
     fused               which pieces of a layer have a faster twin
     fused_linear        LoRA fused; products that nobody reads
     experts/            chosen experts as one operation: which (replace), how (operation), its passes, its gates
+    scoring/            log-probabilities: the model's head on some tokens (head_call), TRL's call and ours (log_probs)
     liger               Liger's kernels, where they are
     shapes              known models as configurations; sizes of a model for the planner
 """
@@ -21,15 +22,18 @@ from .adapters import mapping_with_rope, rope_of, trained_rope, without_adapters
 from .apply import FPDTHandle, applied_settings, apply_fpdt, device_peak, has_fpdt, train_with, why_refused
 from .attention_function import register
 from .layers import decoder_layers, mostly_trained
+from .scoring.log_probs import TokenLogProbs, chunked_log_probs
 from .shapes import LORA_RANK, SHAPES, build_random, training_of, training_of_model, with_layers
 
 __all__ = [
     "FPDTHandle",
     "LORA_RANK",
     "SHAPES",
+    "TokenLogProbs",
     "applied_settings",
     "apply_fpdt",
     "build_random",
+    "chunked_log_probs",
     "decoder_layers",
     "device_peak",
     "has_fpdt",

@@ -6,28 +6,23 @@ slice of hidden states by running that forward with the base model standing asid
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..engine import (
-    Head,
     RandomState,
     chunked_loss,
-    is_fsdps,
     mixes_tokens,
     norm_by_chunks,
     untouched_random_state,
     visiting,
 )
-from ..labels import IGNORE_INDEX, check_padding, shifted
+from ..labels import IGNORE_INDEX
 from ..parallel import (
     SAMPLE_KEY,
     Packing,
@@ -38,20 +33,29 @@ from ..parallel import (
     check_shard,
     marks_of,
     pack_arguments,
-    without_ends,
 )
 from ..plan import by_layer
 from .layers import base_of, check_stack, decoder_layers, decoder_of, takes_documents
 from .patch import arguments_by_name, caches_in, patch
 from .refusals import check_loss_arguments, homes_of
+from .scoring.head_call import (
+    WHY_NOT_WHOLE,
+    HeadCall,
+    as_head_call,
+    current_head_call,
+    described_head,
+    head_after,
+    heads_of,
+    targets_of,
+    with_fields,
+    without_fsdp,
+)
+from .scoring.log_probs import TRLS, answer, taken_request
 from .settings import Settings
 
 # Who may put a forward of theirs in place of a model's: they call the model's own, and leave its loss alone. (Liger's,
 # which does not, has a reason of its own.)
 _WRAP_FORWARD = ("transformers.", "accelerate.", "torch.", "peft.", "trl.", "liger_kernel.", "hf_fpdt.")
-# TRL's has a head and a loss in chunks of its own, for calls with this argument.
-_TRLS_LOSS = "fused_lm_head"
-WHY_NOT_WHOLE = "the forward of {} does not run its base model as a whole; train it without apply_fpdt"
 
 
 def loss_reasons(model: Any) -> list[str]:
@@ -104,43 +108,12 @@ def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
     return norm_by_chunks(self._fpdt.forward, hidden, list(self.parameters()), size)
 
 
-@dataclass
-class _HeadCall:
-    """Set while the model's own forward runs for the sake of its head.
-
-    Without `outputs` the base model runs and leaves its outputs here; with them, the base model stands aside and the
-    head sees them.
-
-    Attributes:
-        packing: how the base model ran on the batch; its hidden states are still so, but for `whole`.
-        whole: whether the head sees all that the base model gave at once; else one token of it.
-        began: the random state in which the head began.
-    """
-
-    outputs: Any = None
-    packing: Packing = Packing()
-    whole: bool = False
-    began: RandomState | None = None
-
-
-_head_call: ContextVar[_HeadCall | None] = ContextVar("fpdt_head_call", default=None)
-
-
-@contextmanager
-def _as_head_call(call: _HeadCall) -> Iterator[_HeadCall]:
-    token = _head_call.set(call)
-    try:
-        yield call
-    finally:
-        _head_call.reset(token)
-
-
 _sample: ContextVar[Tensor | None] = ContextVar("fpdt_sample", default=None)
 
 
 def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     sample = kwargs.pop(SAMPLE_KEY, _sample.get())
-    call = _head_call.get()
+    call = current_head_call()
     if call is not None and call.outputs is not None:
         return call.outputs
     arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
@@ -173,9 +146,9 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if call.whole:
         call.outputs, call.began = outputs, RandomState.now(outputs[0].device)
         return outputs
-    call.outputs, call.packing = _with(outputs, last_hidden_state=flat), packing
+    call.outputs, call.packing = with_fields(outputs, last_hidden_state=flat), packing
     # One token is enough for the model to make its output object; that token's logits are dropped.
-    return _with(call.outputs, last_hidden_state=call.outputs[0][:, :1])
+    return with_fields(call.outputs, last_hidden_state=call.outputs[0][:, :1])
 
 
 def _check_kernel(model: Any, arguments: dict[str, Any]) -> None:
@@ -198,7 +171,7 @@ def _padded(outputs: Any, rows: Rows) -> Any:
     """A model's output, of one packed row, with the rows of the batch."""
     if isinstance(outputs, tuple):
         return rows.padded_each(outputs)
-    return _with(outputs, **{name: rows.padded_each(value) for name, value in outputs.items()})
+    return with_fields(outputs, **{name: rows.padded_each(value) for name, value in outputs.items()})
 
 
 def _check_router(config: Any, arguments: dict[str, Any]) -> None:
@@ -207,11 +180,6 @@ def _check_router(config: Any, arguments: dict[str, Any]) -> None:
             "hf_fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False (TRL's "
             "trainers set it themselves: router_aux_loss_coef=0.0 in their config)."
         )
-
-
-def _with(outputs: Any, **fields: Any) -> Any:
-    """A copy of a model's output with other `fields`; assigning to one would leave its entry as a mapping behind."""
-    return type(outputs)(**{**outputs, **fields})
 
 
 def _other_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -224,7 +192,7 @@ def _other_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     padded = isinstance(mask, Tensor) and mask.dim() == 2 and not settings.padding_tried and bool((mask == 0).any())
     if not padded or visiting():
         return self._fpdt.forward(**arguments)
-    with _as_head_call(_HeadCall(whole=True)) as call:
+    with as_head_call(HeadCall(whole=True)) as call:
         outputs = self._fpdt.forward(**arguments)
     if call.outputs is not None and _reads_padding(self, arguments, outputs, call):
         raise NotImplementedError(
@@ -235,16 +203,16 @@ def _other_head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return outputs
 
 
-def _reads_padding(model: Any, arguments: dict[str, Any], outputs: Any, call: _HeadCall) -> bool:
+def _reads_padding(model: Any, arguments: dict[str, Any], outputs: Any, call: HeadCall) -> bool:
     """Whether the head's loss is another one where the hidden states of padding are."""
     if (loss := _loss_of(outputs)) is None:
         return False
     hidden, padding_BS1 = call.outputs[0].detach(), (arguments["attention_mask"] == 0).unsqueeze(-1)
-    other = _with(call.outputs, last_hidden_state=torch.where(padding_BS1.to(hidden.device), 1 - hidden, hidden))
+    other = with_fields(call.outputs, last_hidden_state=torch.where(padding_BS1.to(hidden.device), 1 - hidden, hidden))
     assert call.began is not None
-    with torch.no_grad(), untouched_random_state(hidden.device), _as_head_call(_HeadCall(other)):
+    with torch.no_grad(), untouched_random_state(hidden.device), as_head_call(HeadCall(other)):
         call.began.restore()
-        with _without_fsdp(_heads(model)):
+        with without_fsdp(heads_of(model)):
             again = _loss_of(model._fpdt.forward(**arguments))
     return not torch.equal(loss.detach(), again)
 
@@ -262,8 +230,10 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     token = _sample.set(kwargs.pop(SAMPLE_KEY, None))
     try:
         with marks_of(kwargs):
-            if kwargs.get(_TRLS_LOSS):
-                return self._fpdt.forward(*args, **kwargs)  # TRL's loss in chunks, of hidden states that are made here
+            if (request := taken_request(self._fpdt.forward, kwargs)) is not None:
+                return answer(self, request, *args, **kwargs)
+            if kwargs.get(TRLS):
+                return self._fpdt.forward(*args, **kwargs)  # of another release: its head, of hidden states made here
             return _forward_with_loss(self, *args, **kwargs)
     finally:
         _sample.reset(token)
@@ -271,13 +241,13 @@ def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _visited_forward(self: Any, **arguments: Any) -> Any:
     """The model's forward on a few tokens that no layer sees; its head is tried as layers are."""
-    with _as_head_call(_HeadCall(whole=True)) as call:
+    with as_head_call(HeadCall(whole=True)) as call:
         outputs = self._fpdt.forward(**arguments)
     if call.outputs is None:
         raise NotImplementedError(WHY_NOT_WHOLE.format(type(self).__name__))
 
     def logits_of(hidden: Tensor) -> Tensor:
-        with _as_head_call(_HeadCall(_with(call.outputs, last_hidden_state=hidden))):
+        with as_head_call(HeadCall(with_fields(call.outputs, last_hidden_state=hidden))):
             logits: Tensor = self._fpdt.forward(**arguments).logits
         return logits
 
@@ -311,64 +281,14 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not caches_in(arguments):
         arguments["use_cache"] = False
 
-    with _as_head_call(_HeadCall()) as call:
-        outputs = self._fpdt.forward(**arguments)
-    if call.outputs is None:
-        raise NotImplementedError(f"hf_fpdt: {WHY_NOT_WHOLE.format(type(self).__name__)}.")
-
-    def logits_of(hidden: Tensor, **kept: int | Tensor) -> Tensor:
-        """Logits of hidden states [B, S, D] by the model's own forward."""
-        with _as_head_call(_HeadCall(_with(call.outputs, last_hidden_state=hidden))), _without_fsdp(_heads(self)):
-            return self._fpdt.forward(**arguments, **kept).logits
-
-    hidden, rows = call.outputs[0], call.packing.rows
-    targets = _targets(call.packing, ignore_index, arguments.get("attention_mask"), loss_arguments)
+    outputs, hidden, logits_of, packing = head_after(self, arguments)
+    rows = packing.rows
+    targets = targets_of(packing, ignore_index, arguments.get("attention_mask"), loss_arguments)
     loss = _loss(self, hidden, logits_of, ignore_index, targets, loss_arguments["num_items_in_batch"])
     whole = hidden if rows is None or kept is None else rows.padded(hidden)
     logits = None if kept is None else logits_of(whole, logits_to_keep=kept)
-    outputs = _with(outputs, loss=loss, logits=logits)
+    outputs = with_fields(outputs, loss=loss, logits=logits)
     return outputs.to_tuple() if as_tuple else outputs
-
-
-def _heads(model: Any) -> list[nn.Module]:
-    """What the model's forward may run after its base model."""
-    base = base_of(model)
-    return [child for child in model.children() if child is not base]
-
-
-@contextmanager
-def _without_fsdp(modules: list[nn.Module]) -> Iterator[None]:
-    """FSDP2's hooks saw the head's one whole pass; on every chunk they would end their unit's backward pass early."""
-    inner = [module for outer in modules for module in outer.modules()]
-    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in inner]
-    for module in inner:
-        module._forward_pre_hooks = _not_fsdps(module._forward_pre_hooks)
-        module._forward_hooks = _not_fsdps(module._forward_hooks)
-    try:
-        yield
-    finally:
-        for module, before, after in hooks:
-            module._forward_pre_hooks, module._forward_hooks = before, after
-
-
-def _not_fsdps(hooks: Any) -> Any:
-    return OrderedDict((key, hook) for key, hook in hooks.items() if not is_fsdps(hook))
-
-
-def _targets(packing: Packing, ignore_index: int, mask: Tensor | None, given: Mapping[str, Any]) -> Tensor:
-    """The next token of each position that the hidden states are of; none at the end of a document."""
-    labels, shift_labels = given["labels"], given["shift_labels"]
-    targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
-    if mask is not None and mask.shape == targets.shape:
-        mask = mask.to(targets.device)
-        # On the left there may be some: it is masked.
-        check_padding("hf_fpdt", (mask == 0) & (mask.cumsum(1) > 0), targets, ignore_index)
-    if packing.rows is not None:
-        targets = packing.rows.flat(targets)
-    documents = packing.documents
-    if documents is None or targets.shape != (1, documents.n_tokens):
-        return targets  # a rank's part of a row has no end that the collator has not seen
-    return without_ends(targets, documents, ignore_index)
 
 
 def _loss(
@@ -379,19 +299,7 @@ def _loss(
     targets: Tensor,
     num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
-    heads = _heads(model)
-    if any(hasattr(p, "placements") for child in heads for p in child.parameters()):
-        # FSDP2 put them back as shards after the pass above; what computes the logits would be other tensors.
-        raise NotImplementedError(
-            "hf_fpdt: FSDP2 reshards the head as soon as it has run; wrap it with reshard_after_forward=False, or "
-            "leave it in the root's unit."
-        )
-    head = Head(
-        logits_of=logits_of,
-        parameters=list({id(p): p for child in heads for p in child.parameters()}.values()),
-        chunk_tokens=model._fpdt.settings.loss_chunk_tokens(model.config),
-        ignore_index=ignore_index,
-    )
+    head = described_head(model, logits_of, ignore_index)
     group = model._fpdt.settings.group
     if num_items_in_batch is None and group.size > 1:
         # Then a plain mean of the ranks' losses (DDP, FSDP) is the mean over the sequence's tokens.

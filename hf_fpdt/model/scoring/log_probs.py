@@ -1,0 +1,218 @@
+"""`model(..., labels=..., fused_lm_head=True)`, TRL's call, and `chunked_log_probs`, ours: answered by chunks.
+
+TRL (1.15 and later) puts a forward of its own on the model, which gathers hidden states of tokens with a label and
+makes log-probabilities of them. What it was told (temperature, what to compute) is in its closure; the answer is of
+its class.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ...engine import STATISTICS, LastUse, LogProbs
+from ...engine import chunked_log_probs as log_probs_by_chunks
+from ...labels import IGNORE_INDEX
+from ...parallel import Rows
+from ..layers import ChunkedLayer
+from ..patch import arguments_by_name, caches_in
+from ..refusals import check_loss_arguments, homes_of
+from .head_call import described_head, head_after, heads_of, targets_of
+
+# TRL's argument, and ours.
+TRLS, OURS = "fused_lm_head", "fpdt_log_probs"
+_TRLS_SETTINGS = ("temperature", "outputs", "cast_lm_head_to_fp32")
+
+
+@dataclass
+class TokenLogProbs(ModelOutput):
+    """What `chunked_log_probs` returns.
+
+    Tensors about tokens are [B, S - 1], or [B, S] with `shift_labels`: of the next token of each position, 0 where its
+    label is -100. They are in fp32 (float64 for float64 logits). Those that were not asked for are None.
+
+    Attributes:
+        loss: -log_probs, summed, over the number of labels (or `num_items_in_batch`).
+        log_probs: of the labels under softmax(logits / temperature).
+        entropy: of the distribution, in nats; differentiable, as log_probs are.
+        log_sum_sq_probs: log of the sum of squared probabilities.
+        mean_logits: over the vocabulary, of logits / temperature.
+        is_top1: whether the label is the likeliest token.
+        label_mask: whether there is a label.
+    """
+
+    loss: Tensor | None = None
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    label_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call wants to know of its tokens.
+
+    Attributes:
+        asked: of `STATISTICS`, beside log-probabilities.
+        in_fp32: whether the head computes in fp32, outside of autocast.
+        answer: class of the answer, with the fields of `TokenLogProbs`.
+    """
+
+    temperature: float = 1.0
+    asked: tuple[str, ...] = ()
+    in_fp32: bool = False
+    answer: Any = TokenLogProbs
+
+
+def chunked_log_probs(
+    model: nn.Module,
+    *,
+    temperature: float = 1.0,
+    outputs: Collection[str] = (),
+    head_in_fp32: bool = False,
+    **inputs: Any,
+) -> TokenLogProbs:
+    """Log-probabilities of labels, differentiable, without whole logits: for losses of your own.
+
+    Logits exist for `loss_chunk_tokens` tokens at a time, of tokens with a label alone. Softcaps, scales and biases
+    are those of the model's own head.
+
+    Args:
+        model: with FPDT applied, wrapped by PEFT or DDP or not.
+        temperature: what logits are divided by.
+        outputs: what else is computed: "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
+        head_in_fp32: whether the head computes in fp32, whatever its weights and autocast are.
+        inputs: of the model: input_ids, attention_mask and `labels` [B, S], -100 where nothing is asked, each about
+            the token at its own position; or `shift_labels` [B, S] about the next one. `num_items_in_batch`: what
+            `loss` is divided by.
+
+    Raises:
+        ValueError: FPDT is not applied, there are no labels, a temperature that is not positive, or an unknown output.
+        NotImplementedError: ranks share sequences (sp_size above 1).
+    """
+    if not temperature > 0:
+        raise ValueError(f"hf_fpdt: chunked_log_probs(temperature={temperature!r}): give a number above 0.")
+    if unknown := set(outputs) - {"log_probs", *STATISTICS}:
+        raise ValueError(
+            f"hf_fpdt: chunked_log_probs(outputs={sorted(unknown)}): there are {', '.join(STATISTICS)}; log_probs "
+            "are always there."
+        )
+    if not any(isinstance(module, ChunkedLayer) for module in model.modules()):
+        raise ValueError("hf_fpdt: chunked_log_probs: this model has no FPDT; call apply_fpdt(model) first.")
+    asked = tuple(name for name in STATISTICS if name in outputs)
+    found: TokenLogProbs = model(**inputs, **{OURS: Request(temperature, asked, head_in_fp32)})
+    return found
+
+
+def taken_request(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Request | None:
+    """What is asked by `kwargs`, taken out of them; None if it is nothing, or asked in a way that is TRL's own affair.
+
+    Args:
+        forward: the model's, before it was patched.
+    """
+    if OURS in kwargs:
+        request: Request = kwargs.pop(OURS)
+        return request
+    request_ = _trls_request(forward) if kwargs.get(TRLS) else None
+    if request_ is not None:
+        del kwargs[TRLS]
+    return request_
+
+
+def _trls_request(forward: Any) -> Request | None:
+    """By the settings in the closure of the forward that TRL put on the model."""
+    function = getattr(forward, "__func__", None)
+    if not inspect.isfunction(function) or not any(home.startswith("trl.") for home in homes_of(forward)):
+        return None
+    told = inspect.getclosurevars(function).nonlocals
+    answer = function.__globals__.get("FusedCausalLMOutput")
+    if answer is None or any(name not in told for name in _TRLS_SETTINGS):
+        return None
+    temperature, outputs, in_fp32 = (told[name] for name in _TRLS_SETTINGS)
+    if set(outputs) - {"log_probs", *STATISTICS}:
+        return None
+    return Request(temperature, tuple(name for name in STATISTICS if name in outputs), in_fp32, answer)
+
+
+def answer(model: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
+    """Run the base model by chunks, then its head on tokens with a label, by chunks."""
+    arguments = arguments_by_name(model._fpdt.signature, *args, **kwargs)
+    labels, shift_labels, num_items = (
+        arguments.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")
+    )
+    check_loss_arguments(arguments)
+    if model._fpdt.settings.group.size > 1:
+        raise NotImplementedError(
+            "hf_fpdt: log-probabilities of sequences that ranks share are not served yet: set sp_size=1."
+        )
+    if labels is None and shift_labels is None:
+        raise ValueError("hf_fpdt: log-probabilities are of labels: pass labels, or shift_labels.")
+    arguments["return_dict"] = True
+    if not caches_in(arguments):
+        arguments["use_cache"] = False
+    _, hidden, logits_of, packing = head_after(model, arguments)
+    mask, given = arguments.get("attention_mask"), {"labels": labels, "shift_labels": shift_labels}
+    targets = targets_of(packing, IGNORE_INDEX, mask, given)
+    head = described_head(model, _in_fp32(model, logits_of) if request.in_fp32 else logits_of)
+    found = log_probs_by_chunks(
+        head,
+        hidden,
+        targets,
+        temperature=request.temperature,
+        asked=request.asked,
+        last_use=model._fpdt.found.setdefault(OURS, LastUse()),
+        modules=heads_of(model),
+    )
+    return _answered(request, found, num_items, packing.rows, own=shift_labels is not None)
+
+
+def _answered(request: Request, found: LogProbs, num_items: Any, rows: Rows | None, *, own: bool) -> Any:
+    """In the shape of the call: one token less than the row where labels were shifted here."""
+    names = ("log_probs", "label_mask", *request.asked)
+    whole = {name: getattr(found, name) for name in names}
+    if rows is not None:
+        whole = {name: rows.padded(value) for name, value in whole.items()}
+    fields = {name: value[:, : None if own else -1] for name, value in whole.items()}
+    items = fields["label_mask"].sum().clamp(min=1) if num_items is None else num_items
+    return request.answer(loss=-fields["log_probs"].sum() / items, **fields)
+
+
+def _in_fp32(model: Any, logits_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wide_logits_of(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False), _wide(model.get_output_embeddings()):
+            return logits_of(hidden.float())
+
+    return wide_logits_of
+
+
+@contextmanager
+def _wide(head: Any) -> Iterator[None]:
+    """Inside, the head's weights are cast to fp32 as they are used."""
+    own = vars(head).get("forward")
+    if own is not None or head.weight.dtype == torch.float32:  # TRL has put its own there, which casts
+        yield
+        return
+    if type(head) is not nn.Linear:
+        raise NotImplementedError(
+            f"hf_fpdt: the head ({type(head).__name__}) is no plain Linear, which could be cast to fp32: leave it "
+            "in its own dtype (cast_lm_head_to_fp32=False), or load the model in fp32."
+        )
+
+    def forward(x: Tensor) -> Tensor:
+        bias = None if head.bias is None else head.bias.float()
+        return nn.functional.linear(x, head.weight.float(), bias)
+
+    vars(head)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(head)["forward"]
