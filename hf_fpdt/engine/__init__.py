@@ -25,7 +25,7 @@ from .layer_state import is_fsdps, look_of
 from .log_probs import STATISTICS, LastUse, LogProbs, chunked_log_probs
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
-from .recurrent import Asked, LayerTraits, cache_argument, plain_kernels, scan_packages
+from .recurrent import Asked, LayerTraits, StandInCache, cache_argument, plain_kernels, scan_packages
 from .replay_state import RandomState, untouched_random_state
 from .trial import LayerTrials, mixes_tokens, visit, visiting
 from .trial_run import TRIAL_TOKENS
@@ -42,6 +42,7 @@ __all__ = [
     "LayerTrials",
     "RandomState",
     "STATISTICS",
+    "StandInCache",
     "StepProgress",
     "TRIAL_TOKENS",
     "attend_documents",

@@ -13,15 +13,26 @@ In reading order:
     fused               which pieces of a layer have a faster twin
     fused_linear        LoRA fused; products that nobody reads
     experts/            chosen experts as one operation: which (replace), how (operation), its passes, its gates
-    scoring/            log-probabilities: the model's head on some tokens (head_call), TRL's call and ours (log_probs)
+    scoring/            log-probabilities: TRL's call and ours (log_probs), the head on some tokens (head_call), rows
+                        that are padded on the left (left_padding)
     liger               Liger's kernels, where they are
     shapes              known models as configurations; sizes of a model for the planner
 """
 
 from .adapters import mapping_with_rope, rope_of, trained_rope, without_adapters
-from .apply import FPDTHandle, applied_settings, apply_fpdt, device_peak, has_fpdt, train_with, why_refused
+from .apply import (
+    FPDTHandle,
+    applied_settings,
+    apply_fpdt,
+    device_peak,
+    has_fpdt,
+    may_get_fpdt,
+    train_with,
+    why_refused,
+)
 from .attention_function import register
 from .layers import decoder_layers, mostly_trained
+from .scoring.left_padding import why_not_moved
 from .scoring.log_probs import TokenLogProbs, chunked_log_probs
 from .shapes import LORA_RANK, SHAPES, build_random, training_of, training_of_model, with_layers
 
@@ -38,6 +49,7 @@ __all__ = [
     "device_peak",
     "has_fpdt",
     "mapping_with_rope",
+    "may_get_fpdt",
     "mostly_trained",
     "register",
     "rope_of",
@@ -45,6 +57,7 @@ __all__ = [
     "trained_rope",
     "training_of",
     "training_of_model",
+    "why_not_moved",
     "why_refused",
     "with_layers",
     "without_adapters",

@@ -260,6 +260,15 @@ def has_fpdt(model: nn.Module, plugin: FPDTPlugin, group: SequenceParallelGroup)
     return settings is not None
 
 
+def may_get_fpdt(model: nn.Module) -> bool:
+    """Whether a model that is only asked, never trained, can have FPDT too; it is as exact without."""
+    unwrapped: Any = model
+    inner = unwrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel) or applied_settings(inner) is not None or why_refused(inner):
+        return False
+    return not any(hasattr(layer, "unshard") for layer in decoder_layers(inner))  # FSDP2 has it
+
+
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     unwrapped: Any = model
     inner = unwrapped.get_base_model() if hasattr(model, "get_base_model") else model

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+from ..model import why_not_moved
+
 # Of a sampler's first ones, rows whose prompts are looked at.
 SAMPLES = 256
 _LOGITS = "whole logits (tokens x vocabulary), which FPDT does not make"
@@ -63,14 +65,23 @@ def refused_options(trainer: Any, sp_size: int) -> list[str]:
             "config",
         ),
         (_pads_left(trainer), _PADS_LEFT),
-        (prompts := unequal_prompts(trainer), prompts or ""),
         (args.n_gpu > 1, "DataParallel is not supported; start one process a GPU with accelerate launch"),
     )
     return [reason for refused, reason in checks if refused]
 
 
-def unequal_prompts(trainer: Any) -> str | None:
-    """Why TRL will pad prompts on the left, by the first prompts that its own sampler will draw; None if it will not.
+def refused_prompts(trainer: Any) -> list[str]:
+    """Prompts that TRL will pad on the left, where the model is not served with such rows; with FPDT applied.
+
+    They are found in the first prompts that TRL's own sampler will draw.
+    """
+    prompts = _unequal_prompts(trainer)
+    why = None if prompts is None else why_not_moved(trainer.model)
+    return [] if prompts is None or why is None else [prompts.format(why)]
+
+
+def _unequal_prompts(trainer: Any) -> str | None:
+    """Why TRL will pad prompts on the left, with a place for why that is refused; None if it will not.
 
     Trainers that generate (GRPO, RLOO) fill up the prompts of one generation of a process. Prompts that a rollout or
     an environment makes are known at their step alone.
@@ -98,12 +109,13 @@ def _left_padding(short: int, long: int, lengths: Mapping[int, int], multiple: i
     if lengths[short] == lengths[long]:
         return (
             f"pad_to_multiple_of={multiple} pads prompts on the left (row {short} of train_dataset has "
-            f"{lengths[short]} tokens), which is not supported in training; leave it out"
+            f"{lengths[short]} tokens), which is not supported in training for this model: {{}}; leave it out"
         )
     return (
-        f"prompts are padded on the left, which is not supported in training: rows {short} and {long} of "
-        f"train_dataset, of {lengths[short]} and {lengths[long]} tokens, come in one batch; give prompts of one "
-        "length, or let a batch have one prompt (per_device_train_batch_size=num_generations, steps_per_generation=1)"
+        f"prompts are padded on the left, which is not supported in training for this model: {{}}. Rows {short} and "
+        f"{long} of train_dataset, of {lengths[short]} and {lengths[long]} tokens, come in one batch; give prompts of "
+        "one length, or let a batch have one prompt (per_device_train_batch_size=num_generations, "
+        "steps_per_generation=1)"
     )
 
 

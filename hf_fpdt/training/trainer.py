@@ -14,12 +14,12 @@ from transformers import Trainer, TrainingArguments
 
 from ..config import FPDTPlugin
 from ..labels import IGNORE_INDEX
-from ..model import applied_settings, apply_fpdt, has_fpdt, train_with
+from ..model import applied_settings, apply_fpdt, has_fpdt, may_get_fpdt, train_with
 from ..parallel import SequenceParallelGroup, ignore_first_tokens
 from .evaluation import Evaluation, filled, first_rows
 from .loaders import join_group, sharding_collator
 from .packing import LENGTHS, PackingCollator
-from .refused import refused_options
+from .refused import refused_options, refused_prompts
 from .saying import say_what_is_done
 from .speed import TrainingSpeed
 
@@ -54,6 +54,10 @@ class FPDTTrainerMixin:
         _refuse(refused_options(trainer, self.fpdt_group.size))
         if not has_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group):
             self.fpdt_handle = apply_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group)
+        _refuse(refused_prompts(trainer))
+        reference = getattr(trainer, "ref_model", None)  # TRL's, where it is no adapter of the model
+        if isinstance(reference, nn.Module) and may_get_fpdt(reference):
+            apply_fpdt(reference, self.fpdt_plugin, self.fpdt_group)
         trainer.data_collator = sharding_collator(
             trainer.data_collator,
             self.fpdt_plugin,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -159,6 +160,21 @@ def test_the_head_computes_in_fp32_where_asked(dtype: torch.dtype) -> None:
     same(found[0])
     assert_rejects(same, {"not in fp32": found[1]})
     assert "forward" not in vars(model.lm_head)
+
+
+def test_trls_call_is_answered_under_accelerates_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a reference model, which accelerate has wrapped before FPDT is applied."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    model: Any = tiny(dtype=torch.float32)
+    utils.add_fused_lm_head(model, temperature=0.7, cast_lm_head_to_fp32=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    with torch.no_grad():
+        truth = model(input_ids=IDS, labels=LABELS, fused_lm_head=True).log_probs
+        apply_fpdt(model, PLUGIN)
+        monkeypatch.setattr(utils, "_ChunkedLogProbFunction", None)
+        found = model(input_ids=IDS, labels=LABELS, fused_lm_head=True).log_probs
+    assert found.dtype == torch.float32 and relative_error(found, truth) < 0.02  # layers under autocast
 
 
 def test_logits_are_never_whole() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, Qwen3MoeConfig
 
 pytest.importorskip("trl")  # a machine with a GPU may have none; what it runs is not in here
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
@@ -154,7 +154,19 @@ def sampling_trainer(kind: str, checkpoint: Path, folder: Path, rows: Dataset, *
     )
 
 
-REFUSED_PROMPTS = r"padded on the left.*rows \d and \d of train_dataset, of \d+ and \d+ tokens.*steps_per_generation=1"
+@pytest.fixture(scope="module")
+def learned_positions(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose embeddings know the place of a token, with the tokenizer of the other."""
+    folder, tokenizer = tmp_path_factory.mktemp("learned"), AutoTokenizer.from_pretrained(checkpoint)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256, "attn_pdrop": 0.0}
+    AutoModelForCausalLM.from_config(GPT2Config(vocab_size=300, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+LEARNED = "its embeddings know the place of a token"
+ROWS = r"Rows \d and \d of train_dataset, of \d+ and \d+ tokens.*steps_per_generation=1"
+REFUSED_PROMPTS = rf"padded on the left.*{LEARNED}. {ROWS}"
 
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
@@ -171,14 +183,24 @@ REFUSED_PROMPTS = r"padded on the left.*rows \d and \d of train_dataset, of \d+ 
             (0, 3, 0, 3),
             None,
         ),
-        ({"per_device_train_batch_size": 2, "pad_to_multiple_of": 64}, (0, 0), "pad_to_multiple_of=64 pads prompts"),
+        (
+            {"per_device_train_batch_size": 2, "pad_to_multiple_of": 64},
+            (0, 0),
+            f"pad_to_multiple_of=64 pads prompts.*{LEARNED}",
+        ),
     ],
     ids=str,
 )
-def test_prompts_that_are_padded_on_the_left_are_refused_when_the_trainer_is_made(
-    kind: str, settings: dict[str, Any], lengths: tuple[int, ...], reason: str | None, checkpoint: Path, tmp_path: Path
+def test_prompts_padded_on_the_left_are_refused_where_positions_are_learned(
+    kind: str,
+    settings: dict[str, Any],
+    lengths: tuple[int, ...],
+    reason: str | None,
+    learned_positions: Path,
+    tmp_path: Path,
 ) -> None:
     """By the order in which TRL's own sampler draws them; what is not refused trains."""
+    checkpoint = learned_positions
     rows = prompts(*lengths)
     if reason is not None:
         with pytest.raises(NotImplementedError, match=reason):
@@ -188,10 +210,10 @@ def test_prompts_that_are_padded_on_the_left_are_refused_when_the_trainer_is_mad
 
 
 def test_prompts_that_a_step_finds_to_differ_are_refused_there_with_what_to_do(
-    checkpoint: Path, tmp_path: Path
+    learned_positions: Path, tmp_path: Path
 ) -> None:
     """As those that a rollout makes, which nobody knows before."""
-    trainer = sampling_trainer("GRPO", checkpoint, tmp_path, prompts(), per_device_train_batch_size=4)
+    trainer = sampling_trainer("GRPO", learned_positions, tmp_path, prompts(), per_device_train_batch_size=4)
     trainer.train_dataset = prompts(0, 3, 0, 3)
     with pytest.raises(NotImplementedError) as refused:
         trainer.train()

@@ -19,12 +19,13 @@ from transformers.utils import ModelOutput
 
 from ...engine import STATISTICS, LastUse, LogProbs
 from ...engine import chunked_log_probs as log_probs_by_chunks
-from ...labels import IGNORE_INDEX
+from ...labels import IGNORE_INDEX, shifted
 from ...parallel import Rows
 from ..layers import ChunkedLayer
 from ..patch import arguments_by_name, caches_in
-from ..refusals import check_loss_arguments, homes_of
+from ..refusals import check_loss_arguments
 from .head_call import described_head, head_after, heads_of, targets_of
+from .left_padding import Moved, move_rows, padded_left, why_not_relative
 
 # TRL's argument, and ours.
 TRLS, OURS = "fused_lm_head", "fpdt_log_probs"
@@ -129,9 +130,11 @@ def taken_request(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Reques
 
 
 def _trls_request(forward: Any) -> Request | None:
-    """By the settings in the closure of the forward that TRL put on the model."""
+    """By the settings in the closure of the forward that TRL put on the model; accelerate's may be around it."""
     function = getattr(forward, "__func__", None)
-    if not inspect.isfunction(function) or not any(home.startswith("trl.") for home in homes_of(forward)):
+    while function is not None and not str(getattr(function, "__globals__", {}).get("__name__")).startswith("trl."):
+        function = getattr(function, "__wrapped__", None)
+    if not inspect.isfunction(function):
         return None
     told = inspect.getclosurevars(function).nonlocals
     answer = function.__globals__.get("FusedCausalLMOutput")
@@ -159,8 +162,14 @@ def answer(model: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
     arguments["return_dict"] = True
     if not caches_in(arguments):
         arguments["use_cache"] = False
+    targets = shifted(labels) if shift_labels is None else shift_labels
+    moved = padded_left(arguments.get("attention_mask"))
+    if moved is not None and why_not_relative(model) is None:
+        targets = move_rows(moved, arguments, targets)
+    else:
+        moved = None  # a mask, where nothing is trained; where something is, the base model refuses it
     _, hidden, logits_of, packing = head_after(model, arguments)
-    mask, given = arguments.get("attention_mask"), {"labels": labels, "shift_labels": shift_labels}
+    mask, given = arguments.get("attention_mask"), {"labels": None, "shift_labels": targets}
     targets = targets_of(packing, IGNORE_INDEX, mask, given)
     head = described_head(model, _in_fp32(model, logits_of) if request.in_fp32 else logits_of)
     found = log_probs_by_chunks(
@@ -172,15 +181,20 @@ def answer(model: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
         last_use=model._fpdt.found.setdefault(OURS, LastUse()),
         modules=heads_of(model),
     )
-    return _answered(request, found, num_items, packing.rows, own=shift_labels is not None)
+    in_batch = _in_batch(request, found, packing.rows, moved)
+    return _answered(request, in_batch, num_items, own=shift_labels is not None)
 
 
-def _answered(request: Request, found: LogProbs, num_items: Any, rows: Rows | None, *, own: bool) -> Any:
-    """In the shape of the call: one token less than the row where labels were shifted here."""
-    names = ("log_probs", "label_mask", *request.asked)
-    whole = {name: getattr(found, name) for name in names}
+def _in_batch(request: Request, found: LogProbs, rows: Rows | None, moved: Moved | None) -> dict[str, Tensor]:
+    """What was found, by name, as the rows of the batch were given, [B, S] each."""
+    whole = {name: getattr(found, name) for name in ("log_probs", "label_mask", *request.asked)}
     if rows is not None:
         whole = {name: rows.padded(value) for name, value in whole.items()}
+    return whole if moved is None else {name: moved.back(value) for name, value in whole.items()}
+
+
+def _answered(request: Request, whole: dict[str, Tensor], num_items: Any, *, own: bool) -> Any:
+    """In the shape of the call: one token less than the row where labels were shifted here."""
     fields = {name: value[:, : None if own else -1] for name, value in whole.items()}
     items = fields["label_mask"].sum().clamp(min=1) if num_items is None else num_items
     return request.answer(loss=-fields["log_probs"].sum() / items, **fields)
@@ -196,23 +210,25 @@ def _in_fp32(model: Any, logits_of: Callable[..., Tensor]) -> Callable[..., Tens
 
 @contextmanager
 def _wide(head: Any) -> Iterator[None]:
-    """Inside, the head's weights are cast to fp32 as they are used."""
-    own = vars(head).get("forward")
-    if own is not None or head.weight.dtype == torch.float32:  # TRL has put its own there, which casts
-        yield
-        return
-    if type(head) is not nn.Linear:
+    """Inside, the head's weights are cast to fp32 as they are used, outside of autocast."""
+    own = vars(head).get("forward")  # TRL has put its own there, which casts
+    if own is None and type(head) is not nn.Linear:
         raise NotImplementedError(
             f"hf_fpdt: the head ({type(head).__name__}) is no plain Linear, which could be cast to fp32: leave it "
             "in its own dtype (cast_lm_head_to_fp32=False), or load the model in fp32."
         )
 
-    def forward(x: Tensor) -> Tensor:
-        bias = None if head.bias is None else head.bias.float()
-        return nn.functional.linear(x, head.weight.float(), bias)
+    def forward(x: Tensor) -> Any:
+        with torch.autocast(x.device.type, enabled=False):  # what is around the model's forward may have it on
+            if own is not None:
+                return own(x.float())
+            bias = None if head.bias is None else head.bias.float()
+            return nn.functional.linear(x.float(), head.weight.float(), bias)
 
     vars(head)["forward"] = forward
     try:
         yield
     finally:
         del vars(head)["forward"]
+        if own is not None:
+            vars(head)["forward"] = own
