@@ -41,18 +41,23 @@ from .recurrent import StandInCache, hidden_states_of, scans_over
 from .replay_state import RandomState, untouched_random_state, versions_of
 
 
-def run_layer(run: LayerRun, hidden_BSD: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The layer's output for the whole sequence, [B, S, D], differentiable in `hidden_BSD` and `parameters`."""
+def run_layer(run: LayerRun, hidden_BSD: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """A layer on the whole sequence, differentiable in `hidden_BSD` and `parameters`.
+
+    Returns:
+        Its output [B, S, D], and the sum that it says aside, if any.
+    """
     run.begin(hidden_BSD)
-    output_BSD: Tensor = _ChunkedLayer.apply(run, hidden_BSD, *parameters)
+    output_BSD, aside = _ChunkedLayer.apply(run, hidden_BSD, *parameters)
     run.end(output_BSD)
-    return output_BSD
+    return output_BSD, aside
 
 
 class _ChunkedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: LayerRun, hidden: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, run: LayerRun, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor | None]:
         output: Tensor | None = None
+        aside: Tensor | None = None
         states: dict[str, Tensor] = {}
         versions = versions_of(parameters)
         with (
@@ -65,7 +70,10 @@ class _ChunkedLayer(torch.autograd.Function):
                 x = hidden[:, chunk.rank_slice]
                 _keep_input(run, chunk, x)
                 cache = run.cache_of(chunk, states)
-                y = _on_chunk(run, chunk, x, AttentionCall(run, chunk, store), cache)
+                with run.noting() as given:
+                    y = _on_chunk(run, chunk, x, AttentionCall(run, chunk, store), cache)
+                part = run.sum_aside(given, chunk)
+                aside = part if aside is None or part is None else aside + part
                 states = _keep_states(run, chunk, cache)
                 output = y.new_empty(*hidden.shape[:2], y.shape[2]) if output is None else output
                 output[:, chunk.rank_slice] = y
@@ -76,11 +84,11 @@ class _ChunkedLayer(torch.autograd.Function):
         ctx.run, ctx.hidden_dtype, ctx.parameters = run, hidden.dtype, parameters
         # Autograd then refuses weights that were changed before backward; `check_unchanged` those that it cannot tell.
         ctx.save_for_backward(*run.watched(parameters, versions))
-        return output
+        return output, aside
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_output: Tensor, d_aside: Tensor | None) -> tuple[Tensor | None, ...]:
         # Not what was saved: hooks around saved tensors (save_on_cpu) give copies, of which nobody asks a gradient.
         run, parameters, _ = ctx.run, ctx.parameters, ctx.saved_tensors
         run.check_unchanged(parameters)
@@ -100,7 +108,8 @@ class _ChunkedLayer(torch.autograd.Function):
                     _capture_kv(run, store, chunk)
                     dx = None if d_hidden is None else d_hidden[:, chunk.rank_slice]
                     attends, dy = not run.kept.holds("out", chunk), d_output[:, chunk.rank_slice]
-                    d_states = _backward_chunk(run, chunk, ReplayCall(run, chunk, store), (dy, d_states), dx, sums)
+                    call, d_after = ReplayCall(run, chunk, store), (dy, d_aside, d_states)
+                    d_states = _backward_chunk(run, chunk, call, d_after, dx, sums)
                     run.advance("backward", chunk, attends=attends)
         grads = sums.totals()
         return None, d_hidden, *(grads.get(id(p)) for p in parameters)
@@ -232,14 +241,14 @@ def _backward_chunk(
     run: LayerRun,
     chunk: Chunk,
     call: ReplayCall,
-    d_after: tuple[Tensor, Mapping[str, Tensor]],
+    d_after: tuple[Tensor, Tensor | None, Mapping[str, Tensor]],
     dx: Tensor | None,
     sums: GradientSums,
 ) -> dict[str, Tensor]:
     """Backward of one chunk, later chunks done: writes the input's gradient to `dx` and adds parameters' to `sums`.
 
     Args:
-        d_after: gradients of the chunk's output, and of the states that it left for the next.
+        d_after: gradients of the chunk's output, of its sum aside, and of the states that it left for the next.
 
     Returns:
         Gradients of the states that it began with, by name.
@@ -248,7 +257,11 @@ def _backward_chunk(
     x = run.kept.take("input", chunk).detach().requires_grad_(dx is not None)
     states = {name: run.kept.take(name, chunk) for name in run.state_names} if chunk.index else {}
     cache = run.cache_of(chunk, states, leaves=True)
-    y, (dy, d_finals) = _on_chunk(run, chunk, x, call, cache), d_after
+    dy, d_aside, d_finals = d_after
+    with run.noting() as given:
+        y = _on_chunk(run, chunk, x, call, cache)
+    aside = None if d_aside is None else run.sum_aside(given, chunk)
+    given.clear()
     inputs = [*([] if dx is None else [x]), *cache.given.values()]
     leaf = [call.leaf] if run.traits.attends else []
     if chunk is run.plan.chunks[-1]:
@@ -257,9 +270,11 @@ def _backward_chunk(
     # Out-projection, MLP, residual, recurrence. Some layers share nodes between this part and q, k, v, so the graph is
     # kept where there is attention; it goes with y, and the MLP's activations are gone before attention runs.
     finals = {name: state for name, state in cache.finals.items() if name in d_finals and state.requires_grad}
-    d_outputs = [dy, *(d_finals[name] for name in finals)]
-    found = sums.differentiate([y, *finals.values()], d_outputs, [*leaf, *inputs], retain_graph=bool(leaf))
-    del y, finals
+    outputs, d_outputs = [y, *finals.values()], [dy, *(d_finals[name] for name in finals)]
+    if aside is not None and d_aside is not None and aside.requires_grad:
+        outputs, d_outputs = [*outputs, aside], [*d_outputs, d_aside]
+    found = sums.differentiate(outputs, d_outputs, [*leaf, *inputs], retain_graph=bool(leaf))
+    del y, finals, aside, outputs
     cache.finals.clear()
     parts = [found[len(leaf) :]]
     if leaf:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -72,6 +72,19 @@ class Layer:
                 self.module.reshard()
 
 
+class Aside(Protocol):
+    """What a layer says beside its output: one sum over tokens, of what some of its modules give.
+
+    It is differentiable, and its gradient goes into every chunk alike.
+    """
+
+    def noted(self) -> AbstractContextManager[list[Tensor]]:
+        """Inside, what the modules give is put into the list."""
+
+    def of(self, given: list[Tensor], tokens: slice) -> Tensor | None:
+        """The sum over a chunk's tokens; None where there is nothing to say."""
+
+
 @dataclass
 class LayerRun:
     """One call of one layer: what its chunks need, and what its backward pass finds again.
@@ -85,6 +98,7 @@ class LayerRun:
         window: keys that a query sees, where they are fewer than the sequence's.
         traits: what the layer was seen to do when it was tried.
         full: for progress, whether most of the layer's weights train, not adapters alone.
+        aside: what it says beside its output, if anything.
         checkpoint: what its backward pass will need; None where there is none.
         below: the run whose output this one's input is, if it is.
     """
@@ -97,6 +111,7 @@ class LayerRun:
     window: int | None = None
     traits: LayerTraits = LayerTraits()
     full: bool = False
+    aside: Aside | None = None
     checkpoint: LayerCheckpoint | None = field(init=False, default=None)
     below: LayerRun | None = field(init=False, default=None)
     random_states: list[RandomState] = field(init=False, default_factory=list)
@@ -153,6 +168,14 @@ class LayerRun:
     def state_names(self) -> list[str]:
         """Names of the checkpoints of states."""
         return [state.name for state in self.traits.states]
+
+    def noting(self) -> AbstractContextManager[list[Tensor]]:
+        """Around the layer's own forward on a chunk whose part of the sum aside is wanted."""
+        return nullcontext([]) if self.aside is None else self.aside.noted()
+
+    def sum_aside(self, given: list[Tensor], chunk: Chunk) -> Tensor | None:
+        """A chunk's part of it."""
+        return None if self.aside is None else self.aside.of(given, chunk.rank_slice)
 
     def end(self, output_BSD: Tensor) -> None:
         """Remember which tensor the output was, without keeping it."""

@@ -34,7 +34,6 @@ from ..parallel import (
     marks_of,
     pack_arguments,
 )
-from ..plan import by_layer
 from .layers import base_of, check_stack, decoder_layers, decoder_of, takes_documents
 from .patch import arguments_by_name, caches_in, patch
 from .refusals import check_loss_arguments, homes_of
@@ -51,6 +50,14 @@ from .scoring.head_call import (
     without_fsdp,
 )
 from .scoring.log_probs import TRLS, answer, taken_request
+from .scoring.router import (
+    ARGUMENT,
+    COEFFICIENT,
+    TURN_OFF,
+    count_all_tokens,
+    wants_router_loss,
+    why_no_router_loss,
+)
 from .settings import Settings
 
 # Who may put a forward of theirs in place of a model's: they call the model's own, and leave its loss alone. (Liger's,
@@ -63,6 +70,10 @@ def loss_reasons(model: Any) -> list[str]:
     if model.get_output_embeddings() is None:
         return []
     reasons = []
+    if wants_router_loss(model.config, {}) and (
+        why := why_no_router_loss(model, decoder_of(model), decoder_layers(model))
+    ):
+        reasons.append(f"the router's auxiliary loss is not served: {why}. {TURN_OFF[:-1]}")
     if model.loss_function is not ForCausalLMLoss:
         reasons.append(
             "its loss function is not transformers' ForCausalLMLoss, which is the one FPDT computes in chunks"
@@ -126,7 +137,9 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return outputs
     check_stack(self, self._fpdt.settings)
     _check_kernel(self, arguments)
-    _check_router(self.config, arguments)
+    _check_router(arguments)
+    if wants_router_loss(self.config, arguments):
+        arguments[ARGUMENT] = False
     # With a cache it is generation, in which every rank has the whole of a sequence.
     group, generates = self._fpdt.settings.group, bool(caches_in(arguments))
     ranks, shape = 1 if generates else group.size, batch_shape(arguments)
@@ -135,6 +148,8 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         check_shard(arguments, sample, group, self._fpdt.settings.plan, packing.documents)
     if ranks > 1 or any(packing):
         arguments["use_cache"] = False
+    if packing.rows is not None:
+        count_all_tokens()
     if torch.is_grad_enabled():
         row = packing.rows.documents if packing.rows is not None else packing.documents
         self._fpdt.settings.packed = None if row is None else (shape, row)
@@ -174,11 +189,10 @@ def _padded(outputs: Any, rows: Rows) -> Any:
     return with_fields(outputs, **{name: rows.padded_each(value) for name, value in outputs.items()})
 
 
-def _check_router(config: Any, arguments: dict[str, Any]) -> None:
-    if arguments.get("output_router_logits") or any(by_layer(config.get_text_config(), "output_router_logits")):
+def _check_router(arguments: dict[str, Any]) -> None:
+    if arguments.get(ARGUMENT):
         raise NotImplementedError(
-            "hf_fpdt: the router's auxiliary loss needs all tokens at once; set output_router_logits=False (TRL's "
-            "trainers set it themselves: router_aux_loss_coef=0.0 in their config)."
+            f"hf_fpdt: router logits are never whole; with labels their auxiliary loss is returned. {TURN_OFF}"
         )
 
 
@@ -261,8 +275,10 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     arguments = arguments_by_name(self._fpdt.signature, *args, **kwargs)
     if self.training and torch.is_grad_enabled():
         arguments["use_cache"] = False
-    _check_router(self.config, arguments)
     if arguments.get("labels") is None:
+        _check_router(arguments)
+        if wants_router_loss(self.config, arguments):  # by its configuration: there is no loss, and generate() may ask
+            arguments[ARGUMENT] = False
         return self._fpdt.forward(**arguments)
     if self.loss_function is not ForCausalLMLoss:
         raise NotImplementedError(
@@ -281,13 +297,16 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not caches_in(arguments):
         arguments["use_cache"] = False
 
-    outputs, hidden, logits_of, packing = head_after(self, arguments)
-    rows = packing.rows
-    targets = targets_of(packing, ignore_index, arguments.get("attention_mask"), loss_arguments)
-    loss = _loss(self, hidden, logits_of, ignore_index, targets, loss_arguments["num_items_in_batch"])
+    ran = head_after(self, arguments)
+    rows, hidden = ran.packing.rows, ran.hidden_BSD
+    targets = targets_of(ran.packing, ignore_index, arguments.get("attention_mask"), loss_arguments)
+    loss = _loss(self, hidden, ran.logits_of, ignore_index, targets, loss_arguments["num_items_in_batch"])
     whole = hidden if rows is None or kept is None else rows.padded(hidden)
-    logits = None if kept is None else logits_of(whole, logits_to_keep=kept)
-    outputs = with_fields(outputs, loss=loss, logits=logits)
+    logits = None if kept is None else ran.logits_of(whole, logits_to_keep=kept)
+    routers: dict[str, Any] = {}
+    if ran.router_loss is not None:
+        loss, routers = loss + getattr(self, COEFFICIENT) * ran.router_loss, {"aux_loss": ran.router_loss}
+    outputs = with_fields(ran.outputs, loss=loss, logits=logits, **routers)
     return outputs.to_tuple() if as_tuple else outputs
 
 

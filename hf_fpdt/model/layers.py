@@ -34,6 +34,7 @@ from .attention_function import window_of_mask
 from .fused import fuse_layer
 from .patch import arguments_by_name, caches_in, signature_of
 from .refusals import check_adapters
+from .scoring.router import collected
 from .settings import Settings
 
 
@@ -155,7 +156,7 @@ class ChunkedLayer(nn.Module):
         if visiting():
             arguments |= _no_caches(arguments)
         elif _needs_whole_sequence(self, arguments):
-            return self._fpdt_layer.forward(hidden, **arguments)
+            return self._fpdt_whole(hidden, arguments)
         if (window := window_of_mask(arguments.get("attention_mask"))) is not None:
             arguments["attention_mask"] = None
             # On ranks the mask does not say which kind of window it is for.
@@ -167,6 +168,15 @@ class ChunkedLayer(nn.Module):
                 self._fpdt_window = window
                 return self._fpdt_traits.returned(hidden)
             return self._fpdt_traits.returned(self._fpdt_in_chunks(hidden, arguments, window))
+
+    def _fpdt_whole(self, hidden: Tensor, arguments: dict[str, Any]) -> Any:
+        """The layer's own forward."""
+        if (aside := collected(self)) is None:
+            return self._fpdt_layer.forward(hidden, **arguments)
+        with aside.noted() as given:
+            output = self._fpdt_layer.forward(hidden, **arguments)
+        aside.sums.add(aside.of(given, slice(None)))
+        return output
 
     def _fpdt_in_chunks(self, hidden: Tensor, arguments: dict[str, Any], window: int | None) -> Tensor:
         settings, parameters = self._fpdt_settings, list(self.parameters())
@@ -189,8 +199,12 @@ class ChunkedLayer(nn.Module):
             window,
             self._fpdt_traits,
             full=settings.progress is not None and mostly_trained(parameters),
+            aside=(aside := collected(self)),
         )
-        return run_layer(run, hidden, parameters)
+        output, sums = run_layer(run, hidden, parameters)
+        if aside is not None:
+            aside.sums.add(sums)
+        return output
 
     def _fpdt_try(self, hidden: Tensor, arguments: dict[str, Any], window: int | None) -> None:
         """Try the layer on a few tokens, the first time that it looks as it does now.

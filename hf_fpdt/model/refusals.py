@@ -110,11 +110,6 @@ def _config_reasons(config: Any) -> list[str]:
         reasons.append(f"layers of type {kinds} are no attention in full, windows or blocks (config.layer_types)")
     if any(by_layer(config, "num_kv_shared_layers")):
         reasons.append("some of its layers take keys and values from another layer (config.num_kv_shared_layers)")
-    if any(by_layer(config, "output_router_logits")):
-        reasons.append(
-            "the router's auxiliary loss needs all tokens at once; set config.output_router_logits=False (TRL's "
-            "trainers set it themselves: router_aux_loss_coef=0.0 in their config)"
-        )
     return reasons
 
 

@@ -59,11 +59,6 @@ def refused_options(trainer: Any, sp_size: int) -> list[str]:
             sp_size > 1 and args.neftune_noise_alpha is not None,
             "neftune_noise_alpha scales its noise by a rank's own number of tokens; leave it out",
         ),
-        (
-            getattr(trainer, "aux_loss_enabled", False),  # of TRL's trainers, which set the model's config by it
-            "the router's auxiliary loss needs all tokens at once; set router_aux_loss_coef=0.0 in the trainer's "
-            "config",
-        ),
         (_pads_left(trainer), _PADS_LEFT),
         (args.n_gpu > 1, "DataParallel is not supported; start one process a GPU with accelerate launch"),
     )

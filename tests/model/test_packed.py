@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
 import hf_fpdt.engine.layer_run
-import hf_fpdt.model.head
 import hf_fpdt.model.layers
+import hf_fpdt.model.scoring.head_call
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.layout.documents import Documents
 from hf_fpdt.memory.kv import KVStore
@@ -95,7 +95,7 @@ def with_boundaries(model: nn.Module, documents: Documents, wrong: Documents) ->
 def with_labels_across(model: nn.Module, documents: Documents) -> Step:
     """What a document ends with predicts what the next one begins with."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_fpdt.model.head, "without_ends", lambda labels, *_: labels)
+        patch.setattr(hf_fpdt.model.scoring.head_call, "without_ends", lambda labels, *_: labels)
         return ours(model, documents)
 
 
@@ -212,7 +212,7 @@ def test_padding_is_neither_counted_nor_computed(name: str, monkeypatch: pytest.
     widths: set[int] = set()
     run = hf_fpdt.model.layers.run_layer
 
-    def noted(layer_run: Any, hidden: Tensor, parameters: Any) -> Tensor:
+    def noted(layer_run: Any, hidden: Tensor, parameters: Any) -> tuple[Tensor, Tensor | None]:
         widths.add(hidden.numel())
         return run(layer_run, hidden, parameters)
 

@@ -234,14 +234,14 @@ def experts(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", ["SFT", "DPO", "GRPO"])
-def test_a_routers_auxiliary_loss_is_refused_with_what_turns_it_off(case: str, experts: Path, tmp_path: Path) -> None:
+def test_a_routers_auxiliary_loss_that_is_not_known_is_refused(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TRL asks for it by itself, whatever the model's configuration says."""
-    with pytest.raises(NotImplementedError, match="auxiliary loss.*router_aux_loss_coef=0.0 in the trainer's config"):
-        logged(case, experts, tmp_path, fpdt=True)
-    if case == "SFT":
-        runs = [logged(case, experts, tmp_path, fpdt=fpdt, router_aux_loss_coef=0.0) for fpdt in (False, True)]
-        assert len(runs[0]) >= 10 and runs[1] == pytest.approx(runs[0], rel=TOLERANCE)
+    monkeypatch.setattr("transformers.models.qwen3_moe.modeling_qwen3_moe.load_balancing_loss_func", lambda *_: 0.0)
+    with pytest.raises(NotImplementedError, match="auxiliary loss.*computes something else.*router_aux_loss_coef=0.0"):
+        logged("SFT", experts, tmp_path, fpdt=True)
+    logged("SFT", experts, tmp_path, fpdt=True, router_aux_loss_coef=0.0)
 
 
 PACKINGS: dict[str, dict[str, Any]] = {

@@ -41,7 +41,12 @@ CHAT = (
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt_neox": {},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "router_aux_loss_coef": 0.1,
+    },
     "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, "sliding_window": 48},
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention"],
@@ -199,6 +204,7 @@ def assert_same(found: Trained, truth: Trained) -> None:
 PAIRS = [
     *(("llama", case) for case in ("SFT", "SFT completion only", "SFT LoRA", "DPO", "DPO LoRA", "DPO precomputed")),
     *(("gpt_neox", case) for case in ("SFT dft", "DPO ipo", "GRPO")),
+    *(("qwen3_moe", case) for case in ("SFT", "DPO", "GRPO beta")),  # with its auxiliary loss, TRL's default
     *(("gemma2", case) for case in ("SFT assistant only", "GRPO beta")),
     *(("qwen3_5_text", case) for case in ("SFT", "KTO", "RLOO")),
 ]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ...engine import Head, RandomState, is_fsdps
 from ...labels import IGNORE_INDEX, check_padding, shifted
 from ...parallel import Packing, without_ends
-from ..layers import base_of
+from ..layers import base_of, decoder_layers, decoder_of
+from .router import collect, router_sums
 
 WHY_NOT_WHOLE = "the forward of {} does not run its base model as a whole; train it without apply_fpdt"
 
@@ -60,17 +61,33 @@ def with_fields(outputs: Any, **fields: Any) -> Any:
     return type(outputs)(**{**outputs, **fields})
 
 
-def head_after(model: Any, arguments: dict[str, Any]) -> tuple[Any, Tensor, Callable[..., Tensor], Packing]:
+@dataclass(frozen=True)
+class Ran:
+    """What a model's forward gave when its base model ran once.
+
+    Attributes:
+        outputs: what it returned, of one token.
+        hidden_BSD: hidden states, as the batch was packed.
+        packing: how that was.
+        logits_of: hidden [B, S, D] to logits [B, S, V], by the same forward.
+        router_loss: the auxiliary loss of its routers, where it was asked for.
+    """
+
+    outputs: Any
+    hidden_BSD: Tensor
+    packing: Packing
+    logits_of: Callable[..., Tensor]
+    router_loss: Tensor | None
+
+
+def head_after(model: Any, arguments: dict[str, Any]) -> Ran:
     """Run the model's own forward, its base model once and its head on one token.
 
     Args:
         arguments: of the forward, without labels.
-
-    Returns:
-        What it returned, hidden states [B, S, D], hidden [B, S, D] -> logits [B, S, V] by the same forward, and how
-        the batch was packed: hidden states are still so.
     """
-    with as_head_call(HeadCall()) as call:
+    sums = router_sums(model, decoder_of(model), decoder_layers(model), arguments)
+    with collect(sums, decoder_of(model)), as_head_call(HeadCall()) as call:
         outputs = model._fpdt.forward(**arguments)
     if call.outputs is None:
         raise NotImplementedError(f"hf_fpdt: {WHY_NOT_WHOLE.format(type(model).__name__)}.")
@@ -85,7 +102,7 @@ def head_after(model: Any, arguments: dict[str, Any]) -> tuple[Any, Tensor, Call
             logits: Tensor = model._fpdt.forward(**arguments, **kept).logits
         return logits
 
-    return outputs, call.outputs[0], logits_of, call.packing
+    return Ran(outputs, call.outputs[0], call.packing, logits_of, None if sums is None else sums.loss())
 
 
 def described_head(model: Any, logits_of: Callable[..., Tensor], ignore_index: int = IGNORE_INDEX) -> Head:

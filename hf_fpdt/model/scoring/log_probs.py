@@ -26,6 +26,7 @@ from ..patch import arguments_by_name, caches_in
 from ..refusals import check_loss_arguments
 from .head_call import described_head, head_after, heads_of, targets_of
 from .left_padding import Moved, move_rows, padded_left, why_not_relative
+from .router import COEFFICIENT
 
 # TRL's argument, and ours.
 TRLS, OURS = "fused_lm_head", "fpdt_log_probs"
@@ -47,6 +48,8 @@ class TokenLogProbs(ModelOutput):
         mean_logits: over the vocabulary, of logits / temperature.
         is_top1: whether the label is the likeliest token.
         label_mask: whether there is a label.
+        aux_loss: of the routers of a mixture of experts, where `output_router_logits` asks for it; it is in `loss`,
+            times the configuration's `router_aux_loss_coef`.
     """
 
     loss: Tensor | None = None
@@ -56,6 +59,7 @@ class TokenLogProbs(ModelOutput):
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
     label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -168,21 +172,25 @@ def answer(model: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
         targets = move_rows(moved, arguments, targets)
     else:
         moved = None  # a mask, where nothing is trained; where something is, the base model refuses it
-    _, hidden, logits_of, packing = head_after(model, arguments)
+    ran = head_after(model, arguments)
     mask, given = arguments.get("attention_mask"), {"labels": None, "shift_labels": targets}
-    targets = targets_of(packing, IGNORE_INDEX, mask, given)
-    head = described_head(model, _in_fp32(model, logits_of) if request.in_fp32 else logits_of)
+    targets = targets_of(ran.packing, IGNORE_INDEX, mask, given)
+    head = described_head(model, _in_fp32(model, ran.logits_of) if request.in_fp32 else ran.logits_of)
     found = log_probs_by_chunks(
         head,
-        hidden,
+        ran.hidden_BSD,
         targets,
         temperature=request.temperature,
         asked=request.asked,
         last_use=model._fpdt.found.setdefault(OURS, LastUse()),
         modules=heads_of(model),
     )
-    in_batch = _in_batch(request, found, packing.rows, moved)
-    return _answered(request, in_batch, num_items, own=shift_labels is not None)
+    in_batch = _in_batch(request, found, ran.packing.rows, moved)
+    answered = _answered(request, in_batch, num_items, own=shift_labels is not None)
+    if ran.router_loss is not None:
+        answered.aux_loss = ran.router_loss
+        answered.loss = answered.loss + getattr(model.config.get_text_config(), COEFFICIENT, 0.0) * ran.router_loss
+    return answered
 
 
 def _in_batch(request: Request, found: LogProbs, rows: Rows | None, moved: Moved | None) -> dict[str, Tensor]:
