@@ -15,7 +15,7 @@ from hf_fpdt import FPDTPlugin, FPDTTrainerMixin
 
 
 class FPDTSFTTrainer(FPDTTrainerMixin, SFTTrainer):
-    """The mixin comes first; DPOTrainer, GRPOTrainer and RLOOTrainer take it in the same way."""
+    """The mixin comes first; DPOTrainer, KTOTrainer, GRPOTrainer and RLOOTrainer take it in the same way."""
 
 
 def main() -> None:

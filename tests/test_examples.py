@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
@@ -16,6 +19,8 @@ from tests.helpers.app_support import ROOT, run_python, stories, write_tiny_chec
 MAX_EXAMPLE_LINES = 80
 WITH_A_TOKENIZER = ("tokenizer_to_adapter", "trl_sft")
 EXAMPLES = ("plain_loop", "with_trainer", "lora", "accelerate_loop", "two_processes", *WITH_A_TOKENIZER)
+# Run in this process: what takes long to be imported is there.
+TRLS = ("trl_agents", "trl_dpo", "trl_grpo")
 # Those whose trainer or accelerator is ours say what is done: the chunk and the kernel, what is kept and where.
 SAYING = EXAMPLES[3:]
 SAID = (
@@ -58,9 +63,43 @@ def test_example_learns(name: str, text_and_model: Path, tmp_path: Path) -> None
         assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+def rows_of(name: str) -> list[dict[str, object]]:
+    """What a line of an example's data looks like."""
+    texts = stories(4)
+    if name == "trl_agents":
+        turns = ("user", "assistant", "tool", "assistant")
+        return [{"messages": [{"role": r, "content": t[:80]} for r in turns]} for t in texts]
+    if name == "trl_dpo":
+        return [{"prompt": t[:60], "chosen": t[60:200], "rejected": t[400:450]} for t in texts]
+    return [{"prompt": t[: 60 + 20 * row], "answer": "e story"} for row, t in enumerate(texts)]
+
+
+@pytest.mark.parametrize("name", TRLS)
+def test_an_example_of_trl_trains(
+    name: str,
+    text_and_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("trl")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows_of(name))), encoding="utf-8")
+    length = "16" if name == "trl_grpo" else "256"
+    options = ["--model", str(text_and_model / "model"), "--data", str(data), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "argv", [name, *options, "--steps", "3", "--length", length])
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    values = [
+        float(value) for value in re.findall(r"^(?:losses|rewards): (.*)", capsys.readouterr().out, re.M)[0].split()
+    ]
+    assert len(values) == 3 and (name == "trl_grpo" or values[-1] < values[0])
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
 def test_examples_are_short() -> None:
     lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "examples").glob("*.py")}
-    assert set(lengths) == {f"{name}.py" for name in (*EXAMPLES, "tiny_text")}
+    assert set(lengths) == {f"{name}.py" for name in (*EXAMPLES, *TRLS, "tiny_text")}
     assert max(lengths.values()) <= MAX_EXAMPLE_LINES
 
 

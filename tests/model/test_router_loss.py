@@ -145,6 +145,7 @@ def test_without_labels_there_is_none_and_generation_goes_on() -> None:
         assert model(input_ids=IDS).aux_loss is None
         model.eval()
         stock = made("qwen3_moe").eval()
+        stock.config.output_router_logits = False  # some releases fail in generate() with it
         found, truth = (each.generate(IDS, max_new_tokens=4, do_sample=False) for each in (model, stock))
     assert torch.equal(found, truth)
     with pytest.raises(NotImplementedError, match="with labels their auxiliary loss is returned"):
