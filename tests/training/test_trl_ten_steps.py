@@ -194,6 +194,7 @@ def trained(case: str, checkpoint: Path, folder: Path, *, fpdt: bool, **settings
 def assert_same(found: Trained, truth: Trained) -> None:
     assert [name for name, _ in found[0]] == [name for name, _ in truth[0]]
     assert len(truth[0]) >= 6 * STEPS
+    assert max(value for name, value in truth[0] if name == "grad_norm") > 1e-2, "weights hardly move"
     for (name, value), (_, expected) in zip(found[0], truth[0], strict=True):
         assert value == pytest.approx(expected, rel=LOGGED, abs=NOTHING), name
     for weight, expected_weight in zip(found[1], truth[1], strict=True):
