@@ -284,4 +284,7 @@ def _draw(parameters: Iterable[Tensor], gain: float) -> None:
             if p.dim() > 1:
                 p.copy_((noise * gain / p.shape[-1] ** 0.5).bfloat16())
             else:
-                p.copy_((p.cpu().float() + VECTOR_NOISE * noise).bfloat16())
+                # What a model draws for itself (sinks) would be drawn otherwise in another dtype.
+                base = p.cpu().float()
+                base = base if bool((base == base.flatten()[:1]).all()) else torch.zeros_like(base)
+                p.copy_((base + VECTOR_NOISE * noise).bfloat16())

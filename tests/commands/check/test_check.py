@@ -20,10 +20,12 @@ from hf_fpdt.attention import AttentionSpec
 from hf_fpdt.attention.kernels import table as kernels
 from hf_fpdt.commands.accuracy import FACTOR, worst_of_run
 from hf_fpdt.commands.check import command as cli_check
-from hf_fpdt.commands.check.compare import TinyModel, check_attention
+from hf_fpdt.commands.check.compare import TinyModel, _draw, check_attention
+from hf_fpdt.commands.check.tiny_config import shrunk
 from hf_fpdt.commands.main import main
 from hf_fpdt.forecast.rates import GPUS
 from hf_fpdt.forecast.rates_file import read_rates, save_rates
+from hf_fpdt.model.shapes import build_random
 from tests.model.test_model_zoo import GEMMA4, ROUTED
 
 CPU = torch.device("cpu")
@@ -135,6 +137,18 @@ def test_a_copy_that_does_not_run_is_no_reason_against_the_model(
 ) -> None:
     status, out, _ = run(capsys, folder("zamba2"))  # its attention is twice as wide as its hidden states
     assert status == 1 and "not supported" not in out and "nothing was compared" in out, out
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_5_text"])
+def test_copies_have_the_same_weights_in_every_dtype(name: str) -> None:
+    """Sinks and decays are drawn by the model itself, in its own dtype."""
+    weights = []
+    for seed, dtype in enumerate((torch.float64, torch.float32)):
+        torch.manual_seed(seed)
+        model = build_random(shrunk(AutoConfig.for_model(name)), "cpu", dtype, False)
+        _draw(model.parameters(), 1.0)
+        weights.append([p.double() for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 # A kernel that is not right ------------------------------------------------------------------------------------------
