@@ -314,11 +314,5 @@ def traits_without_memory(
     stand_in, call, output = StandInCache(0), TrialCall(window), None
     with suppress(*_WITHOUT_VALUES), torch.no_grad(), calling(call):
         output = forward(hidden_BSD, **{**arguments, **({} if cache is None else {cache: stand_in})})
-    return LayerTraits(
-        attends=call.calls > 0 or (output is None and not stand_in.finals),
-        cache=cache if stand_in.asked or stand_in.finals else None,
-        states=stand_in.sizes(),
-        channels=stand_in.channels(),
-        outputs=len(output) if isinstance(output, (tuple, list)) else 0,
-        asked=call.asked,
-    )
+    attends = call.calls > 0 or (output is None and not stand_in.finals)
+    return LayerTraits.of(stand_in, cache, output, attends=attends, asked=call.asked)

@@ -66,6 +66,33 @@ class LayerTraits:
     outputs: int = 0
     asked: Asked | None = None
 
+    @classmethod
+    def of(
+        cls, given: StandInCache, name: str | None, output: Any, *, attends: bool, asked: Asked | None
+    ) -> LayerTraits:
+        """As a layer was seen to do on some tokens.
+
+        Args:
+            given: what it was given in place of a cache.
+            name: what it calls its cache.
+            output: what it returned; None where it did not get so far.
+            attends: whether it called attention.
+            asked: what it asked of attention.
+        """
+        inputs = {state: value for state, value in given.finals.items() if state.startswith(CONV)}
+        return cls(
+            attends=attends,
+            cache=name if given.asked or given.finals else None,
+            # Inputs of convolutions are as wide as hidden states are.
+            states=tuple(
+                StateSize(state, value[0].numel(), 0 if state in inputs else value.element_size())
+                for state, value in given.finals.items()
+            ),
+            channels=sum(value.shape[1] for value in inputs.values()),
+            outputs=len(output) if isinstance(output, (tuple, list)) else 0,
+            asked=asked,
+        )
+
     @property
     def is_recurrent(self) -> bool:
         """Whether it carries a state."""
@@ -157,17 +184,6 @@ class StandInCache:
     def layers(self) -> _OneLayer:
         """By any index the same layer: how transformers before 5.24 reads states."""
         return _OneLayer(self)
-
-    def sizes(self) -> tuple[StateSize, ...]:
-        """Of the states that the layer left: those of hidden states' own width do not say their bytes."""
-        return tuple(
-            StateSize(name, state[0].numel(), 0 if name.startswith(CONV) else state.element_size())
-            for name, state in self.finals.items()
-        )
-
-    def channels(self) -> int:
-        """Of the convolutions together."""
-        return sum(state.shape[1] for name, state in self.finals.items() if name.startswith(CONV))
 
 
 class _OneLayer:

@@ -32,6 +32,7 @@ from .trial_run import (
     UNITS,
     LayerTrial,
     NoDropout,
+    along_tokens,
     mean_size,
     token_errors,
     unit_of,
@@ -56,7 +57,7 @@ def visit() -> Iterator[None]:
 
 
 # A recurrence's kernel is tuned and compiled for blocks of 64 tokens: on fewer it would be once more, for no use.
-KERNEL_TRIAL_TIMES = 8
+KERNEL_TRIAL_TOKENS = 384
 INSTALL = (
     "install a pair that does (Triton 3.7.1 or newer with flash-linear-attention 0.6.0 or newer), or uninstall the "
     "package: PyTorch's path is exact, and much slower"
@@ -97,12 +98,10 @@ class LayerTrials:
         tokens = min(hidden_BSD.shape[1], TRIAL_TOKENS)
         if build in self.passed or tokens < 2:
             return None
-        device = hidden_BSD.device
+        device, on_gpu = hidden_BSD.device, hidden_BSD.is_cuda
         with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device_of(hidden_BSD):
-            first = first_tokens(arguments, hidden_BSD, tokens)
-            times = -(-LEAST_TRIAL_TOKENS // tokens)
-            if device.type == "cuda" and kernels_of(layer):
-                times = max(times, KERNEL_TRIAL_TIMES)
+            first, over_kernels = first_tokens(arguments, hidden_BSD, tokens), on_gpu and bool(kernels_of(layer))
+            times = repeats_of(tokens, over_kernels=over_kernels)
             first, tokens = repeated(first, tokens, times), tokens * times
             trial = LayerTrial(layer, forward, first, hidden_BSD, tokens)
             # In a visit every window is in the mask; in a step those alone that are shorter than the sequence.
@@ -113,7 +112,7 @@ class LayerTrials:
                 trial.awake_adapters(),
                 NoDropout(),
             ):
-                reason = why_not_kernels(trial) if tokens > TRIAL_TOKENS else None
+                reason = why_not_kernels(trial) if over_kernels else None
                 reason = trial.why_not(cache) if reason is None else reason
         if reason is None:
             self.passed[build] = trial.traits
@@ -139,14 +138,14 @@ def first_tokens(arguments: Mapping[str, Any], hidden_BSD: Tensor, kept: int) ->
     return {name: first(tokens_of(value, chunk, plan)) for name, value in arguments.items()}
 
 
-def repeated(value: Any, tokens: int, times: int) -> Any:
-    """Arguments for so many times as many tokens, as those of `tokens_of` are cut."""
-    if isinstance(value, Mapping):
-        return {name: repeated(item, tokens, times) for name, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(repeated(item, tokens, times) for item in value)
-    axis = min(1, value.dim() - 1) if isinstance(value, Tensor) and value.dim() else None
-    return value if axis is None or value.shape[axis] != tokens else torch.cat([value] * times, axis)
+def repeats_of(tokens: int, *, over_kernels: bool) -> int:
+    """How often so many tokens are repeated, so that a trial of them all has a border between chunks."""
+    return -(-(KERNEL_TRIAL_TOKENS if over_kernels else LEAST_TRIAL_TOKENS) // tokens)
+
+
+def repeated(arguments: Mapping[str, Any], tokens: int, times: int) -> dict[str, Any]:
+    """Arguments for so many times as many tokens."""
+    return along_tokens(arguments, tokens, lambda value, axis: torch.cat([value] * times, axis))
 
 
 def why_not_kernels(trial: LayerTrial) -> str | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -72,6 +73,16 @@ class NoDropout(TorchFunctionMode):
         if func in DROPOUTS:
             return args[0] if args else (kwargs or {})["input"]
         return func(*args, **(kwargs or {}))
+
+
+def along_tokens(value: Any, tokens: int, change: Callable[[Tensor, int], Tensor]) -> Any:
+    """Arguments, those that `tokens_of` would cut changed: `change` gets each with its token axis."""
+    if isinstance(value, Mapping):
+        return {name: along_tokens(item, tokens, change) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(along_tokens(item, tokens, change) for item in value)
+    axis = min(1, value.dim() - 1) if isinstance(value, Tensor) and value.dim() else None
+    return value if axis is None or value.shape[axis] != tokens else change(value, axis)
 
 
 class LayerTrial:
@@ -139,15 +150,8 @@ class LayerTrial:
         if call.calls > 1:
             raise NotImplementedError("it calls its attention function twice; FPDT drives one call in each layer")
         self._known, self._asks = True, stand_in.asked
-        return LayerTraits(
-            attends=call.calls == 1,
-            cache=cache if stand_in.asked or stand_in.finals else None,
-            states=stand_in.sizes(),
-            channels=stand_in.channels(),
-            scan_heads=tuple(sorted(heads)),
-            outputs=len(output) if isinstance(output, (tuple, list)) else 0,
-            asked=call.asked,
-        )
+        seen = LayerTraits.of(stand_in, cache, output, attends=call.calls == 1, asked=call.asked)
+        return replace(seen, scan_heads=tuple(sorted(heads)))
 
     # -- one run ------------------------------------------------------------------------------------------------------
 
@@ -207,7 +211,8 @@ class LayerTrial:
         if self.draws or self._asks:
             return None  # by place
         with torch.no_grad():
-            y_shifted = self.run(x.roll(SHIFT, 1), kwargs=self._shifted(self.kwargs)).roll(-SHIFT, 1)
+            shifted = along_tokens(self.kwargs, self.plan.n_tokens, lambda value, axis: value.roll(SHIFT, axis))
+            y_shifted = self.run(x.roll(SHIFT, 1), kwargs=shifted).roll(-SHIFT, 1)
         return PLACES_COUNT if self._differ(token_errors(y_shifted, y)) else None
 
     def _differ(self, errors: Tensor) -> bool:
@@ -216,15 +221,6 @@ class LayerTrial:
         quantised = any(not weight.is_floating_point() for weight in self.layer.parameters())
         same = self.tolerance if quantised else self.tolerance * SAME_SHAPE_UNITS / UNITS
         return bool((errors > self.tolerance).any() | ((errors > same).float().mean() > 0.25))
-
-    def _shifted(self, value: Any) -> Any:
-        """Arguments whose tokens stand elsewhere, as those of `tokens_of` are cut."""
-        if isinstance(value, Mapping):
-            return {name: self._shifted(item) for name, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._shifted(item) for item in value)
-        axis = min(1, value.dim() - 1) if isinstance(value, Tensor) and value.dim() else None
-        return value if axis is None or value.shape[axis] != self.plan.n_tokens else value.roll(SHIFT, axis)
 
     def _gradient_across(self, x: Tensor, dy: Tensor, rows: Tensor) -> tuple[Tensor, bool]:
         """Outputs, and whether those of `rows` have a gradient in the input of other tokens."""

@@ -20,7 +20,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 import hf_fpdt.engine.trial_run
 from hf_fpdt import apply_fpdt
 from hf_fpdt.engine.recurrent import StandInCache, cache_argument, kernels_of
-from hf_fpdt.engine.trial import why_not_kernels
+from hf_fpdt.engine.trial import repeats_of, why_not_kernels
 from hf_fpdt.engine.trial_run import LayerTrial
 from tests.helpers.kinds import TOLERANCE, in_double
 from tests.helpers.models import PLUGIN, Step, assert_same_step, taken_step, tiny, tokens, train_step
@@ -186,6 +186,18 @@ def without_gradient_of_g(*arguments: Any, g: Tensor, **options: Any) -> Any:
 @wraps(PLAIN)
 def refusing(*arguments: Any, **options: Any) -> Any:
     raise RuntimeError("Triton < 3.7.1 on Hopper GPUs produces incorrect results")
+
+
+@pytest.mark.parametrize("over_kernels", [False, True])
+def test_a_trial_has_a_border_between_chunks_however_few_tokens_a_step_has(over_kernels: bool) -> None:
+    """One chunk of all of them would say nothing of states."""
+    layer: Any = torch.nn.Linear(4, 4)
+    for n_given in range(2, 49):
+        n_tokens = n_given * repeats_of(n_given, over_kernels=over_kernels)
+        chunks = LayerTrial(layer, layer.forward, {}, torch.zeros(1, n_given, 4), n_tokens).plan.chunks
+        sizes = [chunk.stop - chunk.start for chunk in chunks]
+        assert len(chunks) > 1 and min(sizes) > 1, f"{n_given} tokens: {sizes}"
+        assert not over_kernels or (sizes[0] == 256 and min(sizes) >= 64), "blocks of the kernels"
 
 
 @pytest.mark.parametrize(
