@@ -105,8 +105,10 @@ def apply_fpdt(
 
 def _warn_of_plain_scans(model: PreTrainedModel) -> None:
     """On a GPU PyTorch's path of a scan is exact, takes many times as long, and more memory than is planned."""
+    if model.device.type != "cuda":
+        return
     plain = [name for name, package in scan_packages(model).items() if package is None]
-    if plain and model.device.type == "cuda":
+    if plain:
         logger.warning(
             "hf_fpdt: no kernel is installed for %s, so plain PyTorch computes it: exact, much slower, and with more "
             'memory than is planned for. pip install "hf_fpdt[recurrent]", for Mamba-2 mamba-ssm.',
