@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.processes import run_or_tell
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 # The scripts import one another by bare name, as when they are run.
@@ -19,7 +21,7 @@ def run_python(*arguments: str | Path, timeout_s: int = 300) -> subprocess.Compl
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    return run_or_tell(command, environment=environment, timeout_s=timeout_s, folder=ROOT)
 
 
 def stories(count: int, lines: int = 40) -> list[str]:

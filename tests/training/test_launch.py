@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from tests.helpers.processes import run_or_tell
 from tests.helpers.support import assert_rejects
 from tests.launched.train import Run, execute
 
@@ -34,16 +35,9 @@ def launch(script: Path, processes: int, *arguments: str, timeout: float = 300) 
     command = [sys.executable, "-m", "accelerate.commands.launch", *counts, *plain]
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*command, str(script), *arguments],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    done = run_or_tell([*command, str(script), *arguments], environment=environment, timeout_s=timeout)
+    done.stdout += done.stderr
+    return done
 
 
 @dataclass(frozen=True)
