@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -149,6 +150,17 @@ def how_to_start(processes: int, script: str = "SCRIPT") -> str:
     )
 
 
+@lru_cache(maxsize=1)
+def _owned_by_python(job: Any) -> Any:
+    """The job's group, which the cache holds until there is another one.
+
+    DDP frees its reducer with the interpreter's lock in hand: were that the last owner of a destroyed gloo group, it
+    would join a thread that may be waiting for the lock, and the process would not end (pytorch/pytorch#190489).
+    Python frees a group without the lock.
+    """
+    return job
+
+
 def build_group(sp_size: int) -> SequenceParallelGroup:
     """This process's group: contiguous ranks [i·P, (i+1)·P) of the world share a sequence. Every rank must call it.
 
@@ -156,6 +168,8 @@ def build_group(sp_size: int) -> SequenceParallelGroup:
         ValueError: `sp_size` does not divide the number of processes.
         RuntimeError: more than one rank is asked for and torch.distributed is not initialised.
     """
+    if dist.is_initialized():
+        _owned_by_python(dist.group.WORLD)
     if sp_size == 1:
         return SequenceParallelGroup()
     if not dist.is_initialized():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -303,6 +305,26 @@ def _refused(rank: int, world: int) -> None:
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
     spawn(_refused, 3)
+
+
+def _ends(rank: int, world: int, folder: str) -> None:
+    """DDP's reducer outlives the group right after a collective, of which gloo's thread may still let go."""
+    dist.destroy_process_group()
+    faulthandler.dump_traceback_later(40, exit=True)
+    for job in range(30):
+        store = dist.FileStore(f"{folder}/{job}", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        build_group(world)  # without it this hangs within a few jobs
+        wrapped = DistributedDataParallel(nn.Linear(2, 2))
+        dist.all_reduce(torch.ones(4))
+        dist.destroy_process_group()
+        del wrapped
+    faulthandler.cancel_dump_traceback_later()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/last", world), rank=rank, world_size=world)
+
+
+def test_a_job_ends_though_its_reducer_lives_longer(tmp_path: Path) -> None:
+    spawn(_ends, 2, str(tmp_path))
 
 
 def test_more_ranks_than_processes_are_refused() -> None:
