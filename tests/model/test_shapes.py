@@ -16,6 +16,7 @@ PARAMETERS = {
     "llama-1b": 1_235_814_400,
     "llama-70b": 70_553_706_496,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
     "neox-6.9b": 6_857_302_016,
     "gpt-oss-20b": 20_914_757_184,
     "gemma3-27b": 27_009_346_304,
@@ -31,7 +32,7 @@ PARAMETERS = {
 }
 THETAS = {
     **dict.fromkeys(("llama-8b", "llama-1b", "llama-70b", "olmo3-7b"), 500_000.0),
-    "qwen3-32b": 1_000_000.0,
+    **dict.fromkeys(("qwen3-32b", "qwen3-30b-a3b"), 1_000_000.0),
     "gpt-oss-20b": 150_000.0,
     **dict.fromkeys(("qwen3.5-9b", "qwen3.5-27b", "qwen3.5-35b-a3b", "qwen3-next-80b"), 10_000_000.0),
 }

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from .attention_kinds import deepseek_v2_lite, gemma3_27b, gpt_oss_20b, mistral_7b, olmo3_7b
 from .build import LORA_RANK, build_random, training_of, training_of_model, with_layers, with_lora
-from .dense import MAX_POSITIONS, llama_1b, llama_8b, llama_70b, neox_6_9b, qwen3_32b
+from .dense import MAX_POSITIONS, llama_1b, llama_8b, llama_70b, neox_6_9b, qwen3_30b_a3b, qwen3_32b
 from .recurrent import granite4_h_small, nemotron3_nano, qwen3_next_80b, qwen35_9b, qwen35_27b, qwen35_35b_a3b
 
 __all__ = [
@@ -45,6 +45,7 @@ SHAPES: MappingProxyType[str, Callable[[], PreTrainedConfig]] = MappingProxyType
         "llama-1b": llama_1b,
         "llama-70b": llama_70b,
         "qwen3-32b": qwen3_32b,
+        "qwen3-30b-a3b": qwen3_30b_a3b,
         "neox-6.9b": neox_6_9b,
         "gpt-oss-20b": gpt_oss_20b,
         "gemma3-27b": gemma3_27b,

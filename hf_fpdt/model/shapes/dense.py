@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers import GPTNeoXConfig, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 MAX_POSITIONS = 2 * 1024**2
 
@@ -66,6 +66,26 @@ def qwen3_32b() -> Qwen3Config:
         num_attention_heads=64,
         num_key_value_heads=8,
         head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+    )
+
+
+def qwen3_30b_a3b() -> Qwen3MoeConfig:
+    """Qwen3-30B-A3B (Qwen3-Coder-30B-A3B but for the theta): 48 layers, 128 experts, 30,532,122,624 parameters."""
+    return Qwen3MoeConfig(
+        vocab_size=151_936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         max_position_embeddings=MAX_POSITIONS,
