@@ -309,6 +309,7 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
 
 def _ends(rank: int, world: int, folder: str) -> None:
     """DDP's reducer outlives the group right after a collective, of which gloo's thread may still let go."""
+    dist.barrier()  # the other rank has joined too
     dist.destroy_process_group()
     faulthandler.dump_traceback_later(40, exit=True)
     for job in range(30):
