@@ -96,3 +96,13 @@ class GradientSums:
         if factor is not None:
             total = total.mul_(factor) if id(parameter) in self._own else total * factor
         return total.to(parameter.dtype)
+
+
+def mean_size(grad: Tensor) -> float:
+    """Root mean square of its elements."""
+    return norm_of(grad) / max(1, grad.numel()) ** 0.5
+
+
+def norm_of(grad: Tensor) -> float:
+    """Without a wide copy: experts' gradients have gigabytes."""
+    return float(torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)))

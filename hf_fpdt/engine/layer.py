@@ -117,8 +117,12 @@ class _ChunkedLayer(torch.autograd.Function):
 
 def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall, cache: StandInCache) -> Tensor:
     """The layer's own forward on one chunk, its attention done by `call`, its states those of `cache`."""
-    with calling(call), scans_over(run.layer.module, run.layer.group) if run.state_names else nullcontext():
-        if run.documents is not None and run.state_names:
+    part, marked = run.documents_of(chunk), run.traits.by_documents == "marks"
+    scans = scans_over(run.layer.module, run.layer.group, part, marked=marked) if run.state_names else nullcontext()
+    if part is not None and not run.state_names:
+        cache.before = part.before_own(x_BSD.device)
+    with calling(call), scans:
+        if run.documents is not None and run.state_names and part is None:
             y_BSD = _by_document(run, run.documents, chunk, x_BSD, cache)
         else:
             y_BSD = hidden_states_of(run.layer.forward(x_BSD, **run.arguments_of(chunk, cache)))

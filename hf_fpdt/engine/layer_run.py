@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..layout import Chunk, ChunkPlan, Documents
 from ..memory import CheckpointStore, KVStore, LayerCheckpoint, ModelPass, WindowedKV
-from ..parallel import SequenceParallelGroup
+from ..parallel import ChunkDocuments, SequenceParallelGroup
 from ..plan import KVBytes, StepSizes, WorkPhase, chunk_work, pass_work
 from .progress import StepProgress
 from .recurrent import LayerTraits, StandInCache
@@ -160,9 +160,21 @@ class LayerRun:
 
     def cache_of(self, chunk: Chunk, states: Mapping[str, Tensor], *, leaves: bool = False) -> StandInCache:
         """What stands in for a cache in a chunk, before which these states were left."""
-        own = (chunk.stop - chunk.start) // self.plan.sp_size
-        before = chunk.start + self.layer.group.rank * own
-        return StandInCache(before, states, leaves=leaves, group=self.layer.group)
+        own = self._own(chunk)
+        part = self.documents_of(chunk)
+        return StandInCache(own.start, states, leaves=leaves, group=self.layer.group, part=part)
+
+    def documents_of(self, chunk: Chunk) -> ChunkDocuments | None:
+        """The documents of a chunk of a packed row, where a layer that asks for its cache runs on them at once."""
+        if self.documents is None or self.traits.by_documents in (None, "layer"):
+            return None
+        return ChunkDocuments(self.documents, range(chunk.start, chunk.stop), self._own(chunk))
+
+    def _own(self, chunk: Chunk) -> range:
+        """This rank's tokens of a chunk."""
+        tokens = (chunk.stop - chunk.start) // self.plan.sp_size
+        start = chunk.start + self.layer.group.rank * tokens
+        return range(start, start + tokens)
 
     @property
     def state_names(self) -> list[str]:

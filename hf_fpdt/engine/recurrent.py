@@ -15,18 +15,32 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import AttentionSpec
-from ..parallel import STATES, SequenceParallelGroup, heads_of_scan, inputs_before, over_ranks
+from ..parallel import (
+    STATES,
+    ChunkDocuments,
+    SequenceParallelGroup,
+    convolution_of_documents,
+    heads_of_scan,
+    inputs_before,
+    kernel_behind,
+    over_ranks,
+    scan_marks,
+    scan_of_documents,
+)
 from ..plan import CONV, AttentionSizes, StateSize
 
 # What layers call a cache: since transformers 5.24, and before.
 _NAMES = ("cache", "past_key_values", "past_key_value", "cache_params")
 RECURRENT = "recurrent"
+# How a layer that asks for its cache runs on a chunk of several documents: once, its scans given marks of them; once,
+# its scans called for each of them; once, told of each token how many came before; or as a whole for each of them.
+ByDocuments = Literal["marks", "scans", "places", "layer"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,7 @@ class LayerTraits:
         scan_heads: of each input of its scan.
         outputs: where it returns a tuple, of how many, hidden states and Nones; 0: hidden states alone.
         asked: of attention, where it calls that.
+        by_documents: how it runs on packed rows, where it asks for its cache and that was tried.
     """
 
     attends: bool = True
@@ -65,6 +80,7 @@ class LayerTraits:
     scan_heads: tuple[int, ...] = ()
     outputs: int = 0
     asked: Asked | None = None
+    by_documents: ByDocuments | None = None
 
     @classmethod
     def of(
@@ -107,10 +123,12 @@ class StandInCache:
     """Stands in for transformers' cache during one chunk of one layer.
 
     Args:
-        before: tokens of the sequence before the chunk.
+        before: tokens of the sequence before the chunk; or of each of its tokens less its place among them, [S].
         states: what the chunk before left, by name; {} at the beginning.
         leaves: whether the layer gets leaves of them that want gradients.
         group: the ranks that share the chunk.
+        part: the documents of the chunk of a packed row, if the layer runs on all of them at once; then states are
+            given to the one that goes on, and left by the last one.
 
     Attributes:
         asked: whether the layer asked how many tokens came before.
@@ -120,24 +138,27 @@ class StandInCache:
 
     def __init__(
         self,
-        before: int,
+        before: int | Tensor,
         states: Mapping[str, Tensor] | None = None,
         *,
         leaves: bool = False,
         group: SequenceParallelGroup | None = None,
+        part: ChunkDocuments | None = None,
     ) -> None:
         self.before, self.asked = before, False
-        self._group = SequenceParallelGroup() if group is None else group
+        self._group, self.part = SequenceParallelGroup() if group is None else group, part
+        states = {} if part is not None and not part.goes_on else states or {}
         self.given = {
-            name: state.detach().requires_grad_(leaves and state.is_floating_point())
-            for name, state in (states or {}).items()
+            name: state.detach().requires_grad_(leaves and state.is_floating_point()) for name, state in states.items()
         }
         self.finals: dict[str, Tensor] = {}
 
     # -- what every layer may ask -------------------------------------------------------------------------------------
 
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Tokens before."""
+    def get_seq_length(self, *_: Any, **__: Any) -> int | Tensor:
+        """Tokens before; what a layer adds its tokens' places to."""
+        if self.part is not None and not isinstance(self.before, Tensor):
+            raise NotImplementedError("it asks how many tokens came before, which is another number in each document")
         self.asked = True
         return self.before
 
@@ -172,7 +193,11 @@ class StandInCache:
             if conv_kernel_size is None:
                 raise NotImplementedError("its convolution does not say how many inputs it needs of those before")
             before = new_BCS.new_zeros(*new_BCS.shape[:-1], conv_kernel_size)
-        before, self.finals[f"{CONV} {state_idx}"] = inputs_before(self._group, before, new_BCS)
+        before, last = inputs_before(self._group, before, new_BCS)
+        if self.part is not None:
+            before = self.part.without_others(before, before_own=True)
+            last = self.part.without_others(last, before_own=False)
+        self.finals[f"{CONV} {state_idx}"] = last
         return torch.cat([before, new_BCS], dim=-1)
 
     def update_recurrent_state(self, new: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
@@ -256,11 +281,27 @@ def plain_kernels(layer: nn.Module) -> AbstractContextManager[None]:
     return _rebound(layer, lambda function: function.__wrapped__)
 
 
-def scans_over(layer: nn.Module, group: SequenceParallelGroup) -> AbstractContextManager[None]:
-    """Inside, a layer's scans go over the tokens of all ranks, each for its own heads."""
-    if group.size == 1:
+def scans_over(
+    layer: nn.Module, group: SequenceParallelGroup, part: ChunkDocuments | None = None, *, marked: bool = False
+) -> AbstractContextManager[None]:
+    """Inside, a layer's scans go over the tokens of all ranks, each for its own heads, and stop at documents' ends.
+
+    Args:
+        part: the documents of the chunk of a packed row, if the layer runs on all of them at once.
+        marked: whether kernels are given marks of documents.
+    """
+    if group.size == 1 and (part is None or len(part.edges) == 2):
         return nullcontext()
-    return _rebound(layer, lambda function: over_ranks(function, group) if _is_scan(function) else function)
+
+    def other(function: Any) -> Any:
+        if part is not None and _is_convolution(function):
+            return convolution_of_documents(function, part)
+        if not _is_scan(function):
+            return function
+        scan = function if part is None else scan_of_documents(function, part, marked=marked)
+        return scan if group.size == 1 else over_ranks(scan, group)
+
+    return _rebound(layer, other)
 
 
 def scans_seen(layer: nn.Module, heads: set[int]) -> AbstractContextManager[None]:
@@ -276,19 +317,27 @@ def scans_seen(layer: nn.Module, heads: set[int]) -> AbstractContextManager[None
     return _rebound(layer, seen)
 
 
+def takes_marks(layer: nn.Module) -> bool:
+    """Whether a scan of the layer is a kernel that takes marks of documents."""
+    return any(_is_scan(function) and scan_marks(function) for function in kernels_of(layer).values())
+
+
 def scan_packages(model: nn.Module) -> dict[str, str | None]:
     """Of each scan that recurrent layers of a model call, the package that it comes from; None: PyTorch alone."""
     found = {}
     scans = {name: function for name, function in kernels_of(model).items() if _is_scan(function)}
     for name, function in scans.items():
-        chosen = inspect.getclosurevars(function).nonlocals.get("implementation")
-        own = getattr(chosen, "__module__", "transformers").partition(".")[0]
+        own = getattr(kernel_behind(function), "__module__", "transformers").partition(".")[0]
         found[name] = None if own == "transformers" else own
     return found
 
 
 def _is_scan(function: Any) -> bool:
     return any(name in inspect.signature(function).parameters for name in STATES)
+
+
+def _is_convolution(function: Any) -> bool:
+    return list(inspect.signature(function).parameters)[1:2] == ["weight"]
 
 
 def cache_argument(forward: Callable[..., Any]) -> str | None:

@@ -11,17 +11,19 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layout import Chunk, ChunkPlan
-from .gradients import GradientSums
+from ..layout import Chunk, ChunkPlan, Documents
+from ..parallel import ChunkDocuments
+from .gradients import GradientSums, mean_size
 from .layer_run import tokens_of
 from .layer_state import build_of
-from .recurrent import LayerTraits, kernels_of, plain_kernels
+from .recurrent import ByDocuments, LayerTraits, StandInCache, kernels_of, plain_kernels, takes_marks
 from .replay_state import Autocast, untouched_random_state
 from .trial_run import (
     LEAST_TRIAL_TOKENS,
@@ -32,8 +34,8 @@ from .trial_run import (
     UNITS,
     LayerTrial,
     NoDropout,
+    Outcome,
     along_tokens,
-    mean_size,
     token_errors,
     unit_of,
 )
@@ -62,6 +64,8 @@ INSTALL = (
     "install a pair that does (Triton 3.7.1 or newer with flash-linear-attention 0.6.0 or newer), or uninstall the "
     "package: PyTorch's path is exact, and much slower"
 )
+# Tokens between documents of a trial: further than any scale of places that is known.
+FAR = 2**20
 logger = logging.getLogger(__name__)
 
 
@@ -71,9 +75,11 @@ class LayerTrials:
 
     Attributes:
         passed: what the layers were built like that passed, and what they were seen to do.
+        by_documents: of those that were tried on documents, how they run on them.
     """
 
     passed: dict[tuple[object, ...], LayerTraits] = field(default_factory=dict)
+    by_documents: dict[tuple[object, ...], ByDocuments] = field(default_factory=dict)
 
     def check(
         self,
@@ -95,32 +101,61 @@ class LayerTrials:
             cache: the argument that the layer calls its cache.
         """
         build = (window, *build_of(layer))
-        tokens = min(hidden_BSD.shape[1], TRIAL_TOKENS)
-        if build in self.passed or tokens < 2:
+        if build in self.passed or hidden_BSD.shape[1] < 2:
             return None
-        device, on_gpu = hidden_BSD.device, hidden_BSD.is_cuda
-        with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device_of(hidden_BSD):
-            first, over_kernels = first_tokens(arguments, hidden_BSD, tokens), on_gpu and bool(kernels_of(layer))
-            times = repeats_of(tokens, over_kernels=over_kernels)
-            first, tokens = repeated(first, tokens, times), tokens * times
-            trial = LayerTrial(layer, forward, first, hidden_BSD, tokens)
-            # In a visit every window is in the mask; in a step those alone that are shorter than the sequence.
-            trial.window, trial.keys = window, 2**62 if visiting() else hidden_BSD.shape[1]
-            with (
-                untouched_random_state(device),
-                Autocast.now(device).again(),
-                trial.awake_adapters(),
-                NoDropout(),
-            ):
-                reason = why_not_kernels(trial) if over_kernels else None
-                reason = trial.why_not(cache) if reason is None else reason
+        with _trial_of(layer, forward, hidden_BSD, arguments, window) as trial:
+            reason = why_not_kernels(trial) if over_kernels(layer, hidden_BSD) else None
+            reason = trial.why_not(cache) if reason is None else reason
         if reason is None:
             self.passed[build] = trial.traits
         return reason
 
+    def with_documents(
+        self,
+        traits: LayerTraits,
+        layer: nn.Module,
+        forward: Callable[..., Any],
+        hidden_BSD: Tensor,
+        arguments: Mapping[str, Any],
+        window: int | None = None,
+    ) -> LayerTraits:
+        """What a layer that passed and asks for its cache does, on packed rows too; tried once, as in `check`."""
+        build = build_of(layer)
+        if build not in self.by_documents:
+            with _trial_of(layer, forward, hidden_BSD, arguments, window) as trial:
+                trial.traits = traits
+                self.by_documents[build] = by_documents_of(trial)
+        return replace(traits, by_documents=self.by_documents[build])
+
     def traits_of(self, layer: nn.Module, window: int | None) -> LayerTraits:
         """What a layer that passed was seen to do; the usual of one that was not tried."""
         return self.passed.get((window, *build_of(layer)), LayerTraits())
+
+
+@contextmanager
+def _trial_of(
+    layer: nn.Module,
+    forward: Callable[..., Any],
+    hidden_BSD: Tensor,
+    arguments: Mapping[str, Any],
+    window: int | None,
+) -> Iterator[LayerTrial]:
+    """A trial on as many tokens as it takes; what it draws and casts is undone at its end."""
+    tokens, device = min(hidden_BSD.shape[1], TRIAL_TOKENS), hidden_BSD.device
+    with torch.inference_mode(False), torch.enable_grad(), torch.cuda.device_of(hidden_BSD):
+        first = first_tokens(arguments, hidden_BSD, tokens)
+        times = repeats_of(tokens, over_kernels=over_kernels(layer, hidden_BSD))
+        first, tokens = repeated(first, tokens, times), tokens * times
+        trial = LayerTrial(layer, forward, first, hidden_BSD, tokens)
+        # In a visit every window is in the mask; in a step those alone that are shorter than the sequence.
+        trial.window, trial.keys = window, 2**62 if visiting() else hidden_BSD.shape[1]
+        with untouched_random_state(device), Autocast.now(device).again(), trial.awake_adapters(), NoDropout():
+            yield trial
+
+
+def over_kernels(layer: nn.Module, hidden_BSD: Tensor) -> bool:
+    """Whether packages' kernels may run in a layer."""
+    return hidden_BSD.is_cuda and bool(kernels_of(layer))
 
 
 def first_tokens(arguments: Mapping[str, Any], hidden_BSD: Tensor, kept: int) -> dict[str, Any]:
@@ -177,6 +212,90 @@ def why_not_kernels(trial: LayerTrial) -> str | None:
             )
     logger.info("hf_fpdt: %s: gradients of %s are those of PyTorch's path", type(layer).__name__, names)
     return None
+
+
+def by_documents_of(trial: LayerTrial) -> ByDocuments:
+    """How a layer that passed and asks for its cache may run on a chunk of several documents; it is tried on a few.
+
+    What it gives must be what it gives for each document by itself. Kernels may ignore marks, or begin a document one
+    token late; a layer may have a convolution of its own, which nothing was put around.
+    """
+    name = type(trial.layer).__name__
+    ways: tuple[ByDocuments, ...] = ("marks", "scans") if takes_marks(trial.layer) else ("scans",)
+    for way in ways if trial.traits.is_recurrent else ("places",):
+        why = _why_not_by(way, trial)
+        if why is None:
+            logger.info("hf_fpdt: %s: packed rows run %s", name, HOW[way])
+            return way
+        logger.warning("hf_fpdt: %s: packed rows do not run %s: in its trial that %s", name, HOW[way], why)
+    if trial.traits.is_recurrent:
+        logger.warning("hf_fpdt: %s: packed rows run %s", name, HOW["layer"])
+    return "layer"
+
+
+HOW: Mapping[ByDocuments, str] = MappingProxyType(
+    {
+        "marks": "by marks of documents, which its kernels take",
+        "scans": "with a call of its scans for each document, and all else of a chunk at once",
+        "places": "with the number of tokens before in its document for each token",
+        "layer": "with one document of a chunk after another, slowly where these are many and short",
+    }
+)
+
+
+def _why_not_by(way: ByDocuments, trial: LayerTrial) -> str | None:
+    trial.marked, beside = way == "marks", _beside_places if way == "places" else _beside_documents
+    try:
+        return "gave something else than one document at a time" if trial.why_never(lambda: beside(trial)) else None
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return f"failed: {error}"
+    finally:
+        trial.marked = False
+
+
+def _beside_documents(trial: LayerTrial) -> tuple[str | None, Tensor]:
+    """What chunks of a small packed row give beside each document by itself."""
+    documents, x, dy = few_documents(trial.plan), trial.draw(), trial.draw()
+
+    def cache_of(start: int, states: Mapping[str, Tensor], *, leaves: bool = False) -> StandInCache:
+        tokens = range(start, min(start + trial.plan.chunk_tokens, documents.n_tokens))
+        return StandInCache(start, states, leaves=leaves, part=ChunkDocuments(documents, tokens, tokens))
+
+    return trial.beside(_alone(trial, documents, x, dy), trial.in_chunks(x, dy, cache_of))
+
+
+def _beside_places(trial: LayerTrial) -> tuple[str | None, Tensor]:
+    """The same of a layer that asks how many tokens came before; so many that the number may count."""
+    documents, x, dy = few_documents(trial.plan), trial.draw(), trial.draw()
+    starts, lengths = torch.tensor(documents.starts), torch.tensor(documents.lengths)
+    before = (FAR * torch.arange(len(starts)) - starts).repeat_interleave(lengths).to(x.device)
+    sums = GradientSums(trial.weights)
+    y, dx, _ = trial.step(x, dy, sums, cache=StandInCache(before))
+    return trial.beside(_alone(trial, documents, x, dy, FAR), (y, dx, sums.totals()))
+
+
+def _alone(trial: LayerTrial, documents: Documents, x: Tensor, dy: Tensor, far: int = 0) -> Outcome:
+    """Each document by itself, the next one `far` tokens further on."""
+    parts, sums = list[tuple[Tensor, Tensor]](), GradientSums(trial.weights)
+    for number, piece in enumerate(documents.pieces(range(documents.n_tokens))):
+        tokens, part = slice(piece.start, piece.stop), Chunk(0, piece.start, piece.stop, piece.start, piece.stop)
+        y, dx, _ = trial.step(x[:, tokens], dy[:, tokens], sums, part, StandInCache(number * far))
+        parts.append((y, dx))
+    y, dx = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return y, dx, sums.totals()
+
+
+def few_documents(plan: ChunkPlan) -> Documents:
+    """Of a trial's tokens: one of a single token, one that goes over a border of chunks, one on either side of it.
+
+    Over kernels each is longer than the blocks of 64 that they are compiled for.
+    """
+    border, n_tokens = plan.chunk_tokens, plan.n_tokens
+    starts = {0, max(1, border - border // 3), border + (n_tokens - border) // 2}
+    starts |= {1} if n_tokens < KERNEL_TRIAL_TOKENS else set()
+    return Documents(tuple(sorted(starts)), n_tokens)
 
 
 def mixes_tokens(function: Callable[[Tensor], Tensor], hidden_BSD: Tensor) -> bool:

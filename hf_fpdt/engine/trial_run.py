@@ -27,11 +27,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ..layout import Chunk, ChunkPlan
+from ..parallel import SequenceParallelGroup
 from .calls import TrialCall, calling
-from .gradients import GradientSums
+from .gradients import GradientSums, mean_size, norm_of
 from .layer_run import tokens_of
 from .layer_state import Buffers
-from .recurrent import LayerTraits, StandInCache, hidden_states_of, scans_seen
+from .recurrent import LayerTraits, StandInCache, hidden_states_of, scans_over, scans_seen
 from .replay_state import RandomState
 
 # Two chunks, of 32 and of 16: multiples of 16, which products in 8 bits insist on.
@@ -62,6 +63,10 @@ INPUT_SIZE, ADAPTER_SIZE = 0.3, 0.02
 DROPOUTS = frozenset(
     (functional.dropout, functional.alpha_dropout, functional.feature_alpha_dropout, torch.dropout, torch.dropout_)
 )
+
+
+# Outputs, gradients of inputs, and of weights by their ids.
+Outcome = tuple[Tensor, Tensor, Mapping[int, Tensor]]
 
 
 class NoDropout(TorchFunctionMode):
@@ -97,6 +102,7 @@ class LayerTrial:
     Attributes:
         window: the keys that a query sees, by the mask that the model makes for the layer.
         keys: of the whole sequence.
+        marked: whether scans are given marks of documents, where a cache knows of such.
         traits: what the layer was seen to do.
     """
 
@@ -111,7 +117,7 @@ class LayerTrial:
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.draws = False
         self.window: int | None = None
-        self.traits, self._known, self._asks = LayerTraits(), False, False
+        self.traits, self._known, self._asks, self.marked = LayerTraits(), False, False, False
         self.keys = 2**62
         self.tolerance = UNITS * unit_of(layer.parameters(), like_BSD)
 
@@ -127,7 +133,7 @@ class LayerTrial:
             self.draws = self._draws()
             reason = self._why_not_alone() if not self.traits.is_recurrent else DRAWS_BESIDE if self.draws else None
             if reason is None and not self.draws:
-                reason = self._why_never_in_chunks()
+                reason = self.why_never(self._why_not_in_chunks)
             # What was seen of outputs may come from a buffer, and says less.
             return before.changed() or reason
         except NotImplementedError as error:  # of the attention function, or of what stands in for it
@@ -178,7 +184,9 @@ class LayerTrial:
         if cache is not None and self.traits.cache is not None:
             kwargs = {**kwargs, self.traits.cache: cache}
         self.start.restore()
-        with calling(call := TrialCall(self.window, self.keys)):
+        part = None if cache is None else cache.part
+        scans = scans_over(self.layer, SequenceParallelGroup(), part, marked=self.marked)
+        with calling(call := TrialCall(self.window, self.keys)), scans:
             y_BSD = hidden_states_of(self.forward(x_BSD, **kwargs))
         if self._known and (call.calls == 1) != self.traits.attends:
             raise NotImplementedError("it calls its attention function in some runs, and not in others")
@@ -252,15 +260,15 @@ class LayerTrial:
 
     # -- in chunks ----------------------------------------------------------------------------------------------------
 
-    def _why_never_in_chunks(self) -> str | None:
-        """A reason that holds in every draw.
+    def why_never(self, attempt: Callable[[], tuple[str | None, Tensor]]) -> str | None:
+        """A reason that holds in every draw: an attempt gives one, and which tokens come out otherwise.
 
         Rounding alone may send a token to other experts, or be what is left of a weight's gradient that cancels.
         """
         always: Tensor | None = None
         of_sums: str | None = None
         for _ in range(DRAWS):
-            reason, off = self._why_not_in_chunks()
+            reason, off = attempt()
             if not bool(off.any()):
                 if reason is None:
                     return None
@@ -275,29 +283,36 @@ class LayerTrial:
 
     def _why_not_in_chunks(self) -> tuple[str | None, Tensor]:
         """A reason, and which tokens come out otherwise in chunks."""
-        x, dy = self.draw(), self.draw()
-        whole, parts = GradientSums(self.weights), GradientSums(self.weights)
-        y_whole, dx_whole, _ = self.step(x, dy, whole)
-        y, dx = torch.empty_like(y_whole), torch.empty_like(dx_whole)
-        sums = whole.totals()  # in the weights' own dtype: half of the memory
-        before, d_states = self._states_before(x), dict[str, Tensor]()
-        for chunk in reversed(self.plan.chunks):
-            tokens, cache = chunk.rank_slice, StandInCache(chunk.start, before[chunk.index], leaves=True)
-            y[:, tokens], dx[:, tokens], d_states = self.step(
-                x[:, tokens], dy[:, tokens], parts, chunk, cache, d_states
-            )
-        off = (token_errors(y, y_whole) > self.tolerance) | (token_errors(dx, dx_whole) > 2 * self.tolerance)
+        x, dy, sums = self.draw(), self.draw(), GradientSums(self.weights)
+        y, dx, _ = self.step(x, dy, sums)
+        return self.beside((y, dx, sums.totals()), self.in_chunks(x, dy, StandInCache))
+
+    def beside(self, truth: Outcome, found: Outcome) -> tuple[str | None, Tensor]:
+        """A reason why one of them is not the other, and which tokens differ."""
+        (y_true, dx_true, sums), (y, dx, totals) = truth, found
+        off = (token_errors(y, y_true) > self.tolerance) | (token_errors(dx, dx_true) > 2 * self.tolerance)
         if not bool(off.any()):
-            return self._why_not_sums(sums, parts.totals()), off
+            return self._why_not_sums(sums, totals), off
         if any(bool(off[chunk.rank_slice].float().mean() > 0.5) for chunk in self.plan.chunks):
             return STATES_LACK if self.traits.is_recurrent else PLACES_COUNT, off
         return None, off
 
-    def _states_before(self, x: Tensor) -> list[dict[str, Tensor]]:
+    def in_chunks(self, x: Tensor, dy: Tensor, cache_of: Callable[..., StandInCache]) -> Outcome:
+        """What chunks give that go on from one another's states; `cache_of` is given a chunk's start, and states."""
+        parts, sums = list[tuple[Tensor, Tensor]](), GradientSums(self.weights)
+        before, d_states = self._states_before(x, cache_of), dict[str, Tensor]()
+        for chunk in reversed(self.plan.chunks):
+            tokens, cache = chunk.rank_slice, cache_of(chunk.start, before[chunk.index], leaves=True)
+            y, dx, d_states = self.step(x[:, tokens], dy[:, tokens], sums, chunk, cache, d_states)
+            parts.insert(0, (y, dx))
+        y, dx = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return y, dx, sums.totals()
+
+    def _states_before(self, x: Tensor, cache_of: Callable[..., StandInCache]) -> list[dict[str, Tensor]]:
         """Of each chunk the states that it begins with."""
         states: list[dict[str, Tensor]] = [{}]
-        for chunk in self.plan.chunks if self.traits.is_recurrent else ():
-            cache = StandInCache(chunk.start, states[-1])
+        for chunk in self.plan.chunks[:-1] if self.traits.is_recurrent else ():
+            cache = cache_of(chunk.start, states[-1])
             with torch.no_grad():
                 self.run(x[:, chunk.rank_slice], chunk, cache=cache)
             states.append(cache.finals)
@@ -331,7 +346,7 @@ class LayerTrial:
         tolerance = max(2 * self.tolerance, NARROW_SUMS) if narrow else 2 * self.tolerance
         largest = max((mean_size(grad) for grad in wholes.values()), default=0.0)
         for key, grad in wholes.items():
-            error = _norm(totals[key] - grad) if key in totals else float("inf")
+            error = norm_of(totals[key] - grad) if key in totals else float("inf")
             size = max(mean_size(grad), SMALL * largest) * grad.numel() ** 0.5
             if not error <= tolerance * size:
                 return f"the gradient of {names[key]} is no sum over tokens"
@@ -366,15 +381,6 @@ def token_errors(values_BSD: Tensor, truth_BSD: Tensor) -> Tensor:
     """|values - truth| / |truth| of each token, [S]."""
     values, truth = values_BSD.double(), truth_BSD.double()
     return ((values - truth).norm(dim=(0, 2)) / truth.norm(dim=(0, 2)).clamp_min(1e-30)).nan_to_num(0.0)
-
-
-def mean_size(grad: Tensor) -> float:
-    return _norm(grad) / max(1, grad.numel()) ** 0.5
-
-
-def _norm(grad: Tensor) -> float:
-    """Without a wide copy: experts' gradients have gigabytes."""
-    return float(torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)))
 
 
 def unit_of(weights: Iterable[Tensor], like_BSD: Tensor) -> float:

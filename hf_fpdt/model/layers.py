@@ -216,23 +216,31 @@ class ChunkedLayer(nn.Module):
             forward, cache = self._fpdt_layer.forward, cache_argument(self._fpdt_layer.raw_forward)
             self._fpdt_traits = traits_without_memory(forward, hidden, arguments, window, cache)
             return
-        look = look_of(self)
-        if look in self._fpdt_looks:
-            return
-        check_adapters(self, self._fpdt_layer.name)
-        if hidden.shape[1] < 2:
-            return  # nothing to cut: a longer sequence tries it
-        trials, cache = self._fpdt_settings.trials, cache_argument(self._fpdt_layer.raw_forward)
-        reason = trials.check(self, self._fpdt_layer.forward, hidden, arguments, window, cache)
-        if reason is not None:
-            raise NotImplementedError(f"hf_fpdt: {self._fpdt_layer.name} cannot be run in chunks: {reason}.")
-        self._fpdt_looks.add(look)
-        self._fpdt_traits = trials.traits_of(self, window)
+        look, trials, given = look_of(self), self._fpdt_settings.trials, (hidden, arguments, window)
+        if look not in self._fpdt_looks:
+            check_adapters(self, self._fpdt_layer.name)
+            if hidden.shape[1] < 2:
+                return  # nothing to cut: a longer sequence tries it
+            cache = cache_argument(self._fpdt_layer.raw_forward)
+            reason = trials.check(self, self._fpdt_layer.forward, *given, cache)
+            if reason is not None:
+                raise NotImplementedError(f"hf_fpdt: {self._fpdt_layer.name} cannot be run in chunks: {reason}.")
+            self._fpdt_looks.add(look)
+            self._fpdt_traits = trials.traits_of(self, window)
+        traits = self._fpdt_traits
+        # Kernels are compiled once more for marks: where rows are packed. With attention in it a layer may refuse
+        # them, so a batch of padded rows must know before.
+        untried = traits.cache is not None and traits.by_documents is None
+        if untried and (traits.attends or documents_of_batch() is not None):
+            self._fpdt_traits = trials.with_documents(traits, self, self._fpdt_layer.forward, *given)
 
 
 def takes_documents(layer: Any) -> bool:
     """Whether a layer that was entered runs on rows of several documents as fast as on one."""
-    return isinstance(layer, ChunkedLayer) and layer._fpdt_traits.cache is None
+    if not isinstance(layer, ChunkedLayer):
+        return False
+    traits = layer._fpdt_traits
+    return traits.cache is None or traits.by_documents != "layer"  # or is tried when they come
 
 
 def enter_layer(layer: Any, settings: Settings, index: int) -> None:
@@ -336,12 +344,16 @@ def _check_arguments(arguments: dict[str, Any], hidden: Tensor, name: str) -> No
 
 def _check_documents(traits: LayerTraits, documents: Documents | None, layer: Layer) -> None:
     """Refuse packed rows where a layer is given something that is one for a chunk, and not one for each document."""
-    alone = bool(traits.states) and not traits.attends and layer.group.size == 1
-    if documents is None or traits.cache is None or alone:
+    one_by_one = bool(traits.states) and not traits.attends and layer.group.size == 1
+    if documents is None or traits.cache is None or traits.by_documents not in (None, "layer") or one_by_one:
         return
-    why = "asks how many tokens came before it, of which each has its own number"
+    why = "asks how many tokens came before it, and does not take a number for each token"
     if traits.states:
-        why = "has a recurrence and attention in one" if traits.attends else "carries a state over several ranks"
+        who = "its attention cannot" if traits.attends else f"{layer.group.size} ranks cannot share"
+        why = (
+            "has scans or convolutions that cannot be stopped where a document begins, so it would have to run on one "
+            f"document after another, which {who}"
+        )
     raise NotImplementedError(
         f"hf_fpdt: {layer.name} does not take a packed row of {len(documents.starts)} documents: it {why}; give one "
         "document a row."

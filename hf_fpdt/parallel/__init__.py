@@ -2,11 +2,12 @@
 
 In reading order:
 
-    group      the ranks, and what they exchange (Ulysses)
-    scans      recurrent layers: heads exchanged around a scan, the inputs that a convolution needs from the left
-    documents  which tokens of a batch are one document
-    rows       the rows of a batch as one packed row
-    sharding   the cut of a batch, and how a rank's part is known again
+    group         the ranks, and what they exchange (Ulysses)
+    scans         recurrent layers: heads exchanged around a scan, the inputs that a convolution needs from the left
+    documents     which tokens of a batch are one document
+    packed_scans  recurrent layers over packed rows: scans and convolutions that start afresh at each document
+    rows          the rows of a batch as one packed row
+    sharding      the cut of a batch, and how a rank's part is known again
 """
 
 from .documents import (
@@ -27,11 +28,19 @@ from .group import (
     repeat_heads,
     sum_repeated_heads,
 )
+from .packed_scans import (
+    ChunkDocuments,
+    convolution_of_documents,
+    kernel_behind,
+    scan_marks,
+    scan_of_documents,
+)
 from .rows import Packing, Rows, batch_shape, marks_of, pack_arguments
 from .scans import STATES, heads_of_scan, inputs_before, over_ranks, why_not_scan_heads
 from .sharding import SAMPLE_KEY, ShardingCollator, batch_shared_by, check_shard, own_tokens, ranks_of_batch
 
 __all__ = [
+    "ChunkDocuments",
     "GROUP_TIMEOUT",
     "MARKS",
     "Packing",
@@ -46,11 +55,13 @@ __all__ = [
     "build_group",
     "check_heads",
     "check_shard",
+    "convolution_of_documents",
     "documents_of_batch",
     "heads_of_scan",
     "how_to_start",
     "ignore_first_tokens",
     "inputs_before",
+    "kernel_behind",
     "marked_documents",
     "marks_of",
     "over_ranks",
@@ -59,6 +70,8 @@ __all__ = [
     "positions_of",
     "ranks_of_batch",
     "repeat_heads",
+    "scan_marks",
+    "scan_of_documents",
     "sum_repeated_heads",
     "why_not_scan_heads",
     "without_ends",

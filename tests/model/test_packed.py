@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,13 +15,13 @@ import hf_fpdt.engine.layer_run
 import hf_fpdt.model.layers
 import hf_fpdt.model.scoring.head_call
 from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.engine.recurrent import StandInCache
 from hf_fpdt.layout.documents import Documents
 from hf_fpdt.memory.kv import KVStore
+from hf_fpdt.parallel.packed_scans import ChunkDocuments
 from tests.helpers.kinds import FAMILIES, TOLERANCE, in_double, kind, with_adapters
 from tests.helpers.models import CHUNK, PLUGIN, Step, assert_same_step, taken_step, tiny, tokens, train_step
 from tests.helpers.packed import PACKINGS, moved, positions, random_lengths
-from tests.helpers.recurrent import FAMILIES as RECURRENT_FAMILIES
-from tests.helpers.recurrent import CutOff, Forgets, cache, recurrent
 from tests.helpers.support import assert_rejects
 
 IDS = tokens(1, 40)
@@ -323,61 +322,20 @@ def test_progress_counts_the_pairs_that_are_computed() -> None:
     assert whole.strict - packed.strict == pytest.approx(TINY.layers * 3 * TINY.attention_forward(fewer))
 
 
-# -- recurrent layers -------------------------------------------------------------------------------------------------
-
-
-RECURRENT = [name for name in RECURRENT_FAMILIES if name != "falcon_h1"]
-
-
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_layers_start_afresh_at_each_document(name: str) -> None:
-    model = recurrent(name)
-    for lengths in (PACKINGS[4], PACKINGS[5], PACKINGS[6], (9, 1, 30), *(random_lengths(seed, 40) for seed in (1, 2))):
-        documents = Documents.of_lengths(lengths)
-        assert_exact(ours(model, documents), alone(model, documents))
-    documents = Documents.of_lengths(PACKINGS[6])
-    truth = alone(model, documents)
-    wrong = {"off by one": moved(documents), "none": Documents((0,), 40)}
-    broken = {what: with_boundaries(model, documents, each) for what, each in wrong.items()}
-    for bug in (Forgets, CutOff):
-        with cache(bug):
-            broken[bug.__name__] = ours(model, documents)
-    with states_leak():
-        broken["the state of the document before"] = ours(model, documents)
-    assert_rejects(lambda step: assert_exact(step, truth), broken)
-
-
-@contextmanager
-def states_leak() -> Iterator[None]:
-    """Inside, a document begins with the states that the one before left."""
-    right = Documents.pieces
-
-    def wrong(self: Documents, chunk: Any) -> Any:
-        return tuple(piece._replace(goes_on=piece.start > 0) for piece in right(self, chunk))
-
+def test_queries_scaled_by_their_place_are_exact() -> None:
+    """Llama 4's, which ask how many tokens came before."""
+    test_a_packed_row_is_its_documents_one_at_a_time("llama4_text")
+    model, documents = kind("llama4_text"), Documents.of_lengths(PACKINGS[6])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Documents, "pieces", wrong)
-        yield
+        patch.setattr(ChunkDocuments, "before_own", lambda self, device: torch.full((len(self.own),), self.own.start))
+        assert_rejects(
+            lambda step: assert_exact(step, alone(model, documents)), {"of the row": ours(model, documents)}
+        )
 
 
-@pytest.mark.parametrize("checkpoints", ["input", "segment"])
-@pytest.mark.parametrize("name", ["qwen3_5_text", "nemotron_h"])
-def test_recurrent_checkpoints_of_packed_rows_are_exact(name: str, checkpoints: str) -> None:
-    more: dict[str, Any] = {"num_hidden_layers": 4}
-    if name == "qwen3_5_text":
-        more["layer_types"] = ["linear_attention", "full_attention"] * 2
-    else:
-        more["layers_block_type"] = ["linear_attention", "moe", "full_attention", "linear_attention"]
-    model, documents = recurrent(name, **more), Documents.of_lengths(random_lengths(9, 40))
-    plugin = FPDTPlugin(chunk_tokens=CHUNK, loss_chunk_tokens=6, checkpoints=checkpoints, **HOST)
-    assert_exact(ours(model, documents, plugin), alone(model, documents))
-
-
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [("falcon_h1", "a recurrence and attention in one"), ("llama4_text", "how many tokens came before")],
-)
-def test_layers_that_cannot_tell_documents_apart_refuse_them(name: str, why: str) -> None:
-    model = recurrent(name) if name in RECURRENT_FAMILIES else kind(name)
-    with pytest.raises(NotImplementedError, match=f"does not take a packed row of 7 documents: it .*{why}"):
-        ours(model, Documents.of_lengths(PACKINGS[6]))
+def test_layers_that_cannot_tell_documents_apart_refuse_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that would do arithmetic of Python with how many tokens came before."""
+    right = StandInCache.get_seq_length
+    monkeypatch.setattr(StandInCache, "get_seq_length", lambda self, *_: int(right(self)))
+    with pytest.raises(NotImplementedError, match="does not take a packed row of 7 documents: it .*how many tokens"):
+        ours(kind("llama4_text"), Documents.of_lengths(PACKINGS[6]))

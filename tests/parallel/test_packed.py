@@ -11,23 +11,31 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorWithFlattening
 
+import hf_fpdt.engine.recurrent
 import hf_fpdt.model.layers
 from hf_fpdt import FPDTPlugin, ShardingCollator, apply_fpdt
 from hf_fpdt.layout.documents import Documents
+from hf_fpdt.parallel.packed_scans import ChunkDocuments
 from tests.helpers.kinds import FAMILIES, TOLERANCE, in_double, kind
 from tests.helpers.models import tiny
 from tests.helpers.packed import moved, random_lengths
+from tests.helpers.recurrent import FAMILIES as RECURRENT
+from tests.helpers.recurrent import recurrent
 from tests.helpers.support import assert_rejects, relative_error, spawn
 from tests.parallel.test_sequence_parallel import CHUNK, gradients, sample, shard
 
 Run = tuple[str, int, tuple[int, ...], dict[str, Any]]  # family, sp_size, lengths, what else the plugin is given
 HOST: dict[str, Any] = {"device_budget_gib": 0, "host_budget_gib": 1}
 # Ending on borders of chunks of 16, longer than several, of length 1, no multiple of the ranks.
+# Documents that begin just before the border of a chunk, of a rank's part of one, and at such borders.
+BORDERS = (7, 8, 1, 13, 3, 20, 4, 7)
 ROWS = ((16, 40, 1, 7), (32, 32), (1, 1, 1, 60), (63,), random_lengths(3, 61))
 
 
 def model_of(name: str) -> Any:
     sizes: dict[str, Any] = {"vocab_size": 97, "tie_word_embeddings": False}
+    if name in RECURRENT:
+        return recurrent(name, **sizes | ({"linear_num_heads": 4} if name == "kimi_linear" else {}))
     return kind(name, **sizes) if name in FAMILIES else tiny(name, attention="eager", **sizes)
 
 
@@ -87,14 +95,21 @@ def test_two_ranks_equal_documents_one_at_a_time() -> None:
     runs += [("gpt_oss", 2, ROWS[0], {}), ("gpt_oss", 2, ROWS[4], {"checkpoints": "segment", **HOST})]
     runs += [
         ("mistral", 2, ROWS[2], {}),
+        ("llama4_text", 2, ROWS[4], {}),
         ("gpt_neox", 2, ROWS[0], {}),
         ("llama", 1, ROWS[4], {"checkpoints": "input"}),
     ]
+    runs += [(name, 2, ROWS[0], {}) for name in ("olmo_hybrid", "kimi_linear", "falcon_h1", "lfm2")]
+    runs += [("qwen3_5_text", 2, lengths, {}) for lengths in (BORDERS, *ROWS[2:])]
+    runs += [("bamba", 2, lengths, {"checkpoints": "segment", **HOST}) for lengths in (BORDERS, ROWS[4])]
     spawn(_ddp, 2, runs)
 
 
 def test_four_ranks_equal_documents_one_at_a_time() -> None:
-    spawn(_ddp, 4, [("llama", 4, ROWS[0], {}), ("gpt_oss", 4, ROWS[4], HOST), ("mistral", 2, ROWS[0], {})])
+    runs: list[Run] = [("llama", 4, ROWS[0], {}), ("gpt_oss", 4, ROWS[4], HOST), ("mistral", 2, ROWS[0], {})]
+    runs += [(name, 4, BORDERS, {}) for name in ("qwen3_5_text", "bamba", "falcon_h1", "lfm2")]
+    runs += [("qwen3_5_text", 4, ROWS[4], HOST), ("falcon_h1", 2, ROWS[4], {}), ("nemotron_h", 2, ROWS[0], {})]
+    spawn(_ddp, 4, runs)
 
 
 def _fsdp(rank: int, world: int, runs: list[Run]) -> None:
@@ -114,26 +129,48 @@ def test_fsdp2_equals_documents_one_at_a_time() -> None:
     spawn(_fsdp, 2, [("llama", 1, ROWS[0], {}), ("gpt_oss", 2, ROWS[4], rebuilt), ("llama", 2, ROWS[1], {})])
 
 
-def _broken(rank: int, world: int, bug: str) -> None:
-    lengths = ROWS[0]
-    with pytest.MonkeyPatch.context() as patch, in_double():
-        if bug == "boundaries of a rank's own":
-            local = moved(Documents.of_lengths(lengths), -1 - rank)
-            patch.setattr(hf_fpdt.model.layers, "documents_of_batch", lambda: local)
-        wrapped = DistributedDataParallel(applied("llama", 2))
-        batch = own_batch(2, rank, lengths)
-        if bug == "labels across boundaries":
-            flat = [{"input_ids": sum((each["input_ids"] for each in features(lengths, 0)), [])}]
-            across = ShardingCollator(DataCollatorWithFlattening(), 2, rank, CHUNK)(flat)
-            batch |= {"labels": across["labels"], "shift_labels": across["labels"]}
-        loss = wrapped(**batch).loss
-        loss.backward()
-        check("llama", lengths, 1, wrapped, loss)
+def _broken(rank: int, world: int) -> None:
+    for name, lengths, bugs in (("llama", ROWS[0], BUGS), ("qwen3_5_text", BORDERS, LEAKS)):
+        with in_double():
+            wrapped = DistributedDataParallel(applied(name, 2))
+            wrapped(**own_batch(2, rank, lengths))  # layers are tried before they are broken
+
+            def checked(bug: str, name: str = name, lengths: Any = lengths, wrapped: nn.Module = wrapped) -> None:
+                wrapped.zero_grad()
+                batch = own_batch(2, rank, lengths)
+                with pytest.MonkeyPatch.context() as patch:
+                    if bug == "boundaries of a rank's own":
+                        local = moved(Documents.of_lengths(lengths), -1 - rank)
+                        patch.setattr(hf_fpdt.model.layers, "documents_of_batch", lambda: local)
+                    if bug == "labels across boundaries":
+                        flat = [{"input_ids": sum((each["input_ids"] for each in features(lengths, 0)), [])}]
+                        across = ShardingCollator(DataCollatorWithFlattening(), 2, rank, CHUNK)(flat)
+                        batch |= {"labels": across["labels"], "shift_labels": across["labels"]}
+                    if bug in LEAKS:
+                        patch.setattr(*LEAKS[bug])
+                    loss = wrapped(**batch).loss
+                    loss.backward()
+                check(name, lengths, 1, wrapped, loss)
+
+            checked("none")
+            assert_rejects(checked, {bug: bug for bug in bugs})
+
+
+def _right_within(self: ChunkDocuments, inputs: Tensor, *, before_own: bool) -> Tensor:
+    return inputs if before_own else _without_others(self, inputs, before_own=False)
+
+
+_without_others = ChunkDocuments.without_others
+BUGS = ("boundaries of a rank's own", "labels across boundaries")
+LEAKS: dict[str, tuple[Any, str, Any]] = {
+    "inputs of another document, from the rank on the left": (ChunkDocuments, "without_others", _right_within),
+    "states of another document": (ChunkDocuments, "goes_on", property(lambda self: self.chunk.start > 0)),
+    "convolutions over boundaries": (hf_fpdt.engine.recurrent, "convolution_of_documents", lambda each, part: each),
+}
 
 
 def test_the_check_rejects_broken_ranks() -> None:
-    bugs = ["boundaries of a rank's own", "labels across boundaries"]
-    assert_rejects(lambda bug: spawn(_broken, 2, bug), {bug: bug for bug in bugs})
+    spawn(_broken, 2)
 
 
 def _disagree(rank: int, world: int) -> None:
