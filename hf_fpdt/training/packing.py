@@ -1,15 +1,15 @@
 """Documents of every length in rows of one length: which go together, and the batch that tells them apart.
 
-A row is filled greedily: a document, then again and again the longest waiting one that fits. Over documents that wait
-from the longest down that is first-fit decreasing; over a stream it takes whoever waits longest first, so that nobody
-waits for ever. No document is cut but on request: a trajectory that ends in its midst teaches never to stop.
+Best-fit decreasing: from the longest document down, each goes into the row with the least room that is enough for it.
+Of a stream that is done with the documents that wait: the fullest rows leave, the others' documents go on waiting for
+better company, twice at most. No document is cut but on request: a trajectory that ends in its midst teaches never to
+stop.
 """
 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right, insort
-from collections import deque
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,72 +62,98 @@ class PackingCounts:
         )
 
 
-class _Waiting:
-    """Documents by length; the longest that fits is found, and so is the one that waits longest."""
+class _OpenRows:
+    """Rows by the room that is left in them; the one with the least that is enough is found in a few steps."""
 
-    def __init__(self) -> None:
-        self._by_length: list[tuple[int, int]] = []  # (length, when it came), ascending
-        self._order: deque[tuple[int, int]] = deque()
-        self._gone: set[int] = set()
-        self._came = 0
-        self._values: dict[int, Any] = {}
+    BITS = 512  # of one number: two of them are looked at for rows of 256K tokens
 
-    def __len__(self) -> int:
-        return len(self._by_length)
+    def __init__(self, room: int) -> None:
+        self._rows = defaultdict[int, list[list[int]]](list)
+        self._left = [0] * (room // self.BITS + 1)  # a bit for each size of room that some row has left
+        self._some = 0  # a bit for each of these numbers that is not 0
 
-    def add(self, length: int, value: Any) -> None:
-        """One more."""
-        insort(self._by_length, (length, self._came))
-        self._order.append((length, self._came))
-        self._values[self._came] = value
-        self._came += 1
+    def put(self, left: int, row: list[int]) -> None:
+        """A row with so much room left."""
+        number, bit = divmod(left, self.BITS)
+        self._rows[left].append(row)
+        self._left[number] |= 1 << bit
+        self._some |= 1 << number
 
-    def longest_within(self, room: int) -> tuple[int, Any] | None:
-        """(length, value) of the longest one of at most so many tokens, taken out; the first come of these."""
-        at = bisect_right(self._by_length, (room, self._came)) - 1
-        if at < 0:
-            return None
-        length = self._by_length[at][0]
-        at = bisect_right(self._by_length, (length, -1))
-        _, when = self._by_length.pop(at)
-        self._gone.add(when)
-        return length, self._values.pop(when)
+    def take(self, least: int) -> tuple[int, list[int]] | None:
+        """(room left, row) of the fullest one with at least so much room, taken out; None where there is none."""
+        number, bit = divmod(least, self.BITS)
+        found = self._left[number] >> bit << bit
+        if not found:
+            later = self._some >> (number + 1) << (number + 1)
+            if not later:
+                return None
+            number = _lowest(later)
+            found = self._left[number]
+        left = number * self.BITS + _lowest(found)
+        rows = self._rows[left]
+        row = rows.pop()
+        if not rows:
+            self._left[number] ^= 1 << (left % self.BITS)
+            self._some ^= 0 if self._left[number] else 1 << number
+        return left, row
 
-    def first_come(self) -> tuple[int, Any]:
-        """(length, value) of the one that waits longest, taken out."""
-        while self._order[0][1] in self._gone:
-            self._gone.remove(self._order.popleft()[1])
-        length, when = self._order.popleft()
-        del self._by_length[bisect_right(self._by_length, (length, when)) - 1]
-        return length, self._values.pop(when)
 
-    def row(self, room: int, *, first_come: bool) -> list[Any]:
-        """The values of a row: one, and whatever fits beside it."""
-        taken = self.first_come() if first_come else self.longest_within(room)
-        values = []
-        while taken is not None:
-            length, value = taken
-            values.append(value)
-            room -= length
-            taken = self.longest_within(room)
-        return values
+def _lowest(bits: int) -> int:
+    """The place of the lowest bit that is set."""
+    return (bits & -bits).bit_length() - 1
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Rows of documents, by their places in `lengths`, none of which is longer than `room`: first-fit decreasing.
+    """Rows of documents, by their places in `lengths`, none of which is longer than `room`: best-fit decreasing.
 
     Raises:
         ValueError: a document is longer, or has no token.
     """
     if wrong := [length for length in lengths if not 0 < length <= room]:
         raise ValueError(f"hf_fpdt: pack(room={room}): documents of 1 to {room} tokens are expected, got {wrong[0]}.")
-    waiting = _Waiting()
-    for index, length in enumerate(lengths):
-        waiting.add(length, index)
-    rows = []
-    while len(waiting):
-        rows.append(waiting.row(room, first_come=False))
+    rows, opened = list[list[int]](), _OpenRows(room)
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        found = opened.take(lengths[index])
+        left, row = (room, list[int]()) if found is None else found
+        if found is None:
+            rows.append(row)
+        row.append(index)
+        opened.put(left - lengths[index], row)
     return rows
+
+
+@dataclass
+class _Waiting:
+    """A document of a stream, or a piece of one, that has no row yet.
+
+    Attributes:
+        length: in tokens.
+        value: its ids and labels.
+        passed_over: how often rows left without it.
+    """
+
+    length: int
+    value: dict[str, list[int]]
+    passed_over: int = 0
+
+
+def _leaving(waiting: list[_Waiting], room: int) -> tuple[list[list[_Waiting]], list[_Waiting]]:
+    """Rows of at least half of the documents that wait, and the documents that go on waiting.
+
+    First those with a document that was passed over twice, then the fullest: whose documents find no better company.
+    """
+    rows = [[waiting[index] for index in row] for row in pack([each.length for each in waiting], room)]
+    rows.sort(key=lambda row: (max(each.passed_over for each in row) < 2, -sum(each.length for each in row)))
+    left, leaving = len(waiting), list[list[_Waiting]]()
+    for row in rows:
+        if 2 * left <= len(waiting) and max(each.passed_over for each in row) < 2:
+            break
+        leaving.append(row)
+        left -= len(row)
+    staying = [each for row in rows[len(leaving) :] for each in row]
+    for each in staying:
+        each.passed_over += 1
+    return leaving, staying
 
 
 def fitting_pieces(length: int, room: int, long_documents: LongDocuments, counts: PackingCounts) -> list[slice]:
@@ -253,16 +279,18 @@ class PackedStream(IterableDataset[dict[str, list[int]]]):
 
     def _rows(self) -> Iterator[dict[str, list[int]]]:
         counts = self.counts = PackingCounts(self.max_length)
-        waiting = _Waiting()
+        waiting = list[_Waiting]()
         for sample in self.documents:
             whole = _documents_of(sample)
             length = len(whole["input_ids"])
             for piece in fitting_pieces(length, self.max_length, self.long_documents, counts):
-                waiting.add(piece.stop - piece.start, {name: values[piece] for name, values in whole.items()})
-            while len(waiting) > self.buffer:
-                yield self._counted(waiting.row(self.max_length, first_come=True))
-        while len(waiting):
-            yield self._counted(waiting.row(self.max_length, first_come=False))
+                values = {name: values[piece] for name, values in whole.items()}
+                waiting.append(_Waiting(piece.stop - piece.start, values))
+            if len(waiting) >= self.buffer:
+                leaving, waiting = _leaving(waiting, self.max_length)
+                yield from (self._counted([each.value for each in row]) for row in leaving)
+        for row in pack([each.length for each in waiting], self.max_length):
+            yield self._counted([waiting[index].value for index in row])
         logger.info("hf_fpdt: packed %s", counts)
 
     def _counted(self, pieces: Sequence[Mapping[str, list[int]]]) -> dict[str, list[int]]:

@@ -122,9 +122,39 @@ def test_rows_are_98_percent_full(corpus: str) -> None:
     check(rows)
     if corpus == "trajectories":
         assert_rejects(check, {"in the order they come": [*in_order(lengths, room)]})
-    stream = PackedStream(({"input_ids": range(length)} for length in lengths), room)
-    stream._counted = lambda pieces: pieces  # type: ignore[assignment, method-assign, return-value]
-    check([[0]] * sum(1 for _ in stream))
+    # A sixteenth of every length, so that as many documents are a sixteenth of the tokens.
+    lengths, room = [max(1, length // 16) for length in lengths], room // 16
+    stream = PackedStream(({"input_ids": [0] * length} for length in lengths), room)
+    streamed = [row["seq_lengths"] for row in stream]
+    assert sorted(length for row in streamed for length in row) == sorted(lengths)
+    check(streamed)
+
+
+def naive_fit(lengths: list[int], room: int, *, best: bool) -> list[list[int]]:
+    """Decreasing, each into the fullest row that it fits in, or into the first one."""
+    rows: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        room_left = [room - sum(lengths[each] for each in row) for row in rows]
+        fits = [(left if best else 0, at) for at, left in enumerate(room_left) if left >= lengths[index]]
+        rows[min(fits)[1]].append(index) if fits else rows.append([index])
+    return rows
+
+
+def room_left(lengths: list[int], rows: list[list[int]], room: int) -> list[int]:
+    return sorted(room - sum(lengths[index] for index in row) for row in rows)
+
+
+@pytest.mark.parametrize("room", [32, 1500, 2048])
+def test_documents_go_where_the_least_room_is_left(room: int) -> None:
+    """Best-fit decreasing, of random lengths; rooms of one number, and of several, are found."""
+    generator, differs = torch.Generator().manual_seed(0), False
+    for _ in range(20):
+        lengths = torch.randint(1, room + 1, (60,), generator=generator).tolist()
+        lengths = [max(1, length // int(torch.randint(1, 6, (), generator=generator))) for length in lengths]
+        best, first = (naive_fit(lengths, room, best=best) for best in (True, False))
+        assert room_left(lengths, pack(lengths, room), room) == room_left(lengths, best, room)
+        differs |= room_left(lengths, first, room) != room_left(lengths, best, room)
+    assert differs or room == 32, "first-fit would do"
 
 
 def in_order(lengths: list[int], room: int) -> Iterator[list[int]]:
@@ -138,11 +168,14 @@ def in_order(lengths: list[int], room: int) -> Iterator[list[int]]:
 
 
 def test_nobody_waits_for_ever_in_a_stream() -> None:
-    """Long documents fill rows by themselves; a short one leaves when it has waited longest."""
+    """Long documents fill rows by themselves; a short one leaves when others left twice without it."""
     lengths = (3, *(30,) * 40)
     stream = PackedStream(samples(lengths), ROOM, buffer=4)
     rows = [row["input_ids"][0] // 1000 for row in stream]
     assert 0 in rows[:6]
+    # Documents of the fullest rows leave first: 20 + 12 and 16 + 16 of those that wait, then those that are left.
+    firsts = [row["seq_lengths"] for row in PackedStream(samples((20, 9, 16, 25, 16, 12)), ROOM, buffer=6)]
+    assert firsts == [[20, 12], [16, 16], [25], [9]]
     assert list(stream) == list(stream), "a second pass is the first again"
 
 
