@@ -31,6 +31,7 @@ from .apply import (
     why_refused,
 )
 from .attention_function import register
+from .head import joins_rows
 from .layers import decoder_layers, mostly_trained
 from .scoring.left_padding import why_not_moved
 from .scoring.log_probs import TokenLogProbs, chunked_log_probs
@@ -46,6 +47,7 @@ __all__ = [
     "build_random",
     "chunked_log_probs",
     "decoder_layers",
+    "joins_rows",
     "device_peak",
     "has_fpdt",
     "mapping_with_rope",

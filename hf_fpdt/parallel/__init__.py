@@ -35,13 +35,14 @@ from .packed_scans import (
     scan_marks,
     scan_of_documents,
 )
-from .rows import Packing, Rows, batch_shape, marks_of, pack_arguments
+from .rows import JoinedRows, Packing, Rows, batch_shape, marks_of, pack_arguments
 from .scans import STATES, heads_of_scan, inputs_before, over_ranks, why_not_scan_heads
 from .sharding import SAMPLE_KEY, ShardingCollator, batch_shared_by, check_shard, own_tokens, ranks_of_batch
 
 __all__ = [
     "ChunkDocuments",
     "GROUP_TIMEOUT",
+    "JoinedRows",
     "MARKS",
     "Packing",
     "Rows",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..labels import check_padding
 from ..layout import Documents
 from .documents import MARKS, breaks_of, marked_documents, positions_of, text_positions
 
@@ -60,6 +61,54 @@ class Rows:
             return tuple(map(self.padded_each, value))
         packed = isinstance(value, Tensor) and value.shape[:2] == (1, self.documents.n_tokens)
         return self.padded(value) if packed else value
+
+
+@dataclass(frozen=True)
+class JoinedRows:
+    """Collates rows of several lengths as one packed row, so that no padding is computed.
+
+    For `ShardingCollator`, which cuts the row over ranks. A batch without padding stays as it is, and so does one with
+    marks or positions of its own, or with something that goes by rows and not by tokens.
+
+    Attributes:
+        inner: makes a batch with `input_ids` [B, S] and `attention_mask` [B, S] that marks padding on the right.
+    """
+
+    inner: Callable[[Any], Any]
+
+    def __call__(self, features: Any) -> dict[str, Any]:
+        batch = dict(self.inner(features))
+        lengths = _lengths_of_padded(batch)
+        if lengths is None:
+            return batch
+        ids = batch["input_ids"]
+        labels = batch.get("labels") if batch.get("shift_labels") is None else batch["shift_labels"]
+        if isinstance(labels, Tensor) and labels.shape == ids.shape:
+            check_padding("hf_fpdt.JoinedRows", batch["attention_mask"] == 0, labels)
+        rows = Rows.of(lengths, ids.shape[1], (), ids.device)
+        del batch["attention_mask"]
+        documents = rows.documents
+        edges = torch.tensor([*documents.starts, documents.n_tokens], dtype=torch.int32, device=ids.device)
+        by_token = {name: rows.flat(value) for name, value in batch.items() if _shape(value)[:2] == rows.shape}
+        return {**batch, **by_token, "cu_seq_lens_q": edges}
+
+
+def _lengths_of_padded(batch: Mapping[str, Any]) -> list[int] | None:
+    """Tokens of each row of a batch that may become one packed row; None of another batch."""
+    mask, shape = batch.get("attention_mask"), _shape(batch.get("input_ids"))
+    if not isinstance(mask, Tensor) or len(shape) != 2 or shape[0] < 2 or mask.shape != shape:
+        return None
+    if any(batch.get(name) is not None for name in (*MARKS, "position_ids")):
+        return None
+    by_rows = (_shape(value) for value in batch.values())
+    if any(each[:1] == shape[:1] and each[:2] != shape for each in by_rows):
+        return None
+    lengths, on_the_right = mask.sum(1).tolist(), bool((mask[:, 1:] <= mask[:, :-1]).all())
+    return lengths if on_the_right and 0 < min(lengths) < shape[1] else None
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 class Packing(NamedTuple):

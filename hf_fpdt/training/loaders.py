@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from accelerate.utils import DistributedType, DynamoBackend, broadcast
 from torch.utils.data import DataLoader, RandomSampler
 
 from ..config import FPDTPlugin, resolve_chunk_tokens
-from ..parallel import SequenceParallelGroup, ShardingCollator, build_group
+from ..model import joins_rows
+from ..parallel import JoinedRows, SequenceParallelGroup, ShardingCollator, build_group
+from .packing import PackingCollator
 
 
 def join_group(
@@ -105,6 +107,23 @@ def sharding_collator(inner: Any, plugin: FPDTPlugin, group: SequenceParallelGro
             )
         return inner
     return inner if group.size == 1 else ShardingCollator(inner, *cut, **more)
+
+
+@contextmanager
+def rows_joined(trainer: Any, *, is_training: bool) -> Iterator[None]:
+    """Inside, a trainer's loader for training puts rows of several lengths into one packed row before they are cut.
+
+    What is evaluated stays in rows, of which those that fill up a batch are left out. On one process a sequence the
+    model joins rows itself.
+    """
+    collator = trainer.data_collator
+    joins = is_training and isinstance(collator, ShardingCollator) and joins_rows(trainer.model)
+    if joins and not isinstance(collator.inner, PackingCollator):
+        trainer.data_collator = replace(collator, inner=JoinedRows(collator.inner))
+    try:
+        yield
+    finally:
+        trainer.data_collator = collator
 
 
 def _refused_options(accelerator: Accelerator) -> list[str]:

@@ -17,7 +17,7 @@ from ..labels import IGNORE_INDEX
 from ..model import applied_settings, apply_fpdt, has_fpdt, may_get_fpdt, train_with
 from ..parallel import SequenceParallelGroup, ignore_first_tokens
 from .evaluation import Evaluation, filled, first_rows
-from .loaders import join_group, sharding_collator
+from .loaders import join_group, rows_joined, sharding_collator
 from .packing import LENGTHS, PackingCollator
 from .refused import refused_options, refused_prompts
 from .saying import say_what_is_done
@@ -153,7 +153,8 @@ class FPDTTrainerMixin:
             ranks = self._data_parallel_size()
             multiple = batch_size * ranks if ranks > 1 else 1
             dataset, rows = filled(dataset, rows, multiple), rows if rows % multiple else None
-        loader = super()._get_dataloader(dataset, description, batch_size, **kwargs)  # type: ignore[misc]
+        with rows_joined(self, is_training=bool(kwargs.get("is_training"))):
+            loader = super()._get_dataloader(dataset, description, batch_size, **kwargs)  # type: ignore[misc]
         loader.fpdt_rows, loader.fpdt_samples = rows, samples
         seeded = loader.worker_init_fn
         if isinstance(seeded, functools.partial) and "rank" in seeded.keywords:

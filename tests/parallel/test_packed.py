@@ -16,13 +16,14 @@ import hf_fpdt.model.layers
 from hf_fpdt import FPDTPlugin, ShardingCollator, apply_fpdt
 from hf_fpdt.layout.documents import Documents
 from hf_fpdt.parallel.packed_scans import ChunkDocuments
+from hf_fpdt.parallel.rows import JoinedRows
 from tests.helpers.kinds import FAMILIES, TOLERANCE, in_double, kind
 from tests.helpers.models import tiny
 from tests.helpers.packed import moved, random_lengths
 from tests.helpers.recurrent import FAMILIES as RECURRENT
 from tests.helpers.recurrent import recurrent
 from tests.helpers.support import assert_rejects, relative_error, spawn
-from tests.parallel.test_sequence_parallel import CHUNK, gradients, sample, shard
+from tests.parallel.test_sequence_parallel import CHUNK, gradients, sample, shard, stacked
 
 Run = tuple[str, int, tuple[int, ...], dict[str, Any]]  # family, sp_size, lengths, what else the plugin is given
 HOST: dict[str, Any] = {"device_budget_gib": 0, "host_budget_gib": 1}
@@ -186,3 +187,70 @@ def _disagree(rank: int, world: int) -> None:
 
 def test_ranks_with_other_boundaries_raise_on_all_of_them() -> None:
     spawn(_disagree, 2)
+
+
+# -- rows of several lengths ------------------------------------------------------------------------------------------
+
+
+def padded(lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    """A batch of rows with padding on the right, and labels of which some do not count."""
+    length = max(lengths)
+    batch = stacked([sample(index, length) for index in range(len(lengths))])
+    mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": batch["input_ids"] * mask, "attention_mask": mask} | {
+        "labels": batch["labels"].masked_fill(mask == 0, -100)
+    }
+
+
+def check_padded(rank: int, name: str, joins: Any) -> None:
+    """Loss and gradients of a padded batch on two ranks are a plain model's, and no padding is computed."""
+    batch, sizes = padded((40, 9, 21)), list[int]()
+    plain = model_of(name)
+    plain(**batch).loss.backward()
+    wrapped = DistributedDataParallel(applied(name, 2))
+    wrapped.module.model.layers[0].register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[1]))
+    own = ShardingCollator(joins(lambda features: features[0]), 2, rank, CHUNK)([batch])
+    wrapped(**own).loss.backward()
+    ours, exact = gradients(wrapped), gradients(plain)
+    for key, grad in exact.items():
+        assert relative_error(ours[key], grad) < TOLERANCE, f"{name}: {key}"
+    assert set(sizes) == {(40 + 9 + 21) // 2}, "padding goes through the layers"
+
+
+def without_edges(inner: Any) -> Any:
+    """Rows that are put together, and take one another for one document."""
+    joined = JoinedRows(inner)
+    return lambda features: {name: value for name, value in joined(features).items() if name != "cu_seq_lens_q"}
+
+
+def _padded(rank: int, world: int) -> None:
+    with in_double():
+        for name in ("llama", "gpt_oss", "qwen3_5_text", "falcon_h1"):
+            check_padded(rank, name, JoinedRows)
+        broken = {"one document": without_edges, "padding is computed": lambda inner: inner}
+        assert_rejects(lambda joins: check_padded(rank, "llama", joins), broken)
+
+
+def test_padding_goes_through_no_layer_of_two_ranks() -> None:
+    spawn(_padded, 2)
+
+
+def test_what_cannot_be_joined_stays_as_it_is() -> None:
+    batch, same = padded((5, 9)), padded((9, 9))
+    left = {**batch, "attention_mask": batch["attention_mask"].flip(1)}
+    for other in (
+        same,
+        left,
+        {**batch, "position_ids": torch.arange(9)[None]},
+        {**batch, "pixel_values": torch.zeros(2, 3)},
+        {"input_ids": batch["input_ids"]},
+        padded((4,)),
+    ):
+        found = JoinedRows(dict)(other)
+        assert found.keys() == other.keys() and all(found[name] is other[name] for name in other)
+    joined = JoinedRows(dict)({**batch, "numbers": torch.arange(3), "by_token": torch.arange(36).view(2, 9, 2)})
+    assert joined["cu_seq_lens_q"].tolist() == [0, 5, 14] and "attention_mask" not in joined
+    assert joined["by_token"].shape == (1, 14, 2) and torch.equal(joined["numbers"], torch.arange(3))
+    assert joined["input_ids"][0].tolist() == batch["input_ids"][0, :5].tolist() + batch["input_ids"][1].tolist()
+    with pytest.raises(ValueError, match="JoinedRows: attention_mask marks tokens as padding whose labels count"):
+        JoinedRows(dict)({**batch, "labels": batch["input_ids"]})

@@ -205,6 +205,12 @@ def test_logged_speeds_are_of_the_tokens_of_all_processes(two: Path, four: Path)
                 assert sum(told["speed_tokens"]) == told["computed"] <= with_padding, name
 
 
+def test_ranks_that_share_rows_do_not_compute_their_padding(two: Path, tmp_path: Path) -> None:
+    """One process computes none; ranks fill a step's row up to their multiple."""
+    computed, told = alone(TWO_PROCESSES["sp"], tmp_path).numbers["computed"], read(two, "sp").numbers
+    assert 0 <= told["computed"] - computed <= told["steps"]
+
+
 def test_predictions_have_a_row_for_each_sample_or_none(two: Path, four: Path) -> None:
     assert read(two, "ddp").numbers["label_rows"] == 5
     assert read(two, "sp").numbers["label_rows"] is None and read(four, "sp and dp").numbers["label_rows"] is None
