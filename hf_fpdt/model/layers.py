@@ -228,11 +228,10 @@ class ChunkedLayer(nn.Module):
             self._fpdt_looks.add(look)
             self._fpdt_traits = trials.traits_of(self, window)
         traits = self._fpdt_traits
-        # Kernels are compiled once more for marks: where rows are packed. With attention in it, or on several ranks, a
-        # layer may refuse them, so a batch of padded rows must know before.
+        # Kernels are compiled once more for marks: where rows are packed. With attention in it a layer may refuse
+        # them, so a batch of padded rows must know before.
         untried = traits.cache is not None and traits.by_documents is None
-        may_refuse = traits.attends or self._fpdt_settings.group.size > 1
-        if untried and (may_refuse or documents_of_batch() is not None):
+        if untried and (traits.attends or documents_of_batch() is not None):
             self._fpdt_traits = trials.with_documents(traits, self, self._fpdt_layer.forward, *given)
 
 
@@ -357,7 +356,7 @@ def _check_documents(traits: LayerTraits, documents: Documents | None, layer: La
         )
     raise NotImplementedError(
         f"hf_fpdt: {layer.name} does not take a packed row of {len(documents.starts)} documents: it {why}; give one "
-        "document a row."
+        "document a row, and rows of one length."
     )
 
 

@@ -63,9 +63,7 @@ def with_lora(model: PreTrainedModel) -> Any:
         # PEFT still asks by the old name of a property; nothing a user could change.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         # Patterns of PEFT's own for experts, which "all-linear" leaves out.
-        warnings.filterwarnings(
-            "ignore", message="The following .*_pattern keys", category=RuntimeWarning
-        )
+        warnings.filterwarnings("ignore", message="The following .*_pattern keys", category=RuntimeWarning)
         left_out = without_adapters(model) or None
         lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", exclude_modules=left_out)
         return get_peft_model(model, lora, autocast_adapter_dtype=False)
