@@ -34,7 +34,7 @@ from .attention_function import register
 from .head import joins_rows
 from .layers import decoder_layers, mostly_trained
 from .scoring.left_padding import why_not_moved
-from .scoring.log_probs import TokenLogProbs, chunked_log_probs
+from .scoring.log_probs import TokenLogProbs, asks_for_log_probs, chunked_log_probs
 from .shapes import LORA_RANK, SHAPES, build_random, training_of, training_of_model, with_layers
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "TokenLogProbs",
     "applied_settings",
     "apply_fpdt",
+    "asks_for_log_probs",
     "build_random",
     "chunked_log_probs",
     "decoder_layers",

@@ -59,7 +59,7 @@ def apply_fpdt(
         model: the model, or the PEFT model around it.
         plugin: settings; None: `FPDTPlugin()`, which reads FPDT_* environment variables.
         group: the ranks that share a sequence; None: `build_group(plugin.sp_size)`. With more than one the model takes
-            batches of `ShardingCollator`.
+            batches of `ShardingCollator`; `chunked_log_probs` and TRL's trainers give it whole rows.
 
     Returns:
         A handle whose `remove()` restores the model.

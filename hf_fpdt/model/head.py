@@ -7,7 +7,6 @@ slice of hidden states by running that forward with the base model standing asid
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from ..engine import (
 )
 from ..labels import IGNORE_INDEX
 from ..parallel import (
+    PADDING_KEY,
     SAMPLE_KEY,
     Packing,
     Rows,
@@ -47,6 +47,8 @@ from .scoring.head_call import (
     head_after,
     heads_of,
     targets_of,
+    told_by,
+    told_of_batch,
     with_fields,
     without_fsdp,
 )
@@ -120,11 +122,9 @@ def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
     return norm_by_chunks(self._fpdt.forward, hidden, list(self.parameters()), size)
 
 
-_sample: ContextVar[Tensor | None] = ContextVar("fpdt_sample", default=None)
-
-
 def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    sample = kwargs.pop(SAMPLE_KEY, _sample.get())
+    sample = kwargs.pop(SAMPLE_KEY, told_of_batch().sample)
+    kwargs.pop(PADDING_KEY, None)
     call = current_head_call()
     if call is not None and call.outputs is not None:
         return call.outputs
@@ -252,16 +252,12 @@ def _loss_of(outputs: Any) -> Any:
 def _causal_lm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if visiting():
         return _visited_forward(self, *args, **kwargs)
-    token = _sample.set(kwargs.pop(SAMPLE_KEY, None))
-    try:
-        with marks_of(kwargs):
-            if (request := taken_request(self._fpdt.forward, kwargs)) is not None:
-                return answer(self, request, *args, **kwargs)
-            if kwargs.get(TRLS):
-                return self._fpdt.forward(*args, **kwargs)  # of another release: its head, of hidden states made here
-            return _forward_with_loss(self, *args, **kwargs)
-    finally:
-        _sample.reset(token)
+    with told_by(kwargs), marks_of(kwargs):
+        if (request := taken_request(self._fpdt.forward, kwargs)) is not None:
+            return answer(self, request, *args, **kwargs)
+        if kwargs.get(TRLS):
+            return self._fpdt.forward(*args, **kwargs)  # of another release: its head, of hidden states made here
+        return _forward_with_loss(self, *args, **kwargs)
 
 
 def _visited_forward(self: Any, **arguments: Any) -> Any:
@@ -316,7 +312,9 @@ def _forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
     logits = None if kept is None else ran.logits_of(whole, logits_to_keep=kept)
     routers: dict[str, Any] = {}
     if ran.router_loss is not None:
-        loss, routers = loss + getattr(self, COEFFICIENT) * ran.router_loss, {"aux_loss": ran.router_loss}
+        # Losses over a number of tokens are added up over ranks, and each has this one whole.
+        ranks = 1 if loss_arguments["num_items_in_batch"] is None else self._fpdt.settings.group.size
+        loss, routers = loss + getattr(self, COEFFICIENT) / ranks * ran.router_loss, {"aux_loss": ran.router_loss}
     outputs = with_fields(ran.outputs, loss=loss, logits=logits, **routers)
     return outputs.to_tuple() if as_tuple else outputs
 

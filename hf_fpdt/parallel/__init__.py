@@ -8,6 +8,7 @@ In reading order:
     packed_scans  recurrent layers over packed rows: scans and convolutions that start afresh at each document
     rows          the rows of a batch as one packed row
     sharding      the cut of a batch, and how a rank's part is known again
+    whole_rows    what ranks find of their own tokens, made whole on every rank
 """
 
 from .documents import (
@@ -37,13 +38,23 @@ from .packed_scans import (
 )
 from .rows import JoinedRows, Packing, Rows, batch_shape, marks_of, pack_arguments
 from .scans import STATES, heads_of_scan, inputs_before, over_ranks, why_not_scan_heads
-from .sharding import SAMPLE_KEY, ShardingCollator, batch_shared_by, check_shard, own_tokens, ranks_of_batch
+from .sharding import (
+    PADDING_KEY,
+    SAMPLE_KEY,
+    ShardingCollator,
+    batch_shared_by,
+    check_shard,
+    own_tokens,
+    ranks_of_batch,
+)
+from .whole_rows import gathered, summed
 
 __all__ = [
     "ChunkDocuments",
     "GROUP_TIMEOUT",
     "JoinedRows",
     "MARKS",
+    "PADDING_KEY",
     "Packing",
     "Rows",
     "SAMPLE_KEY",
@@ -58,6 +69,7 @@ __all__ = [
     "check_shard",
     "convolution_of_documents",
     "documents_of_batch",
+    "gathered",
     "heads_of_scan",
     "how_to_start",
     "ignore_first_tokens",
@@ -74,6 +86,7 @@ __all__ = [
     "scan_marks",
     "scan_of_documents",
     "sum_repeated_heads",
+    "summed",
     "why_not_scan_heads",
     "without_ends",
 ]

@@ -94,6 +94,14 @@ class SequenceParallelGroup:
         dist.all_gather(parts, value.contiguous(), group=self.process_group)
         return parts
 
+    def of_first(self, value: Any) -> Any:
+        """What the group's first rank has there, on all of them; the host waits for it. Its value must pickle."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self.process_group, 0), group=self.process_group)
+        return box[0]
+
     def extremes(self, values: Tensor, *, everywhere: bool = False) -> list[tuple[int, int]]:
         """The smallest and the largest of each whole number over the ranks of the group; the host waits for them.
 

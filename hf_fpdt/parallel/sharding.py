@@ -20,8 +20,8 @@ from ..layout import ChunkPlan, Documents
 from .documents import MARKS, marked_documents, own_positions, positions_of, without_ends
 from .group import SequenceParallelGroup
 
-# What a sharded batch calls the number that tells whole samples apart.
-SAMPLE_KEY = "fpdt_sample"
+# What a sharded batch calls the number that tells whole samples apart, and which of its tokens are padding.
+SAMPLE_KEY, PADDING_KEY = "fpdt_sample", "fpdt_padding"
 
 _ranks_of_batch: ContextVar[int] = ContextVar("fpdt_ranks_of_batch", default=1)
 
@@ -58,11 +58,14 @@ class ShardingCollator:
         rank: this process's place among them.
         chunk_tokens: global tokens a chunk, as in `FPDTPlugin`.
         pad_token_id: what the sequence is filled up with.
+        two_each: whether it is filled up so far that no chunk leaves each rank a single token, which recurrent layers
+            take for one to be decoded.
 
     The result has `input_ids`, `position_ids` and, if there were labels, `shift_labels` (the next token at each
     position) and `labels` (the same, so that the model knows it is to compute a loss), all [B, S/P]. An inner
     collator's own `shift_labels` count, and `labels` beside them do not. `fpdt_sample` [B] is a number made of each
-    whole row, by which the model sees that the ranks hold parts of the same samples; pass it on if you can.
+    whole row, by which the model sees that the ranks hold parts of the same samples; pass it on if you can. Where
+    there is padding on any rank, `fpdt_padding` [B, S/P] is true of it: routers of experts do not count it.
 
     A row of packed documents (of the one row of a batch, marked as transformers' and TRL's collators do) keeps its
     boundaries: `position_ids` restart, `cu_seq_lens_q` [documents + 1] has those of the whole row on every rank, and
@@ -79,15 +82,21 @@ class ShardingCollator:
     rank: int
     chunk_tokens: int
     pad_token_id: int = 0
+    two_each: bool = False
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
-        batch = dict(self.inner(features))
+        return self.cut(dict(self.inner(features)))
+
+    def cut(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """This rank's part of a batch of whole sequences, which is changed."""
         _check_batch(batch)
         documents = _take_documents(batch)
         labels = batch.get("labels") if batch.get("shift_labels") is None else batch["shift_labels"]
-        _check_padding(batch.pop("attention_mask", None), labels)
+        mask = batch.pop("attention_mask", None)
+        _check_padding(mask, labels)
         n_tokens = batch["input_ids"].shape[1]
-        missing = -n_tokens % self.sp_size
+        missing = self._missing(n_tokens)
+        padding = _padding(mask, batch["input_ids"], missing)
         if batch.get("shift_labels") is None and batch.get("labels") is not None:
             batch["shift_labels"] = shifted(batch["labels"])
         if documents is not None and batch.get("shift_labels") is not None:
@@ -96,6 +105,7 @@ class ShardingCollator:
             batch["labels"] = batch["shift_labels"] = pad(batch["shift_labels"], (0, missing), value=IGNORE_INDEX)
         batch[SAMPLE_KEY] = _fingerprint(batch["input_ids"], batch.get("shift_labels"))
         batch = {name: self._fill(name, value, n_tokens, missing) for name, value in batch.items()}
+        batch |= {} if padding is None else {PADDING_KEY: padding}
         device = batch["input_ids"].device
         positions = torch.arange(n_tokens + missing, device=device)
         if documents is not None:
@@ -104,10 +114,16 @@ class ShardingCollator:
             edges = torch.tensor([*documents.starts, documents.n_tokens], dtype=torch.int32, device=device)
             batch["cu_seq_lens_q"] = edges
         batch["position_ids"] = positions.expand(batch["input_ids"].shape[0], -1)
-        own = own_tokens(ChunkPlan(n_tokens + missing, self.chunk_tokens, self.sp_size), self.rank)
+        own = own_tokens(ChunkPlan(n_tokens + missing, self.chunk_tokens, self.sp_size), self.rank, device)
         return {
             name: value[:, own] if _by_token(value, n_tokens + missing) else value for name, value in batch.items()
         }
+
+    def _missing(self, n_tokens: int) -> int:
+        """Tokens to fill up with, so that ranks hold as many each."""
+        missing = -n_tokens % self.sp_size
+        single = self.two_each and (n_tokens + missing) % self.chunk_tokens == self.sp_size
+        return missing + self.sp_size * single
 
     def _fill(self, name: str, value: Any, n_tokens: int, missing: int) -> Any:
         """Fill up on the right; labels are already."""
@@ -115,6 +131,14 @@ class ShardingCollator:
             return value
         tail = (0, 0) * (value.dim() - 2)
         return pad(value, (*tail, 0, missing), value=self.pad_token_id if name == "input_ids" else 0)
+
+
+def _padding(mask_BS: Tensor | None, ids_BS: Tensor, missing: int) -> Tensor | None:
+    """Which tokens of the filled rows are padding, [B, S + missing]; None where there is none."""
+    if not missing and (mask_BS is None or bool(mask_BS.all())):
+        return None
+    padding_BS = torch.zeros_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS == 0
+    return pad(padding_BS, (0, missing), value=True)
 
 
 def _fingerprint(ids_BS: Tensor, shift_labels_BS: Tensor | None) -> Tensor:
@@ -150,7 +174,7 @@ def _take_documents(batch: dict[str, Any]) -> Documents | None:
     """The documents of a batch's one row; whatever marks them is taken out."""
     marks = {name: value for name in (*MARKS, "position_ids") if (value := batch.pop(name, None)) is not None}
     positions, (rows, n_tokens) = marks.get("position_ids"), batch["input_ids"].shape
-    counts_on = positions is None or torch.equal(positions, torch.arange(positions.shape[-1]).expand_as(positions))
+    counts_on = positions is None or bool((positions == torch.arange(n_tokens, device=positions.device)).all())
     if counts_on and len(marks) <= (positions is not None):
         return None
     if rows > 1:

@@ -207,5 +207,7 @@ def test_what_cannot_be_answered_is_refused() -> None:
         chunked_log_probs(model, input_ids=IDS, labels=LABELS, attention_mask=mask)
     handle.remove()
     apply_fpdt(model, FPDTPlugin(sp_size=2, chunk_tokens=8), SequenceParallelGroup(size=2))
-    with pytest.raises(NotImplementedError, match="ranks share.*set sp_size=1"):
-        chunked_log_probs(model, input_ids=IDS, labels=LABELS)
+    embedded = model.get_input_embeddings()(IDS)
+    for given in ({"inputs_embeds": embedded}, {"input_ids": IDS, "pixel_values": embedded[:1]}):
+        with pytest.raises(NotImplementedError, match="rows of token ids are cut over ranks, and .*set sp_size=1"):
+            chunked_log_probs(model, labels=LABELS, **given)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hf_fpdt import apply_fpdt, chunked_log_probs
 from hf_fpdt.model.scoring.router import LayerSums, RouterSums
-from hf_fpdt.parallel.group import SequenceParallelGroup
 from tests.helpers.models import PLUGIN, TOLERANCE, assert_same_step, taken_step, tiny, tokens, train_step
 from tests.helpers.recurrent import FAMILIES, recurrent
 from tests.helpers.support import assert_rejects, relative_error
@@ -163,10 +162,3 @@ def test_another_loss_than_the_known_one_is_refused(monkeypatch: pytest.MonkeyPa
     apply_fpdt(model, PLUGIN)
     with pytest.raises(NotImplementedError, match="load_balancing_loss_func computes something else.*=False"):
         model(input_ids=IDS, labels=IDS, output_router_logits=True)
-
-
-def test_over_ranks_it_is_refused() -> None:
-    model = made("qwen3_moe")
-    apply_fpdt(model, replace(PLUGIN, sp_size=2), SequenceParallelGroup(size=2))
-    with pytest.raises(NotImplementedError, match="not served over ranks yet.*output_router_logits=False"):
-        model(input_ids=IDS, labels=IDS, shift_labels=IDS)

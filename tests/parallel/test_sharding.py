@@ -55,7 +55,7 @@ def check_parts(features: list[Batch], sp: int, cut_of: Callable[[int], Batch]) 
     following = pad(whole["labels"], (0, missing + 1), value=IGNORE_INDEX)[:, 1:]
     for rank in range(sp):
         part, own = cut_of(rank), own_tokens(length, sp, rank)
-        assert set(part) == {"input_ids", "position_ids", "labels", "shift_labels", "fpdt_sample"}
+        assert set(part) - {"fpdt_padding"} == {"input_ids", "position_ids", "labels", "shift_labels", "fpdt_sample"}
         assert torch.equal(part["position_ids"], own.expand(len(features), -1)), "positions"
         assert torch.equal(part["input_ids"], ids[:, own]), "ids"
         for name in ("labels", "shift_labels"):
@@ -205,7 +205,8 @@ def check_packed(lengths: tuple[int, ...], sp: int, cut_of: Callable[[int], Batc
         assert part["cu_seq_lens_q"].tolist() == edges and part["cu_seq_lens_q"].dtype == torch.int32
         assert torch.equal(part["position_ids"][0], places[own])
         assert torch.equal(part["labels"][0], following[own]) and torch.equal(part["shift_labels"], part["labels"])
-        assert set(part) == {"input_ids", "position_ids", "labels", "shift_labels", "fpdt_sample", "cu_seq_lens_q"}
+        names = {"input_ids", "position_ids", "labels", "shift_labels", "fpdt_sample", "cu_seq_lens_q"}
+        assert set(part) == names | ({"fpdt_padding"} if missing else set())
 
 
 @pytest.mark.parametrize("marks", ["position_ids", "seq_idx", "cu_seq_lens_q"])
@@ -246,6 +247,22 @@ def test_labels_that_are_shifted_already_are_only_cut() -> None:
             part = cut([{"input_ids": row["input_ids"], **given}], 2, rank)
             assert torch.equal(part["shift_labels"][0], following[own_tokens(13, 2, rank)])
             assert torch.equal(part["labels"], part["shift_labels"])
+
+
+def test_padding_is_told_to_every_rank_where_any_has_some() -> None:
+    ids, mask = torch.arange(13), (torch.arange(13) < 9).long()
+    cuts = [cut([{"input_ids": ids, "attention_mask": mask}], 2, rank) for rank in range(2)]
+    for rank, part in enumerate(cuts):
+        assert part["fpdt_padding"].tolist() == [(own_tokens(13, 2, rank) >= 9).tolist()]
+    assert "fpdt_padding" not in cut([{"input_ids": ids[:12], "attention_mask": torch.ones_like(ids[:12])}], 2, 0)
+    filled = cut([{"input_ids": ids}], 2, 1)["fpdt_padding"]
+    assert filled.sum() == 1 and bool(filled[0, -1])
+
+
+def test_no_rank_is_left_a_single_token_of_the_last_chunk_where_that_matters() -> None:
+    ids = {"input_ids": torch.arange(2 * CHUNK + 1)}
+    parts = [ShardingCollator(stacked, 2, 1, CHUNK, two_each=each)([ids]) for each in (False, True)]
+    assert [part["input_ids"].shape[1] for part in parts] == [CHUNK + 1, CHUNK + 2]
 
 
 def test_a_batch_without_labels_stays_without() -> None:

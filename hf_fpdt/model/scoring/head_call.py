@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...engine import Head, RandomState, is_fsdps
 from ...labels import IGNORE_INDEX, check_padding, shifted
-from ...parallel import Packing, without_ends
+from ...parallel import PADDING_KEY, SAMPLE_KEY, Packing, without_ends
 from ..layers import base_of, decoder_layers, decoder_of
 from .router import collect, router_sums
 
@@ -56,6 +56,37 @@ def as_head_call(call: HeadCall) -> Iterator[HeadCall]:
         _head_call.reset(token)
 
 
+@dataclass(frozen=True)
+class Told:
+    """What `ShardingCollator` says of a batch beside its tokens, which the model's own forward does not know.
+
+    Attributes:
+        sample: a number of each whole row.
+        padding: which of this rank's tokens are padding, [B, S/P]; None: none.
+    """
+
+    sample: Tensor | None = None
+    padding: Tensor | None = None
+
+
+_told: ContextVar[Told | None] = ContextVar("fpdt_told", default=None)
+
+
+def told_of_batch() -> Told:
+    """What is said of the batch that the model is called with."""
+    return _told.get() or Told()
+
+
+@contextmanager
+def told_by(arguments: dict[str, Any]) -> Iterator[None]:
+    """Inside, what was said in these arguments of a whole model, and is taken out of them."""
+    token = _told.set(Told(arguments.pop(SAMPLE_KEY, None), arguments.pop(PADDING_KEY, None)))
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
 def with_fields(outputs: Any, **fields: Any) -> Any:
     """A copy of a model's output with other `fields`; assigning to one would leave its entry as a mapping behind."""
     return type(outputs)(**{**outputs, **fields})
@@ -86,7 +117,8 @@ def head_after(model: Any, arguments: dict[str, Any]) -> Ran:
     Args:
         arguments: of the forward, without labels.
     """
-    sums = router_sums(model, decoder_of(model), decoder_layers(model), arguments)
+    padding = told_of_batch().padding
+    sums = router_sums(model, (decoder_of(model), decoder_layers(model)), arguments, padding)
     with collect(sums, decoder_of(model)), as_head_call(HeadCall()) as call:
         outputs = model._fpdt.forward(**arguments)
     if call.outputs is None:

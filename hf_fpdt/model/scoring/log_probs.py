@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ...engine import STATISTICS, LastUse, LogProbs
+from ...engine import STATISTICS, LastUse
 from ...engine import chunked_log_probs as log_probs_by_chunks
 from ...labels import IGNORE_INDEX, shifted
-from ...parallel import Rows
+from ...parallel import marks_of
 from ..layers import ChunkedLayer
 from ..patch import arguments_by_name, caches_in
 from ..refusals import check_loss_arguments
-from .head_call import described_head, head_after, heads_of, targets_of
-from .left_padding import Moved, move_rows, padded_left, why_not_relative
+from .head_call import described_head, head_after, heads_of, targets_of, told_by
+from .left_padding import move_rows, padded_left, why_not_relative
 from .router import COEFFICIENT
+from .whole_rows import cut_rows
 
 # TRL's argument, and ours.
 TRLS, OURS = "fused_lm_head", "fpdt_log_probs"
@@ -91,6 +92,9 @@ def chunked_log_probs(
     Logits exist for `loss_chunk_tokens` tokens at a time, of tokens with a label alone. Softcaps, scales and biases
     are those of the model's own head.
 
+    Where ranks share sequences, each of a group gives the same whole rows and gets all that is found. Each then makes
+    the same loss of it, and gradients are averaged over all ranks, as DDP and FSDP2 do.
+
     Args:
         model: with FPDT applied, wrapped by PEFT or DDP or not.
         temperature: what logits are divided by.
@@ -102,7 +106,7 @@ def chunked_log_probs(
 
     Raises:
         ValueError: FPDT is not applied, there are no labels, a temperature that is not positive, or an unknown output.
-        NotImplementedError: ranks share sequences (sp_size above 1).
+        NotImplementedError: with sp_size above 1, something in the inputs cannot be cut over ranks.
     """
     if not temperature > 0:
         raise ValueError(f"hf_fpdt: chunked_log_probs(temperature={temperature!r}): give a number above 0.")
@@ -127,14 +131,17 @@ def taken_request(forward: Callable[..., Any], kwargs: dict[str, Any]) -> Reques
     if OURS in kwargs:
         request: Request = kwargs.pop(OURS)
         return request
-    request_ = _trls_request(forward) if kwargs.get(TRLS) else None
+    request_ = trls_request(forward) if kwargs.get(TRLS) else None
     if request_ is not None:
         del kwargs[TRLS]
     return request_
 
 
-def _trls_request(forward: Any) -> Request | None:
-    """By the settings in the closure of the forward that TRL put on the model; accelerate's may be around it."""
+def trls_request(forward: Any) -> Request | None:
+    """What TRL asks by a forward of its own; None where there is none, or it is of another release.
+
+    By the settings in the closure of the forward that TRL put on the model; accelerate's may be around it.
+    """
     function = getattr(forward, "__func__", None)
     while function is not None and not str(getattr(function, "__globals__", {}).get("__name__")).startswith("trl."):
         function = getattr(function, "__wrapped__", None)
@@ -150,6 +157,12 @@ def _trls_request(forward: Any) -> Request | None:
     return Request(temperature, tuple(name for name in STATISTICS if name in outputs), in_fp32, answer)
 
 
+def asks_for_log_probs(model: Any) -> bool:
+    """Whether TRL's `fused_lm_head` is on a model, that may be wrapped by PEFT, and what it asks is known."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return trls_request(getattr(inner, "forward", None)) is not None
+
+
 def answer(model: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
     """Run the base model by chunks, then its head on tokens with a label, by chunks."""
     arguments = arguments_by_name(model._fpdt.signature, *args, **kwargs)
@@ -157,10 +170,6 @@ def answer(model: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
         arguments.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")
     )
     check_loss_arguments(arguments)
-    if model._fpdt.settings.group.size > 1:
-        raise NotImplementedError(
-            "hf_fpdt: log-probabilities of sequences that ranks share are not served yet: set sp_size=1."
-        )
     if labels is None and shift_labels is None:
         raise ValueError("hf_fpdt: log-probabilities are of labels: pass labels, or shift_labels.")
     arguments["return_dict"] = True
@@ -172,6 +181,23 @@ def answer(model: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
         targets = move_rows(moved, arguments, targets)
     else:
         moved = None  # a mask, where nothing is trained; where something is, the base model refuses it
+    if model._fpdt.settings.group.size == 1:
+        in_batch, router_loss = _scored(model, request, arguments, targets)
+    else:
+        in_batch, router_loss = _scored_by_ranks(model, request, arguments, targets)
+    in_batch = in_batch if moved is None else {name: moved.back(value) for name, value in in_batch.items()}
+    answered = _answered(request, in_batch, num_items, own=shift_labels is not None)
+    if router_loss is not None:
+        answered.aux_loss = router_loss
+        answered.loss = answered.loss + getattr(model.config.get_text_config(), COEFFICIENT, 0.0) * router_loss
+    return answered
+
+
+Found = tuple[dict[str, Tensor], Tensor | None]
+
+
+def _scored(model: Any, request: Request, arguments: dict[str, Any], targets: Tensor) -> Found:
+    """What is asked of each token, by name, as the rows were given; and the routers' loss."""
     ran = head_after(model, arguments)
     mask, given = arguments.get("attention_mask"), {"labels": None, "shift_labels": targets}
     targets = targets_of(ran.packing, IGNORE_INDEX, mask, given)
@@ -185,20 +211,21 @@ def answer(model: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
         last_use=model._fpdt.found.setdefault(OURS, LastUse()),
         modules=heads_of(model),
     )
-    in_batch = _in_batch(request, found, ran.packing.rows, moved)
-    answered = _answered(request, in_batch, num_items, own=shift_labels is not None)
-    if ran.router_loss is not None:
-        answered.aux_loss = ran.router_loss
-        answered.loss = answered.loss + getattr(model.config.get_text_config(), COEFFICIENT, 0.0) * ran.router_loss
-    return answered
+    rows = {name: getattr(found, name) for name in ("log_probs", "label_mask", *request.asked)}
+    if (packed := ran.packing.rows) is not None:
+        rows = {name: packed.padded(value) for name, value in rows.items()}
+    return rows, ran.router_loss
 
 
-def _in_batch(request: Request, found: LogProbs, rows: Rows | None, moved: Moved | None) -> dict[str, Tensor]:
-    """What was found, by name, as the rows of the batch were given, [B, S] each."""
-    whole = {name: getattr(found, name) for name in ("log_probs", "label_mask", *request.asked)}
-    if rows is not None:
-        whole = {name: rows.padded(value) for name, value in whole.items()}
-    return whole if moved is None else {name: moved.back(value) for name, value in whole.items()}
+def _scored_by_ranks(model: Any, request: Request, arguments: dict[str, Any], targets: Tensor) -> Found:
+    """The same where ranks share sequences: each is given whole rows, scores its part, and gets what all found."""
+    settings = model._fpdt.settings
+    cut, own, own_targets = cut_rows(settings, arguments, targets)
+    with told_by(own), marks_of(own):
+        rows, router_loss = _scored(model, request, own, own_targets)
+    if settings.packed is not None:
+        settings.packed = (tuple(targets.shape), settings.packed[1])
+    return cut.whole(rows), router_loss
 
 
 def _answered(request: Request, whole: dict[str, Tensor], num_items: Any, *, own: bool) -> Any:

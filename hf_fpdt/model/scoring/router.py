@@ -8,7 +8,6 @@ in backward the gradient of its probabilities' sum goes into every chunk alike.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...numerics import accumulation_dtype
+from ...parallel import SequenceParallelGroup, summed
 from ...plan import by_layer
 
 TURN_OFF = (
@@ -62,11 +62,13 @@ class RouterSums:
     Attributes:
         top_k: experts that a token visits.
         weights_BS: how much each token counts; None: each 1.
+        group: the ranks that share the sequence, each of which collects those of its own tokens.
         layers: of each layer that has run, probabilities and choices of each expert and tokens, [2 E + 1].
     """
 
     top_k: int
     weights_BS: Tensor | None = None
+    group: SequenceParallelGroup = SequenceParallelGroup()
     layers: list[Tensor] = field(default_factory=list)
 
     def of(self, logits: list[Tensor], tokens: slice) -> Tensor | None:
@@ -97,7 +99,7 @@ class RouterSums:
 
     def loss(self) -> Tensor:
         """Of all layers: E times the product of the mean share and the mean count of each expert, summed."""
-        total = torch.stack(self.layers).sum(0)
+        total = summed(self.group, torch.stack(self.layers).sum(0))
         experts = (len(total) - 1) // 2
         shares, counts, rows = total.split([experts, experts, 1])
         return experts * (shares / rows.detach() * (counts / rows).detach()).sum()
@@ -169,11 +171,17 @@ def wants_router_loss(config: Any, arguments: dict[str, Any]) -> bool:
     return False
 
 
-def router_sums(model: Any, decoder: Any, layers: list[nn.Module], arguments: dict[str, Any]) -> RouterSums | None:
+def router_sums(
+    model: Any, stack: tuple[Any, list[nn.Module]], arguments: dict[str, Any], padding_BS: Tensor | None
+) -> RouterSums | None:
     """Where the pass's sums go, if a call wants the auxiliary loss; the call's arguments ask for it no more.
 
+    Args:
+        stack: the decoder and its layers.
+        padding_BS: of a rank's own tokens, where ranks share the sequence; elsewhere the mask says it.
+
     Raises:
-        NotImplementedError: it is not known, or ranks share the sequence.
+        NotImplementedError: it is not known.
     """
     wanted = wants_router_loss(model.config, arguments)
     if ARGUMENT in arguments or wanted:
@@ -182,11 +190,12 @@ def router_sums(model: Any, decoder: Any, layers: list[nn.Module], arguments: di
         return None
     known = model._fpdt.found
     if COEFFICIENT not in known:
-        known[COEFFICIENT] = why_no_router_loss(model, decoder, layers)
+        known[COEFFICIENT] = why_no_router_loss(model, *stack)
     if why := known[COEFFICIENT]:
         raise NotImplementedError(f"hf_fpdt: the router's auxiliary loss is not served: {why}. {TURN_OFF}")
-    if model._fpdt.settings.group.size > 1:
-        raise NotImplementedError(f"hf_fpdt: the router's auxiliary loss is not served over ranks yet. {TURN_OFF}")
+    group = model._fpdt.settings.group
+    if group.size > 1:
+        return RouterSums(model.num_experts_per_tok, None if padding_BS is None else ~padding_BS, group)
     mask = arguments.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise NotImplementedError(f"hf_fpdt: the router's auxiliary loss takes a 2-D mask or none. {TURN_OFF}")
@@ -198,8 +207,8 @@ def why_no_router_loss(model: Any, decoder: Any, layers: list[nn.Module]) -> str
 
     Its forward is looked at, and the function that it calls is tried on a few random logits.
     """
-    names = inspect.unwrap(type(model).forward).__code__.co_names
-    function = getattr(sys.modules[type(model).__module__], _LOSS, None)
+    forward = inspect.unwrap(type(model).forward)  # FSDP2 makes a class of its own of the model's, in its own module
+    names, function = forward.__code__.co_names, forward.__globals__.get(_LOSS)
     if function is None or _LOSS not in names or COEFFICIENT not in names:
         return f"its forward makes no loss by {_LOSS} and {COEFFICIENT}"
     if not any(routers_of(decoder, layer) for layer in layers):
