@@ -52,7 +52,7 @@ from .scoring.head_call import (
     with_fields,
     without_fsdp,
 )
-from .scoring.log_probs import TRLS, answer, taken_request
+from .scoring.log_probs import TRLS, answer, taken_request, trls_request
 from .scoring.router import (
     ARGUMENT,
     COEFFICIENT,
@@ -95,9 +95,12 @@ def loss_reasons(model: Any) -> list[str]:
 
 def unshared_loss_reasons(model: Any) -> list[str]:
     """Reasons why ranks that hold a part of the sequence each would make another loss than one process; or []."""
-    if not any(home.startswith("trl.") for home in homes_of(model.forward)):
+    if not any(home.startswith("trl.") for home in homes_of(model.forward)) or trls_request(model.forward) is not None:
         return []
-    return ["TRL's trainers make the loss themselves, of a rank's own labels; take FPDTTrainer"]
+    return [
+        "TRL's forward is not that of TRL 1.15 and later (fused_lm_head), so its loss would be made of a rank's own "
+        "labels; take such a release, or FPDTTrainer"
+    ]
 
 
 def patch_head(model: Any, settings: Settings) -> None:

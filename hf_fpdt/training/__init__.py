@@ -7,6 +7,7 @@ In reading order:
     evaluation   one process's loss on any number of ranks
     accelerator  `FPDTAccelerator`
     loaders      data loaders that know groups
+    groups       groups of ranks as the processes of TRL's trainers
     packing      documents of every length in rows of one
     saying       what a run does, said once
     speed        tokens a second and MFU in the logs

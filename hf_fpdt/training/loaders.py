@@ -21,12 +21,17 @@ from .packing import PackingCollator
 
 
 def join_group(
-    accelerator: Accelerator, plugin: FPDTPlugin, group: SequenceParallelGroup | None = None
+    accelerator: Accelerator,
+    plugin: FPDTPlugin,
+    group: SequenceParallelGroup | None = None,
+    *,
+    by_mesh: bool = True,
 ) -> SequenceParallelGroup:
     """Make the accelerator's loaders give all of a group the same samples.
 
     Args:
         group: the group FPDT was applied with to the model already; None: one is built.
+        by_mesh: whether a mesh tells loaders of groups; else the accelerator's processes must be groups.
 
     Raises:
         NotImplementedError, ValueError: as for `FPDTAccelerator`.
@@ -46,6 +51,7 @@ def join_group(
     if group.size > 1:
         # Its shuffling depends on a seed and the epoch alone, not on what a rank drew before.
         accelerator.dataloader_config.use_seedable_sampler = True
+    if group.size > 1 and by_mesh:
         mesh = _LoaderMesh((accelerator.num_processes // group.size, group.size))
         accelerator._prepare_device_mesh = lambda: mesh
     return group

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from ..model import why_not_moved
+from ..model import applied_settings, asks_for_log_probs, why_not_moved
 
 # Of a sampler's first ones, rows whose prompts are looked at.
 SAMPLES = 256
@@ -61,6 +61,45 @@ def refused_options(trainer: Any, sp_size: int) -> list[str]:
         ),
         (_pads_left(trainer), _PADS_LEFT),
         (args.n_gpu > 1, "DataParallel is not supported; start one process a GPU with accelerate launch"),
+    )
+    return [reason for refused, reason in checks if refused]
+
+
+def refused_sharing(trainer: Any) -> list[str]:
+    """What of a Trainer that makes its loss of whole rows cannot be right where ranks share them; FPDT not applied.
+
+    Ranks of a group must train on the same completions. What `generate()` samples is shared; what each rank gets from
+    elsewhere by itself is not.
+    """
+    args, name = trainer.args, type(trainer).__name__
+    by_itself = "would be run by each rank of a group by itself, with completions of its own"
+    checks = (
+        (
+            not asks_for_log_probs(trainer.model),
+            f"{name} does not make its loss of the log-probabilities of TRL's fused_lm_head (SFT, DPO, KTO, GRPO and "
+            "RLOO do), so it would be that of a rank's part: set sp_size=1",
+        ),
+        (
+            applied_settings(trainer.model) is not None,
+            "the model has FPDT already, and TRL's forward around it: give the trainer the model without, it applies "
+            "FPDT itself",
+        ),
+        (
+            getattr(args, "use_vllm", False) and getattr(args, "vllm_mode", None) != "server",
+            f'vLLM in mode "colocate" {by_itself}: take vllm_mode="server", or use_vllm=False',
+        ),
+        (
+            getattr(args, "use_transformers_continuous_batching", False),
+            f"continuous batching of transformers {by_itself}: leave use_transformers_continuous_batching off",
+        ),
+        *(
+            (getattr(trainer, attribute, None), f"{what} {by_itself}: leave them out, or set sp_size=1")
+            for attribute, what in (
+                ("rollout_func", "a rollout function"),
+                ("environment_factories", "environments"),
+                ("tools", "tools"),
+            )
+        ),
     )
     return [reason for refused, reason in checks if refused]
 

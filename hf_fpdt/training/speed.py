@@ -24,17 +24,18 @@ class TrainingSpeed:
 
     Args:
         accelerator: accelerate's, which knows the other processes.
+        whole_rows: whether ranks that share sequences are each given the whole of them.
     """
 
-    def __init__(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Any, *, whole_rows: bool = False) -> None:
+        self._accelerator, self._whole_rows = accelerator, whole_rows
         self._model: nn.Module | None = None
         self._settings: Any = None
         self._full = False
         self._paused = False
         self._began: float | None = None
         self._step = 0
-        self._tokens = 0
+        self._tokens = 0.0
         self._operations = 0.0
 
     def begin(self, model: nn.Module, step: int) -> None:
@@ -61,13 +62,14 @@ class TrainingSpeed:
             return
         packed, ranks = self._settings.packed, self._settings.group.size
         for rows, tokens in _sizes(inputs):
+            whole = tokens if self._whole_rows else tokens * ranks
             if packed is not None and packed[0] == (rows, tokens):
                 documents = packed[1]
-                self._tokens += documents.n_tokens // ranks
+                self._tokens += documents.n_tokens / ranks
                 self._operations += self._operations_of(documents.n_tokens, documents) / ranks
             else:
-                self._tokens += rows * tokens
-                self._operations += rows * self._operations_of(tokens * ranks) / ranks
+                self._tokens += rows * whole / ranks
+                self._operations += rows * self._operations_of(whole) / ranks
 
     def _operations_of(self, n_tokens: int, documents: Any = None) -> float:
         """Of a step of one sequence, or of one packed row."""
@@ -114,9 +116,10 @@ class TrainingSpeed:
         allocated = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         pinned = self._settings.store.used_bytes()["pinned"]
         own = torch.tensor([[self._tokens, self._operations, allocated, pinned]], dtype=torch.float64, device=device)
-        tokens, operations, devices, hosts = zip(*self._accelerator.gather(own).tolist(), strict=True)
+        gather = getattr(self._accelerator, "gather_of_ranks", self._accelerator.gather)
+        tokens, operations, devices, hosts = zip(*gather(own).tolist(), strict=True)
         steps, self._step = max(step - self._step, 1), step
-        self._tokens, self._operations = 0, 0.0
+        self._tokens, self._operations = 0.0, 0.0
         logs = {"step_seconds": seconds / steps}
         if any(tokens):
             logs["tokens_per_second"] = sum(tokens) / seconds

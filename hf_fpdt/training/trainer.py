@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from transformers import Trainer, TrainingArguments
 from ..config import FPDTPlugin
 from ..labels import IGNORE_INDEX
 from ..model import applied_settings, apply_fpdt, has_fpdt, may_get_fpdt, train_with
-from ..parallel import SequenceParallelGroup, ignore_first_tokens
+from ..parallel import SequenceParallelGroup, ShardingCollator, ignore_first_tokens
 from .evaluation import Evaluation, filled, first_rows
+from .groups import count_groups, generation_shared, groups_count, share_random_state, takes_whole_rows
 from .loaders import join_group, rows_joined, sharding_collator
 from .packing import LENGTHS, PackingCollator
-from .refused import refused_options, refused_prompts
+from .refused import refused_options, refused_prompts, refused_sharing
 from .saying import say_what_is_done
 from .speed import TrainingSpeed
 
@@ -32,6 +33,9 @@ class FPDTTrainerMixin:
     the set does not divide (of a set without a length, and where the Trainer class has an evaluation sampler of its
     own, the rows that Accelerate repeats at the end count too).
 
+    TRL's trainers make their loss of whole rows. With `sp_size` above 1 every rank of a group is given them, the model
+    cuts them, and what TRL counts of processes are groups.
+
     Args:
         fpdt_plugin: settings; None: `FPDTPlugin()`, which reads FPDT_* environment variables.
         *args, **kwargs: as for the Trainer class.
@@ -43,21 +47,29 @@ class FPDTTrainerMixin:
     fpdt_group: SequenceParallelGroup
     _fpdt_evaluation: Evaluation | None = None
     _fpdt_speed: TrainingSpeed | None = None
+    _fpdt_whole_rows = False
 
     def __init__(self, *args: Any, fpdt_plugin: FPDTPlugin | None = None, **kwargs: Any) -> None:
         self.fpdt_plugin = FPDTPlugin() if fpdt_plugin is None else fpdt_plugin
         model = kwargs.get("model", args[0] if args else None)
         # TRL takes the name of a model too.
         self._fpdt_applied = applied_settings(model) if isinstance(model, nn.Module) else None
-        super().__init__(*args, **kwargs)
+        self._fpdt_whole_rows = self.fpdt_plugin.sp_size > 1 and takes_whole_rows(type(self))
+        with self._fpdt_processes():
+            super().__init__(*args, **kwargs)
         trainer: Any = self
-        _refuse(refused_options(trainer, self.fpdt_group.size))
+        whole_rows = refused_sharing(trainer) if self._fpdt_whole_rows else []
+        _refuse([*refused_options(trainer, self.fpdt_group.size), *whole_rows])
         if not has_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group):
             self.fpdt_handle = apply_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group)
         _refuse(refused_prompts(trainer))
         reference = getattr(trainer, "ref_model", None)  # TRL's, where it is no adapter of the model
         if isinstance(reference, nn.Module) and may_get_fpdt(reference):
             apply_fpdt(reference, self.fpdt_plugin, self.fpdt_group)
+        if self._fpdt_whole_rows:
+            _check_whole(trainer.data_collator)
+            share_random_state(self.fpdt_group)  # TRL seeds processes apart
+            return
         trainer.data_collator = sharding_collator(
             trainer.data_collator,
             self.fpdt_plugin,
@@ -66,14 +78,25 @@ class FPDTTrainerMixin:
             pad_token_id=_pad_token_id(trainer),
         )
 
+    def _fpdt_processes(self) -> AbstractContextManager[None]:
+        """Inside, processes are counted as this trainer takes rows."""
+        return groups_count(self.fpdt_plugin.sp_size) if self._fpdt_whole_rows else nullcontext()
+
+    def _fpdt_generation(self) -> AbstractContextManager[None]:
+        """Inside, ranks that share rows share what is sampled."""
+        return generation_shared(self.model, self.fpdt_group) if self._fpdt_whole_rows else nullcontext()  # type: ignore[attr-defined]
+
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; then the sequence-parallel groups are built beside the accelerator."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         # Trainer sets transformers to this level later.
         say_what_is_done(self.args.get_process_log_level())  # type: ignore[attr-defined]
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
-        applied = self._fpdt_applied
-        self.fpdt_group = join_group(accelerator, self.fpdt_plugin, None if applied is None else applied.group)
+        applied = None if self._fpdt_applied is None else self._fpdt_applied.group
+        whole = self._fpdt_whole_rows
+        self.fpdt_group = join_group(accelerator, self.fpdt_plugin, applied, by_mesh=not whole)
+        if whole:
+            count_groups(accelerator, self.fpdt_group, self.args)  # type: ignore[attr-defined]
 
     def _set_signature_columns_if_needed(self) -> None:
         """As Trainer's; what tells documents of a row apart is no argument of the model, and is not taken away."""
@@ -100,9 +123,10 @@ class FPDTTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; training logs also have the speed and memory of `TrainingSpeed.log`."""
-        self._fpdt_speed = TrainingSpeed(self.accelerator)  # type: ignore[attr-defined]
+        self._fpdt_speed = TrainingSpeed(self.accelerator, whole_rows=self._fpdt_whole_rows)  # type: ignore[attr-defined]
         try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+            with self._fpdt_processes():
+                return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
             self._fpdt_speed = None
 
@@ -110,7 +134,8 @@ class FPDTTrainerMixin:
         """As Trainer's; its tokens are counted."""
         if self._fpdt_speed is not None:
             self._fpdt_speed.begin(model, self.state.global_step)  # type: ignore[attr-defined]
-        step: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        with self._fpdt_generation():
+            step: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if self._fpdt_speed is not None:
             self._fpdt_speed.count(inputs)
         return step
@@ -124,8 +149,18 @@ class FPDTTrainerMixin:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; in the middle of training it does not count as training time."""
-        with nullcontext() if self._fpdt_speed is None else self._fpdt_speed.paused():
+        with self._fpdt_processes(), nullcontext() if self._fpdt_speed is None else self._fpdt_speed.paused():
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's."""
+        with self._fpdt_processes():
+            return super().predict(*args, **kwargs)  # type: ignore[misc]
+
+    def floating_point_ops(self, inputs: Any) -> float:
+        """As Trainer's; of whole rows, which ranks share, this one's part."""
+        operations: float = super().floating_point_ops(inputs)  # type: ignore[misc]
+        return operations / self.fpdt_group.size if self._fpdt_whole_rows else operations
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Samples an optimizer step: ranks of a group share theirs."""
@@ -206,7 +241,8 @@ class FPDTTrainerMixin:
         """
         evaluation = self._fpdt_evaluation
         counted = 0 if evaluation is None else evaluation.next_rows(inputs)
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        with self._fpdt_generation():
+            loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if loss is None and self.fpdt_group.size > 1:
             raise NotImplementedError(
                 "hf_fpdt: predict() without labels gives logits, which are cut over ranks: set sp_size=1."
@@ -225,6 +261,14 @@ class FPDTTrainer(FPDTTrainerMixin, Trainer):
 def _refuse(reasons: list[str]) -> None:
     if reasons:
         raise NotImplementedError(f"hf_fpdt: FPDT cannot run this Trainer: {'; '.join(reasons)}.")
+
+
+def _check_whole(collator: Any) -> None:
+    if isinstance(collator, ShardingCollator):
+        raise ValueError(
+            "hf_fpdt: TRL's trainers take whole rows, which the model cuts: pass the collator that is inside of the "
+            "ShardingCollator."
+        )
 
 
 def _pad_token_id(trainer: Any) -> int:

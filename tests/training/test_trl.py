@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 import hf_fpdt.model.layers
 from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.model.scoring import log_probs
 from hf_fpdt.parallel.group import SequenceParallelGroup
 from hf_fpdt.training.evaluation import Evaluation
+from hf_fpdt.training.refused import refused_sharing
 from hf_fpdt.training.trainer import FPDTTrainerMixin
 from tests.helpers.app_support import stories, write_tiny_checkpoint
 from tests.helpers.support import assert_rejects
@@ -322,10 +325,38 @@ def test_an_evaluation_counts_the_samples_of_a_packed_row() -> None:
         evaluation.next_rows(row)
 
 
-def test_ranks_that_share_sequences_are_refused(checkpoint: Path) -> None:
-    """TRL divides the loss of a rank's own labels by their number where nobody counted all."""
+def test_a_forward_of_another_release_is_refused_where_ranks_share_sequences(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it asks is not known, and it would divide the loss of a rank's own labels by their number."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     add_fused_lm_head(model)
-    with pytest.raises(NotImplementedError, match="with sp_size above 1: TRL's trainers"):
-        apply_fpdt(model, FPDTPlugin(sp_size=2, chunk_tokens=16), SequenceParallelGroup(size=2))
+    plugin = FPDTPlugin(sp_size=2, chunk_tokens=16)
+    apply_fpdt(model, plugin, SequenceParallelGroup(size=2)).remove()
+    monkeypatch.setattr(log_probs, "_TRLS_SETTINGS", ("scale",))
+    with pytest.raises(NotImplementedError, match="with sp_size above 1: TRL's forward is not that of TRL 1.15"):
+        apply_fpdt(model, plugin, SequenceParallelGroup(size=2))
     apply_fpdt(model, FPDTPlugin(chunk_tokens=16)).remove()
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"use_vllm": True, "vllm_mode": "colocate"}, 'vLLM in mode "colocate".*vllm_mode="server"'),
+        ({"use_vllm": True, "vllm_mode": "server"}, None),
+        ({"use_transformers_continuous_batching": True}, "continuous batching"),
+        ({"rollout_func": len}, "a rollout function"),
+        ({"environment_factories": {None: len}}, "environments"),
+        ({"tools": [len]}, "tools"),
+    ],
+    ids=str,
+)
+def test_what_each_rank_would_sample_by_itself_is_refused(
+    given: dict[str, Any], reason: str | None, checkpoint: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    add_fused_lm_head(model)
+    trainer = SimpleNamespace(model=model, args=SimpleNamespace(**given), **given)
+    found = refused_sharing(trainer)
+    assert len(found) == (reason is not None)
+    assert reason is None or (re.search(reason, found[0]) and "by each rank of a group by itself" in found[0])

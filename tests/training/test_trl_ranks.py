@@ -1,0 +1,180 @@
+"""Ten steps of TRL's trainers where ranks share sequences, against TRL alone on one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+pytest.importorskip("trl")  # a machine with a GPU may have none; what it runs is not in here
+import trl
+
+from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.training import groups, trainer
+from hf_fpdt.training.trainer import FPDTTrainerMixin
+from tests.helpers.support import assert_rejects, spawn
+from tests.helpers.trl_steps import (
+    Trained,
+    assert_same,
+    preferences,
+    prompts,
+    texts,
+    trained,
+    variety,
+    write_checkpoints,
+)
+from tests.parallel.test_whole_rows import (
+    changed,
+    counted_by_each_rank,
+    counted_once,
+    lost_temperature,
+    out_of_order,
+    shifted_mask,
+)
+
+PLUGIN = FPDTPlugin(sp_size=2, chunk_tokens=32, loss_chunk_tokens=24)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A family's ten steps of a case.
+
+    Attributes:
+        alone: what makes one process's batch that of all processes.
+    """
+
+    family: str
+    case: str
+    alone: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}, {self.case}"
+
+
+TWO_CASES = (
+    "SFT evaluated",
+    "SFT accumulated",
+    "SFT packed",
+    "DPO LoRA",
+    "KTO",
+    "GRPO accumulated",
+    "GRPO beta",
+    "RLOO",
+)
+TWO = (
+    *(Run("llama", case) for case in TWO_CASES),
+    *(Run("qwen3_moe", case) for case in ("SFT", "SFT packed")),  # with its auxiliary loss, TRL's default
+)
+TWICE = {"per_device_train_batch_size": 4}
+FOUR = (
+    *(Run("llama", case, TWICE) for case in ("SFT", "SFT padding free", "DPO", "KTO apo")),
+    *(Run("llama", case, {"per_device_train_batch_size": 8}) for case in ("GRPO written", "RLOO written")),
+)
+
+
+def _train(rank: int, world: int, checkpoints: Path, folder: Path, runs: tuple[Run, ...]) -> None:
+    for run in runs:
+        found = trained(run.case, checkpoints / run.family, folder / str(rank), fpdt=True, plugin=PLUGIN)
+        logs: list[Any] = [None] * world
+        dist.all_gather_object(logs, found[0])
+        assert all(each == logs[0] for each in logs), f"{run.name}: ranks log different numbers"
+        if rank == 0:
+            torch.save(found, folder / f"{run.name}.pt")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoints(tmp_path_factory.mktemp("models"))
+
+
+def compared(runs: tuple[Run, ...], processes: int, checkpoints: Path, folder: Path) -> None:
+    spawn(_train, processes, checkpoints, folder, runs)
+    for run in runs:
+        truth = trained(run.case, checkpoints / run.family, folder, fpdt=False, **run.alone)
+        found: Trained = torch.load(folder / f"{run.name}.pt", weights_only=False)
+        try:
+            assert_same(found, truth)
+        except AssertionError as error:
+            raise AssertionError(f"{run.name}: {error}") from error
+
+
+def test_two_ranks_train_as_one_process(checkpoints: Path, tmp_path: Path) -> None:
+    compared(TWO, 2, checkpoints, tmp_path)
+
+
+def test_two_groups_of_two_train_as_one_process(checkpoints: Path, tmp_path: Path) -> None:
+    compared(FOUR, 4, checkpoints, tmp_path)
+
+
+@contextmanager
+def copies_counted() -> Iterator[None]:
+    """Of all that is gathered a group's is there once for each of its ranks."""
+    with (
+        changed(groups, "groups_count", lambda ranks: nullcontext()),
+        changed(trainer, "groups_count", lambda ranks: nullcontext()),
+    ):
+        yield
+
+
+def _broken(rank: int, world: int, checkpoint: Path, folder: Path, truth: Trained) -> None:
+    def steps(bug: Any = nullcontext) -> Trained:
+        with bug():
+            own = folder / str(rank)
+            return trained("GRPO beta", checkpoint, own, fpdt=True, plugin=PLUGIN, max_steps=3)
+
+    assert_same(steps(), truth)
+    wrong = (out_of_order, counted_once, counted_by_each_rank, shifted_mask, lost_temperature, copies_counted)
+    assert_rejects(lambda bug: assert_same(steps(bug), truth), {bug.__name__: bug for bug in wrong})
+    with (
+        changed(trainer, "generation_shared", lambda *_: nullcontext()),
+        changed(trainer, "share_random_state", lambda _: None),
+        pytest.raises(ValueError, match="different samples"),
+    ):
+        steps()
+
+
+def test_what_is_wrong_between_ranks_shows(checkpoints: Path, tmp_path: Path) -> None:
+    truth = trained("GRPO beta", checkpoints / "llama", tmp_path, fpdt=False, max_steps=3)
+    spawn(_broken, 2, checkpoints / "llama", tmp_path, truth)
+
+
+class Reward(FPDTTrainerMixin, trl.RewardTrainer):
+    """Makes its loss of scores."""
+
+
+class Sft(FPDTTrainerMixin, trl.SFTTrainer):
+    """Given a model that FPDT was applied to already, or rows that are cut already."""
+
+
+class Grpo(FPDTTrainerMixin, trl.GRPOTrainer):
+    """Given a generation that is shared by all ranks."""
+
+
+def _refused(rank: int, world: int, checkpoint: Path, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    common: dict[str, Any] = {"processing_class": tokenizer, "fpdt_plugin": PLUGIN}
+    often: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}
+    scored = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=1)
+    with pytest.raises(NotImplementedError, match="does not make its loss of the log-prob|no language model's"):
+        args = trl.RewardConfig(str(folder), **often)
+        Reward(model=scored, args=args, train_dataset=preferences(), **common)
+    args = trl.SFTConfig(str(folder), **often)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    apply_fpdt(model, PLUGIN)
+    with pytest.raises(NotImplementedError, match="FPDT already, and TRL's forward around it"):
+        Sft(model=model, args=args, train_dataset=texts(), **common)
+    args = trl.GRPOConfig(str(folder), per_device_train_batch_size=3, num_generations=2, **often)
+    with pytest.raises(ValueError, match="3 samples at a time, which 2 completions of a prompt do not divide"):
+        Grpo(model=str(checkpoint), args=args, train_dataset=prompts(), reward_funcs=variety, **common)
+
+
+def test_what_cannot_be_right_is_refused_when_the_trainer_is_made(checkpoints: Path, tmp_path: Path) -> None:
+    spawn(_refused, 2, checkpoints / "llama", tmp_path)
