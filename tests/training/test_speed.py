@@ -15,6 +15,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_fpdt import FPDTPlugin, FPDTTrainer, FPDTTrainerMixin, apply_fpdt
+from hf_fpdt.model import applied_settings
+from hf_fpdt.parallel.group import SequenceParallelGroup
 from hf_fpdt.plan.operations import strict_flops
 from hf_fpdt.plan.sizes import ModelSizes
 from hf_fpdt.training.speed import TrainingSpeed
@@ -193,6 +195,28 @@ def test_what_a_trainer_hands_out_counts_as_far_as_it_says(inputs: Any, tokens: 
     log = speed.log(1)
     assert log["step_seconds"] > 0 and log.get("tokens_per_second", 0) * log["step_seconds"] == pytest.approx(tokens)
     assert ("tokens_per_second" in log) == bool(tokens)
+    handle.remove()
+
+
+@pytest.mark.parametrize(("whole_rows", "tokens"), [(False, 10), (True, 5)])
+def test_ranks_that_share_rows_count_their_part_of_them(
+    whole_rows: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is a rank's part already, or all of it on every rank."""
+    peak = 1e9
+    monkeypatch.setattr("hf_fpdt.training.speed.device_peak", lambda: peak)
+    here = SimpleNamespace(device=torch.device("cpu"), gather=None, gather_of_ranks=lambda own: own)
+    speed, model = TrainingSpeed(here, whole_rows=whole_rows), tiny()
+    handle, settings = apply_fpdt(model, FPDTPlugin(chunk_tokens=16)), applied_settings(model)
+    assert settings is not None
+    model(input_ids=torch.full((1, 20), 3))  # host memory is there
+    settings.group = SequenceParallelGroup(size=2)
+    speed.begin(model, 0)
+    speed.count({"input_ids": torch.zeros(1, 10, dtype=torch.long)})
+    log = speed.log(1)
+    assert log["tokens_per_second"] * log["step_seconds"] == pytest.approx(tokens)
+    whole = strict_flops(settings.sizes, model.config.vocab_size, 2 * tokens, full=True)
+    assert log["strict_mfu"] * log["step_seconds"] * peak == pytest.approx(whole / 2)
     handle.remove()
 
 
