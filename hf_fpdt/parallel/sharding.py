@@ -236,7 +236,9 @@ def check_shard(
     own, positions = own_tokens(plan, group.rank, tokens.device), arguments["position_ids"]
     own = own_positions(own, documents)
     sizes = torch.tensor([batch, length], device=tokens.device)
-    sample = sizes.new_zeros(()) if sample_B is None else sample_B.sum().to(tokens.device)
+    sample = sizes.new_zeros(())
+    if sample_B is not None:  # rows in another order are other samples
+        sample = (sample_B * torch.arange(1, len(sample_B) + 1, device=sample_B.device)).sum().to(tokens.device)
     if documents is not None:
         sample = sample + sum(start * (index + 1) for index, start in enumerate(documents.starts)) % 2**40
     in_place = (positions == own).all() if positions.shape[-1] == length else sizes.new_zeros(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,12 @@ def variety(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(completion))) for completion in completions]
 
 
+def judge(completions: list[str], **_: Any) -> list[float]:
+    """Says something else on every rank but the first, as a judge that samples would."""
+    doubt = float(os.environ.get("LOCAL_RANK", 0))
+    return [reward + doubt * row for row, reward in enumerate(variety(completions))]
+
+
 def written(input_ids: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
     """In place of `generate`: eight tokens that depend on a row's prompt and on whether it is its second one.
 
@@ -164,7 +171,7 @@ CASES = {
     ),
     "GRPO written": Case("GRPO", prompts, {**SAMPLED, "beta": 0.1}, REWARD, written),
     "RLOO": Case("RLOO", prompts, SAMPLED, REWARD),
-    "RLOO LoRA": Case("RLOO", prompts, {**SAMPLED, "beta": 0.1}, {**REWARD, **LORA}),
+    "RLOO LoRA": Case("RLOO", prompts, {**SAMPLED, "beta": 0.1}, {"reward_funcs": judge, **LORA}),
     "RLOO written": Case("RLOO", prompts, {**SAMPLED, "beta": 0.1}, REWARD, written),
 }
 

@@ -20,6 +20,7 @@ from tests.helpers.truth import loss_and_gradients, tiny
 from tests.parallel.test_sequence_parallel import sample, stacked
 
 RANKS = Path(__file__).parents[1] / "launched" / "nccl_ranks.py"
+WHOLE_ROWS = RANKS.with_name("whole_rows.py")
 
 
 @pytest.mark.gpu
@@ -54,3 +55,10 @@ def test_gpu_two_processes_equal_the_plain_model(tmp_path: Path) -> None:
     assert len(rows) == 16
     for row in rows:
         assert row["passed"] is not row["case"].startswith("wrong"), row
+
+
+@pytest.mark.gpu(2)
+def test_gpu_two_processes_find_what_whole_logits_say() -> None:
+    """Whole rows on every rank, cut by the model: each family and kind of rows, over NCCL."""
+    environment = {**os.environ, "PYTHONPATH": str(RANKS.parents[2])}
+    subprocess.run([*LAUNCHER, "--nproc-per-node", "2", WHOLE_ROWS], check=True, env=environment, timeout=600)

@@ -114,22 +114,22 @@ def check(case: Case, groups: int, model: nn.Module, found: dict[str, Tensor], i
         (loss_of(exact, aux) / groups).backward()
         if group == index:
             for name, value in exact.items():
-                error = relative_error(found[name].double(), value.detach())
+                error = relative_error(found[name].double().cpu(), value.detach())
                 assert error < TOLERANCE, f"{case}: {name} {error:.1e}"
     ours, truth = gradients(model), gradients(plain)
     assert ours.keys() == truth.keys()
     for name, grad in truth.items():
-        error = float((ours[name] - grad).abs().max()) / max(float(grad.abs().max()), 1e-6)
+        error = float((ours[name].cpu() - grad).abs().max()) / max(float(grad.abs().max()), 1e-6)
         assert error < 5 * TOLERANCE, f"{case}, {name}: {error:.1e}"
 
 
-def step(case: Case, sp: int, rank: int, wrap: str) -> None:
-    model: Any = made(case[0])
+def step(case: Case, sp: int, rank: int, wrap: str, device: str = "cpu") -> None:
+    model: Any = made(case[0]).to(device)
     apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, sp_size=sp, loss_chunk_tokens=10))
     if wrap == "fsdp":
         shard(model, True, None)
     wrapped = DistributedDataParallel(model) if wrap == "ddp" else model
-    batch = rows(*case[1:], rank // sp)
+    batch = {name: value.to(device) for name, value in rows(*case[1:], rank // sp).items()}
     asked = ("entropy", "mean_logits", "is_top1")
     answer: Any = chunked_log_probs(wrapped, temperature=TEMPERATURE, outputs=asked, **batch)  # type: ignore[arg-type]
     assert not answer.mean_logits.requires_grad and answer.is_top1.dtype == torch.bool
@@ -199,6 +199,17 @@ def _broken(rank: int, world: int) -> None:
     case: Case = ("qwen3_moe", "right", 43)
     step(case, 2, rank, "ddp")
     assert_rejects(lambda bug: _with(bug, case, rank), {bug.__name__: bug for bug in BUGS})
+    batch, model = rows("right", 43, 0), made("llama")
+    apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, sp_size=2))
+    swapped = {name: value.flip(0) if rank else value for name, value in batch.items()}
+    own = ShardingCollator(lambda given: given, 2, rank, CHUNK)(batch)  # type: ignore[arg-type]
+    for given, why in (
+        (swapped, "different samples"),
+        (rows("right", 43, rank), "different samples"),
+        (own, "was cut"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            chunked_log_probs(model, **given)
 
 
 def _with(bug: Any, case: Case, rank: int) -> None:

@@ -24,7 +24,7 @@ from ...parallel import marks_of
 from ..layers import ChunkedLayer
 from ..patch import arguments_by_name, caches_in
 from ..refusals import check_loss_arguments
-from .head_call import described_head, head_after, heads_of, targets_of, told_by
+from .head_call import described_head, head_after, heads_of, targets_of, told_by, told_of_batch
 from .left_padding import move_rows, padded_left, why_not_relative
 from .router import COEFFICIENT
 from .whole_rows import cut_rows
@@ -105,7 +105,8 @@ def chunked_log_probs(
             `loss` is divided by.
 
     Raises:
-        ValueError: FPDT is not applied, there are no labels, a temperature that is not positive, or an unknown output.
+        ValueError: FPDT is not applied, there are no labels, a temperature that is not positive, or an unknown output;
+            ranks of a group have other rows, or a part of them.
         NotImplementedError: with sp_size above 1, something in the inputs cannot be cut over ranks.
     """
     if not temperature > 0:
@@ -220,6 +221,11 @@ def _scored(model: Any, request: Request, arguments: dict[str, Any], targets: Te
 def _scored_by_ranks(model: Any, request: Request, arguments: dict[str, Any], targets: Tensor) -> Found:
     """The same where ranks share sequences: each is given whole rows, scores its part, and gets what all found."""
     settings = model._fpdt.settings
+    if told_of_batch().sample is not None:
+        raise ValueError(
+            "hf_fpdt: with sp_size above 1 log-probabilities are of whole rows, which the model cuts, and this batch "
+            "was cut by a ShardingCollator: give every rank of a group the same rows as they are."
+        )
     cut, own, own_targets = cut_rows(settings, arguments, targets)
     with told_by(own), marks_of(own):
         rows, router_loss = _scored(model, request, own, own_targets)
