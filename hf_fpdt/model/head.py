@@ -35,7 +35,7 @@ from ..parallel import (
     marks_of,
     pack_arguments,
 )
-from .layers import base_of, check_stack, decoder_layers, decoder_of, takes_documents
+from .layers import base_of, check_stack, decoder_layers, decoder_of
 from .patch import arguments_by_name, caches_in, is_patched, patch
 from .refusals import check_loss_arguments, homes_of
 from .scoring.head_call import (
@@ -46,6 +46,7 @@ from .scoring.head_call import (
     described_head,
     head_after,
     heads_of,
+    may_join,
     targets_of,
     told_by,
     told_of_batch,
@@ -179,21 +180,16 @@ def _check_kernel(model: Any, arguments: dict[str, Any]) -> None:
 
 
 def _packing(base: Any, arguments: dict[str, Any], ranks: int) -> Packing:
-    """How it runs on a batch. Rows may become one of a text's tokens, whose positions are an argument."""
+    """How it runs on a batch."""
     takes_positions = "position_ids" in base._fpdt.signature.parameters
-    return pack_arguments(arguments, ranks=ranks, may_join=_may_join(base), takes_positions=takes_positions)
-
-
-def _may_join(base: Any) -> bool:
-    text = "position_ids" in base._fpdt.signature.parameters and base.config is base.config.get_text_config()
-    return text and all(map(takes_documents, decoder_layers(base)))
+    return pack_arguments(arguments, ranks=ranks, may_join=may_join(base), takes_positions=takes_positions)
 
 
 def joins_rows(model: nn.Module) -> bool:
     """Whether rows of a batch may become one packed row for a model that FPDT was applied to, wrapped or not."""
     patched = (module for module in model.modules() if isinstance(module, PreTrainedModel) and is_patched(module))
     first = next(patched, None)
-    return first is not None and _may_join(base_of(first))
+    return first is not None and may_join(base_of(first))
 
 
 def _padded(outputs: Any, rows: Rows) -> Any:

@@ -130,10 +130,14 @@ def step(case: Case, sp: int, rank: int, wrap: str, device: str = "cpu") -> None
         shard(model, True, None)
     wrapped = DistributedDataParallel(model) if wrap == "ddp" else model
     batch = {name: value.to(device) for name, value in rows(*case[1:], rank // sp).items()}
-    asked = ("entropy", "mean_logits", "is_top1")
+    asked, embedded = ("entropy", "mean_logits", "is_top1"), list[int]()
+    model.get_input_embeddings().register_forward_hook(lambda _, ids, __: embedded.append(ids[0].numel()))
     answer: Any = chunked_log_probs(wrapped, temperature=TEMPERATURE, outputs=asked, **batch)  # type: ignore[arg-type]
     assert not answer.mean_logits.requires_grad and answer.is_top1.dtype == torch.bool
     assert torch.equal(answer.label_mask, batch["labels"][:, 1:] != -100)
+    if case[0] in MODELS:  # of padding none is computed but what fills up ranks; recurrent layers compute it
+        real = int(batch.get("attention_mask", torch.ones_like(batch["labels"])).sum())
+        assert embedded[-1] == -(-real // sp)
     loss_of(answer, answer.aux_loss).backward()
     check(case, dist.get_world_size() // sp, wrapped, answer, rank // sp)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...engine import Head, RandomState, is_fsdps
 from ...labels import IGNORE_INDEX, check_padding, shifted
 from ...parallel import PADDING_KEY, SAMPLE_KEY, Packing, without_ends
-from ..layers import base_of, decoder_layers, decoder_of
+from ..layers import base_of, decoder_layers, decoder_of, takes_documents
 from .router import collect, router_sums
 
 WHY_NOT_WHOLE = "the forward of {} does not run its base model as a whole; train it without apply_fpdt"
@@ -156,6 +156,13 @@ def described_head(model: Any, logits_of: Callable[..., Tensor], ignore_index: i
         chunk_tokens=model._fpdt.settings.loss_chunk_tokens(model.config),
         ignore_index=ignore_index,
     )
+
+
+def may_join(base: Any) -> bool:
+    """Whether rows may become one of a text's tokens, whose positions are an argument of this patched base model."""
+    positions = "position_ids" in base._fpdt.signature.parameters
+    text = base.config is base.config.get_text_config()
+    return positions and text and all(map(takes_documents, decoder_layers(base)))
 
 
 def heads_of(model: Any) -> list[nn.Module]:

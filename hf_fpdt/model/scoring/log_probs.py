@@ -21,10 +21,10 @@ from ...engine import STATISTICS, LastUse
 from ...engine import chunked_log_probs as log_probs_by_chunks
 from ...labels import IGNORE_INDEX, shifted
 from ...parallel import marks_of
-from ..layers import ChunkedLayer
+from ..layers import ChunkedLayer, base_of
 from ..patch import arguments_by_name, caches_in
 from ..refusals import check_loss_arguments
-from .head_call import described_head, head_after, heads_of, targets_of, told_by, told_of_batch
+from .head_call import described_head, head_after, heads_of, may_join, targets_of, told_by, told_of_batch
 from .left_padding import move_rows, padded_left, why_not_relative
 from .router import COEFFICIENT
 from .whole_rows import cut_rows
@@ -226,7 +226,7 @@ def _scored_by_ranks(model: Any, request: Request, arguments: dict[str, Any], ta
             "hf_fpdt: with sp_size above 1 log-probabilities are of whole rows, which the model cuts, and this batch "
             "was cut by a ShardingCollator: give every rank of a group the same rows as they are."
         )
-    cut, own, own_targets = cut_rows(settings, arguments, targets)
+    cut, own, own_targets = cut_rows(settings, arguments, targets, may_join=may_join(base_of(model)))
     with told_by(own), marks_of(own):
         rows, router_loss = _scored(model, request, own, own_targets)
     if settings.packed is not None:
