@@ -45,6 +45,8 @@ setup(
         "gpu": [FLASH, "liger-kernel", "matplotlib"],
         # Kernels of the gated delta rule and KDA. Those of Mamba-2 (mamba-ssm, causal-conv1d) are built from source.
         "recurrent": ["flash-linear-attention>=0.6.0"],
+        # Weights in NF4 or int8: hf-fpdt finetune --quantize, or a model loaded with a BitsAndBytesConfig.
+        "quantized": ["bitsandbytes>=0.49"],
         "bench": ["matplotlib", "liger-kernel", "pyte"],
         "dev": [
             "filelock",
@@ -56,6 +58,7 @@ setup(
             "pre-commit",
             "matplotlib",
             "trl",
+            "bitsandbytes",
         ],
     },
     classifiers=[

@@ -64,6 +64,7 @@ class _ChunkedLayer(torch.autograd.Function):
             torch.cuda.device_of(hidden),  # kernels of Triton and flash-attn-4 run where the process is
             record_function(f"fpdt::forward {run.layer.name}"),
             run.autocast.again(),
+            run.weights(),
             run.kv_store(hidden.device, backward=False) as store,
         ):
             for chunk in run.plan.chunks:
@@ -103,7 +104,12 @@ class _ChunkedLayer(torch.autograd.Function):
             d_hidden = torch.zeros_like(d_output, dtype=ctx.hidden_dtype) if ctx.needs_input_grad[1] else None
             _expect_backward(run)
             d_states: dict[str, Tensor] = {}
-            with torch.enable_grad(), run.kv_store(d_output.device, backward=True) as store, run.autocast.again():
+            with (
+                torch.enable_grad(),
+                run.kv_store(d_output.device, backward=True) as store,
+                run.autocast.again(),
+                run.weights(),
+            ):
                 for chunk in reversed(run.plan.chunks):
                     _capture_kv(run, store, chunk)
                     dx = None if d_hidden is None else d_hidden[:, chunk.rank_slice]
@@ -188,7 +194,11 @@ def _rebuild_input(run: LayerRun, device: torch.device) -> None:
             return  # used before; taking it says so
         chain.append(below)
     for lower, upper in zip(reversed(chain[1:]), reversed(chain[:-1]), strict=True):
-        with record_function(f"fpdt::rebuild {lower.layer.name}"), lower.layer.whole_weights():
+        with (
+            record_function(f"fpdt::rebuild {lower.layer.name}"),
+            lower.autocast.again(),
+            lower.whole_weights(),
+        ):
             _forward_again(lower, upper, device)
 
 

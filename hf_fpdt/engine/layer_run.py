@@ -35,6 +35,7 @@ class Layer:
         store: where K, V and checkpoints go.
         group: the ranks that share the sequence.
         progress: the line that is told of every chunk, if any.
+        whole: what makes its weights whole that are kept in another form; it is told the dtype of products.
         own_writes: what its forward does to its own weights.
     """
 
@@ -46,6 +47,7 @@ class Layer:
     store: CheckpointStore
     group: SequenceParallelGroup
     progress: StepProgress | None = None
+    whole: Callable[[torch.dtype], AbstractContextManager[None]] | None = None
     own_writes: OwnWrites = field(init=False, default_factory=OwnWrites)
 
     def forward(self, hidden_BSD: Tensor, **arguments: Any) -> Any:
@@ -60,13 +62,26 @@ class Layer:
         """Whether FSDP2 shards its weights between uses."""
         return hasattr(self.module, "unshard")
 
+    def weights(self, hidden: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+        """Entered once for all chunks of a pass: inside, weights that are kept in another form are whole.
+
+        Args:
+            hidden: dtype of hidden states.
+            device: where they are.
+        """
+        if self.whole is None:
+            return nullcontext()
+        narrow = torch.is_autocast_enabled(device.type) and hidden != torch.float64
+        return self.whole(torch.get_autocast_dtype(device.type) if narrow else hidden)
+
     @contextmanager
-    def whole_weights(self) -> Iterator[None]:
-        """FSDP2 gathers a layer for its own forward and backward pass alone; elsewhere it is asked to."""
+    def whole_weights(self, hidden: torch.dtype, device: torch.device) -> Iterator[None]:
+        """The same, beside the layer's own forward and backward pass, for which alone FSDP2 gathers it by itself."""
         if self.is_sharded:
             self.module.unshard()
         try:
-            yield
+            with self.weights(hidden, device):
+                yield
         finally:
             if self.is_sharded:
                 self.module.reshard()
@@ -116,6 +131,7 @@ class LayerRun:
     below: LayerRun | None = field(init=False, default=None)
     random_states: list[RandomState] = field(init=False, default_factory=list)
     autocast: Autocast = field(init=False)
+    _hidden: tuple[torch.dtype, torch.device] = field(init=False)
     _modes: tuple[object, ...] = field(init=False, default=())
     _output: tuple[StorageWeakRef, tuple[object, ...]] | None = field(init=False, default=None)
     _versions: tuple[int, ...] = field(init=False, default=())
@@ -143,7 +159,7 @@ class LayerRun:
 
     def begin(self, hidden_BSD: Tensor) -> None:
         """Enter the pass, if there is one, after the layer below."""
-        self.autocast = Autocast.now(hidden_BSD.device)
+        self.autocast, self._hidden = Autocast.now(hidden_BSD.device), (hidden_BSD.dtype, hidden_BSD.device)
         if self.model_pass is None:
             return
         self._modes = modes_of(self.layer.module)
@@ -152,6 +168,14 @@ class LayerRun:
         self.checkpoint.keeps_input |= self.below is None
         if below is None and self.layer.progress is not None:
             self.layer.progress.begin(pass_work(self.step, self.model_pass.plan.kept, full=self.full).done)
+
+    def weights(self) -> AbstractContextManager[None]:
+        """The layer's weights, whole for all chunks of a pass; entered inside of the run's autocast."""
+        return self.layer.weights(*self._hidden)
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """The same where the layer runs for another one's sake."""
+        return self.layer.whole_weights(*self._hidden)
 
     def arguments_of(self, chunk: Chunk, cache: StandInCache) -> dict[str, Any]:
         """The layer's arguments beside hidden states for this rank's tokens of a chunk."""

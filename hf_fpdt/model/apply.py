@@ -41,6 +41,7 @@ from .liger import load_liger, why_not_liger
 from .patch import check_patched, is_patched, unpatch
 from .refusals import why_not_shared, why_unsupported
 from .settings import Settings
+from .weights.quantised import shape_of, whole_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,8 @@ def _settings(
 ) -> Settings:
     config = model.config.get_text_config()
     sizes = ModelSizes.of(config, layers=len(layers), layer_parameters=max(map(_count, layers)))
-    sizes = replace(sizes, merged=merged_weights(layers))
+    whole, itemsize = whole_sizes(layers)
+    sizes = replace(sizes, merged=merged_weights(layers), whole_weights=whole, whole_itemsize=itemsize)
     store = CheckpointStore(plugin, group, TrainingMemory(model, layers))
     progress = StepProgress(device_peak()) if plugin.progress else None
     liger = load_liger() if plugin.fused else None
@@ -225,7 +227,7 @@ def device_peak() -> float | None:
 
 
 def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(shape_of(parameter).numel() for parameter in module.parameters())
 
 
 def applied_settings(model: nn.Module) -> Settings | None:

@@ -25,6 +25,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from ..engine import current_call
 from .patch import is_patched, patch
 from .settings import Settings
+from .weights.quantised import is_quantised, is_whole, whole_product
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +61,27 @@ def patch_linear(module: nn.Module, settings: Settings, value: OutputUse | None 
             patch(module, _lora_forward, settings)
         elif value is not None and type(module) is nn.Linear:
             patch(module, _linear_forward, settings)
+        elif value is not None and is_quantised(module):
+            patch_quantised(module, settings)
     if is_patched(module):
         patched: Any = module
         patched._fpdt.value = value
 
 
+def patch_quantised(module: nn.Module, settings: Settings) -> None:
+    """Patch a linear of bitsandbytes, so that it takes its weight as it is now, packed or whole."""
+    if not is_patched(module):
+        patch(module, _quantised_forward, settings)
+
+
 def is_plain_lora(module: nn.Module) -> bool:
-    """Whether it is PEFT's LoRA around a linear."""
-    peft_layers = _peft_layers()
-    return peft_layers is not None and type(module) is peft_layers.Linear
+    """Whether it is PEFT's LoRA around a linear, or around one of bitsandbytes."""
+    peft_layers, peft_quantised = _peft_layers(), sys.modules.get("peft.tuners.lora.bnb")
+    if peft_layers is None:
+        return False
+    names = ("Linear4bit", "Linear8bitLt")  # there is each only where bitsandbytes can do it
+    kinds = [getattr(peft_quantised, name, None) for name in names]
+    return type(module) in (peft_layers.Linear, *kinds)
 
 
 def is_lora(module: nn.Module) -> bool:
@@ -92,6 +105,16 @@ def _linear_forward(self: Any, x: Tensor) -> Tensor:
         return self._fpdt.forward(x)
     x, weight, *bias = _in_autocast_dtype(x, self.weight, *_present(self.bias))
     return _UnreadLinear.apply(x, weight, *bias) if torch.is_grad_enabled() else _unwritten(x, weight)
+
+
+def _quantised_forward(self: Any, x: Tensor) -> Tensor:
+    if not is_whole(self):
+        return self._fpdt.forward(x)
+    if not _unread(self):
+        return whole_product(self, x)
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(self.weight.dtype)
+    return _linear_forward(self, x)
 
 
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -133,10 +156,15 @@ def _only_adapter(layer: Any) -> str | None:
     if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] in layer.lora_variant:
         return None
     base, down, up = layer.base_layer, layer.lora_A[active[0]], layer.lora_B[active[0]]
-    plain = all(type(part) is nn.Linear and not _hooked(part) for part in (base, down, up))
+    plain = all(_is_linear(part) and not _hooked(part) for part in (base, down, up))
     if not plain or up.bias is not None or any(p.requires_grad for p in base.parameters()):
         return None
     return active[0] if isinstance(layer.lora_dropout[active[0]], (nn.Dropout, nn.Identity)) else None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear, its weight whole now."""
+    return type(module) is nn.Linear or is_whole(module)
 
 
 def _hooked(module: nn.Module) -> bool:

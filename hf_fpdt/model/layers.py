@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,8 @@ from .patch import arguments_by_name, caches_in, signature_of
 from .refusals import check_adapters
 from .scoring.router import collected
 from .settings import Settings
+from .weights.quantised import shape_of
+from .weights.whole import whole_weights
 
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -114,7 +116,7 @@ def _met_weights(layer: nn.Module, experts: int) -> int:
     for name, module in layer.named_modules():
         for weight in module.parameters(recurse=False) if "lora_" not in name else ():
             if weight.dim() == 2 or isinstance(module, nn.Conv1d):
-                met += weight.numel()
+                met += shape_of(weight).numel()
             elif weight.dim() == 3:  # of all experts
                 met += weight.numel() * experts // weight.shape[0]
     return met
@@ -170,11 +172,13 @@ class ChunkedLayer(nn.Module):
             return self._fpdt_traits.returned(self._fpdt_in_chunks(hidden, arguments, window))
 
     def _fpdt_whole(self, hidden: Tensor, arguments: dict[str, Any]) -> Any:
-        """The layer's own forward."""
-        if (aside := collected(self)) is None:
-            return self._fpdt_layer.forward(hidden, **arguments)
-        with aside.noted() as given:
-            output = self._fpdt_layer.forward(hidden, **arguments)
+        """The layer's own forward; of a single token, to be generated, over quantised weights as they are."""
+        layer, decodes = self._fpdt_layer, hidden.is_cuda and hidden.shape[1] == 1
+        with nullcontext() if decodes else layer.weights(hidden.dtype, hidden.device):
+            if (aside := collected(self)) is None:
+                return layer.forward(hidden, **arguments)
+            with aside.noted() as given:
+                output = layer.forward(hidden, **arguments)
         aside.sums.add(aside.of(given, slice(None)))
         return output
 
@@ -222,17 +226,20 @@ class ChunkedLayer(nn.Module):
             if hidden.shape[1] < 2:
                 return  # nothing to cut: a longer sequence tries it
             cache = cache_argument(self._fpdt_layer.raw_forward)
-            reason = trials.check(self, self._fpdt_layer.forward, *given, cache)
+            with self._fpdt_layer.weights(hidden.dtype, hidden.device):
+                reason = trials.check(self, self._fpdt_layer.forward, *given, cache)
+                found = trials.traits_of(self, window)
             if reason is not None:
                 raise NotImplementedError(f"hf_fpdt: {self._fpdt_layer.name} cannot be run in chunks: {reason}.")
             self._fpdt_looks.add(look)
-            self._fpdt_traits = trials.traits_of(self, window)
+            self._fpdt_traits = found
         traits = self._fpdt_traits
         # Kernels are compiled once more for marks: where rows are packed. With attention in it a layer may refuse
         # them, so a batch of padded rows must know before.
         untried = traits.cache is not None and traits.by_documents is None
         if untried and (traits.attends or documents_of_batch() is not None):
-            self._fpdt_traits = trials.with_documents(traits, self, self._fpdt_layer.forward, *given)
+            with self._fpdt_layer.weights(hidden.dtype, hidden.device):
+                self._fpdt_traits = trials.with_documents(traits, self, self._fpdt_layer.forward, *given)
 
 
 def takes_documents(layer: Any) -> bool:
@@ -259,6 +266,7 @@ def enter_layer(layer: Any, settings: Settings, index: int) -> None:
         store=settings.store,
         group=settings.group,
         progress=settings.progress,
+        whole=functools.partial(whole_weights, layer, settings),
     )
     layer._fpdt_class, layer._fpdt_checkpointing = original, checkpointing
 

@@ -83,6 +83,8 @@ class ModelSizes:
         mixes: of each layer what it does; (): every layer attends, and none carries a state.
         heads: of each layer; (): of every layer those above.
         merged: weights of one layer's experts that adapters are merged into, whole, whenever the layer runs.
+        whole_weights: of the layer with most, those that are quantised, and dequantised while it runs.
+        whole_itemsize: bytes of one of them then; 0: as q, k and v have.
 
     Raises:
         ValueError: there are windows, mixes or heads, but not one for each layer.
@@ -104,6 +106,8 @@ class ModelSizes:
     mixes: tuple[LayerMix, ...] = ()
     heads: tuple[AttentionSizes, ...] = ()
     merged: int = 0
+    whole_weights: int = 0
+    whole_itemsize: int = 0
 
     def __post_init__(self) -> None:
         for name in ("windows", "mixes", "heads"):

@@ -80,7 +80,9 @@ class LayerBytes:
 Phase = Literal["forward", "loss", "backward"]
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
 # What a row of the table of device memory is of: arithmetic goes by this, and never by the words of the row.
-RowKind = Literal["entry", "hidden", "resident_kv", "ring_kv", "activations", "checkpoints", "streamed_kv", "logits"]
+RowKind = Literal[
+    "entry", "hidden", "resident_kv", "ring_kv", "activations", "checkpoints", "streamed_kv", "logits", "weights"
+]
 
 # Activations that one replayed chunk keeps at its peak, in elements a token: multiples of the hidden and of the
 # intermediate size, for MLPs with a gate and for plain ones; then the same over Liger's kernels. Measured in bfloat16
@@ -303,7 +305,15 @@ class StepSizes:
         if kv.forward_ring:
             yield DeviceItem("ring_kv", "K, V in reach of a window", ("forward",), kv.forward_ring, False)
             yield DeviceItem("ring_kv", "K, V, dK, dV in reach of a window", ("backward",), kv.backward_ring, False)
+        if self.whole_bytes:
+            of_layers: tuple[Phase, ...] = ("forward", "backward")
+            yield DeviceItem("weights", "a layer's weights, dequantised", of_layers, self.whole_bytes, False)
         yield from self._chunk_rows(kv)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of one layer's weights that are whole while it runs, beside where they are kept in another form."""
+        return self.model.whole_weights * (self.model.whole_itemsize or self.attention_bytes)
 
     def _entry_rows(self) -> Iterator[DeviceItem]:
         tokens = self.batch * self.plan.n_tokens // self._ranks
