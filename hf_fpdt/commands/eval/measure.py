@@ -21,6 +21,7 @@ from ..finetune.base_model import (
 )
 from ..finetune.options import DTYPES, fpdt_plugin
 from ..finetune.output import make_folder
+from ..finetune.quantise import check_quantised, loading
 from ..finetune.rope import pretrained_tokens
 from ..finetune.sources import read_documents
 from ..finetune.steps import Progress, quiet
@@ -66,12 +67,15 @@ def _windows_and_model(options: EvalOptions, progress: Progress) -> tuple[list[d
     config = _adapters_config(options.adapter) if options.adapter else config
     ids = known_ids(model_without_weights(options.base, config, plugin))
     check_weights(options.base, config)
+    check_quantised(options.quantize, options.base, config)
     rows = _windows(options, tokenizer, ids, progress)
-    model = load_weights(options.base, DTYPES[options.dtype], config)
+    dtype, on_gpu = DTYPES[options.dtype], torch.cuda.is_available() and not options.use_cpu
+    device = torch.device("cuda" if on_gpu else "cpu")
+    how = loading(options.quantize, config, dtype, device)
+    model = load_weights(options.base, dtype, config, how)
     apply_fpdt(model, plugin)
     model = _with_adapter(model, options.adapter) if options.adapter else model
-    on_gpu = torch.cuda.is_available() and not options.use_cpu
-    return [rows[index] for index in range(len(rows))], model.to("cuda" if on_gpu else "cpu")
+    return [rows[index] for index in range(len(rows))], model if how else model.to(device)
 
 
 def _windows(options: EvalOptions, tokenizer: Any, ids: int, progress: Progress) -> WindowDataset:

@@ -28,6 +28,9 @@ class EvalOptions:
     eval_windows: int = option(16, "at most so many", metavar="N")
     chunk_tokens: str = option("auto", "tokens of a chunk of FPDT: auto, or a number like 32K", metavar="TOKENS")
     dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights")
+    quantize: Literal["none", "nf4", "int8"] = option(
+        "none", "hold the model, or the adapter's base, in 4 or 8 bits, as it was trained; bitsandbytes"
+    )
     use_cpu: bool = option(False, "measure on the CPU though there is a GPU")
     output_dir: Path = option(..., "folder for the figure and the csv", metavar="FOLDER")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ CANNOT_BE_LOADED = (OSError, ValueError, RuntimeError, EOFError, pickle.Unpickli
 CANNOT_BE_BUILT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 # What a broken config.json or tokenizer.json raises, of what it holds in place of what is expected.
 CANNOT_BE_READ = (*CANNOT_BE_BUILT, ImportError, OSError, StrictDataclassError, ValueError)
+NO_MORE: Mapping[str, Any] = MappingProxyType({})
 FETCH_AGAIN = "copy or download the weights again (a clone without git-lfs has none)"
 
 
@@ -165,11 +168,20 @@ def known_ids(model: PreTrainedModel) -> int:
     return min(end.weight.shape[0] for end in ends if end is not None)
 
 
-def load_weights(name: str, dtype: torch.dtype, config: PreTrainedConfig | None = None) -> nn.Module:
-    """The model on the CPU; refuses weights that are broken, or of another model than its config says."""
+def load_weights(
+    name: str, dtype: torch.dtype, config: PreTrainedConfig | None = None, how: Mapping[str, Any] = NO_MORE
+) -> nn.Module:
+    """The model; refuses weights that are broken, or of another model than its config says.
+
+    Args:
+        name: hub name or folder.
+        dtype: of the weights, but for those that are quantised.
+        config: in place of its own.
+        how: what else `from_pretrained` is told, see `quantise.loading`; the model is on the CPU unless this says.
+    """
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            name, config=config, attn_implementation="fpdt", dtype=dtype, output_loading_info=True
+            name, config=config, attn_implementation="fpdt", dtype=dtype, output_loading_info=True, **how
         )
     except CANNOT_BE_LOADED as error:
         raise UserMistake(

@@ -6,9 +6,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
+from types import MappingProxyType
 from typing import Any
 
 from .merge import MERGED
+from .quantise import NONE
 
 TEMPLATE = Path(__file__).resolve().with_name("template.md")
 PICTURE = "![Loss at each position of held-out windows, before and after]($name)\n\n"
@@ -23,6 +25,36 @@ config = AutoConfig.from_pretrained(adapter)  # the base's config with the rotar
 model = AutoModelForCausalLM.from_pretrained("$base", config=config, attn_implementation="fpdt", dtype="$dtype")
 model = PeftModel.from_pretrained(model, adapter)
 tokenizer = AutoTokenizer.from_pretrained(adapter)"""
+
+LOADING_QUANTISED = """\
+import hf_fpdt  # registers attn_implementation="fpdt"; without it, take "sdpa"
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+adapter = "$folder"  # this folder, or its hub name
+config = AutoConfig.from_pretrained(adapter)  # the base's config with the rotary parameters trained with
+bits = BitsAndBytesConfig($bits)  # left out, it runs on the base as it is
+model = AutoModelForCausalLM.from_pretrained(
+    "$base", config=config, attn_implementation="fpdt", dtype="$dtype", quantization_config=bits
+)
+model = PeftModel.from_pretrained(model, adapter)
+tokenizer = AutoTokenizer.from_pretrained(adapter)"""
+
+BITS = MappingProxyType(
+    {
+        "int8": "load_in_8bit=True",
+        "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, '
+        'bnb_4bit_compute_dtype="{compute}"',
+    }
+)
+BASES = MappingProxyType(
+    {
+        "nf4": "The base was held in NF4 (bitsandbytes, scales quantised too) and dequantised layer by layer; the "
+        "losses above are on that base. On the base as it is they differ a little. ",
+        "int8": "The base was held in int8 (bitsandbytes' rows and scales) and dequantised layer by layer; the losses "
+        "above are on that base. On the base as it is, or with the int8 products of LLM.int8, they differ a little. ",
+    }
+)
 
 LOADING_FULL = """\
 import hf_fpdt  # registers attn_implementation="fpdt"; without it, take "sdpa"
@@ -48,7 +80,9 @@ def loading_code(facts: Mapping[str, Any]) -> str:
     names = {"folder": folder, "base": arguments["model"], "dtype": arguments["dtype"]}
     if arguments["full"]:
         return Template(LOADING_FULL).substitute(names)
-    adapter = Template(LOADING_ADAPTER).substitute(names)
+    if arguments["quantize"] != NONE:
+        names["bits"] = BITS[arguments["quantize"]].format(compute=arguments["compute_dtype"])
+    adapter = Template(LOADING_ADAPTER if arguments["quantize"] == NONE else LOADING_QUANTISED).substitute(names)
     if not arguments["merge"]:
         return adapter
     merged = Template(LOADING_FULL).substitute({**names, "folder": str(Path(folder) / MERGED)})
@@ -112,8 +146,9 @@ def _rows(facts: Mapping[str, Any]) -> str:
 def _summary(facts: Mapping[str, Any]) -> str:
     arguments, rope, longest = facts["arguments"], facts["rope"], facts["data"]["longest_window_tokens"]
     what = "All weights" if arguments["full"] else f"A LoRA adapter (rank {arguments['lora_r']})"
+    base = "" if arguments["quantize"] == NONE else f", held in {arguments['quantize'].upper()}"
     return (
-        f"{what} of `{arguments['model']}`, trained for {facts['steps']} steps on sequences of "
+        f"{what} of `{arguments['model']}`{base}, trained for {facts['steps']} steps on sequences of "
         f"{longest:,} tokens; the base was pre-trained up to {rope['pretrained_tokens']:,}."
     )
 
@@ -126,10 +161,10 @@ def _loss_note(facts: Mapping[str, Any]) -> str:
 
 
 def _loading_note(facts: Mapping[str, Any]) -> str:
-    merged = ""
+    merged = BASES.get(facts["arguments"]["quantize"], "")
     if facts["arguments"]["merge"]:
         dtype = facts["arguments"]["dtype"]
-        merged = f"The merged weights are rounded to {dtype} once more; the losses above are the adapter's. "
+        merged += f"The merged weights are rounded to {dtype} once more; the losses above are the adapter's. "
     if facts["arguments"]["full"] or facts["rope"]["kind"] == "none":
         return f"{merged}`apply_fpdt(model)` from hf_fpdt then runs the layers chunk by chunk, in training too."
     return (

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import nn
 
 from ...config import FPDTPlugin
+from ...model import weight_count
 from ..conditions import hardware_facts, version_facts
 from ..eval.curves import Curve, table_lines, write_csv
 from ..eval.figure import draw
@@ -19,6 +20,7 @@ from ..pictures import PictureError
 from .card import command_line, write_card
 from .data import Data
 from .options import Options
+from .quantise import compute_dtype
 from .rope import RopePlan
 from .steps import Progress, StepPrinter
 
@@ -43,11 +45,11 @@ def collect_facts(outcome: Outcome, model: nn.Module) -> dict[str, Any]:
     plugin = {field.name: getattr(options.plugin, field.name) for field in fields(FPDTPlugin)}
     return {
         "command": command_line(options.words),
-        "arguments": {**options.own(), **plugin},
+        "arguments": {**options.own(), **plugin, "compute_dtype": str(compute_dtype(options)).removeprefix("torch.")},
         "trainer": options.trainer.to_dict(),
         "rope": asdict(outcome.rope),
         "data": outcome.data.facts,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": weight_count(model),
         "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "held_out_loss": {curve.label: curve.mean_loss for curve in outcome.curves},
         "steps": steps.global_step,

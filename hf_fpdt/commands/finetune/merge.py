@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
 from transformers import PreTrainedConfig
 
+from ...model import dequantise, quantised_bytes
 from ..options import UserMistake
 from .options import Options
 
@@ -38,8 +41,17 @@ def check_merge(options: Options, config: PreTrainedConfig) -> None:
         )
 
 
-def write_merged(model: Any, tokenizer: Any, folder: Path) -> None:
+def write_merged(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """The adapters go into the weights that they are of; a weight that would not be finite is refused by PEFT."""
+    if quantised_bytes(model)[0]:
+        model = _over_plain_weights(model, folder.parent, dtype)
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _over_plain_weights(model: Any, adapter: Path, dtype: torch.dtype) -> Any:
+    """The saved adapter on the dequantised base, on the host: into 4 bits its weights would be rounded away."""
+    base = model.unload()
+    dequantise(base, dtype, "cpu")
+    return PeftModel.from_pretrained(base.to("cpu"), adapter)

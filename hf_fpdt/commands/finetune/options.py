@@ -46,6 +46,9 @@ class ModelOptions:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "of the weights; auto: bfloat16 on a GPU, float32 on a CPU"
     )
+    quantize: Literal["none", "nf4", "int8"] = option(
+        "none", "keep the base's linears in 4 bits (NF4, scales quantised too) or 8 under the adapters; bitsandbytes"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

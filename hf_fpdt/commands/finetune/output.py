@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..options import UserMistake, one_line
 from .merge import MERGED, merged_folder
 from .options import Options
+from .quantise import NONE
 
 SETTINGS = "settings.json"
 # What a result follows from, but for how long is trained; where and how fast it is computed may change.
@@ -52,6 +53,8 @@ def settings_of(options: Options) -> dict[str, Any]:
     """By option, everything that the result follows from."""
     trainer = options.trainer.to_dict()
     own = {name: value for name, value in options.own().items() if name in OWN_SETTINGS}
+    if options.quantize != NONE:  # runs of before there was such an option go on
+        own["quantize"] = options.quantize
     if options.full:  # what is said of adapters does not matter then
         own = {name: value for name, value in own.items() if name not in LORA_SETTINGS}
     chosen = {name: trainer[name] for name in TRAINER_SETTINGS if name in trainer}

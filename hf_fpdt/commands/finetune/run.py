@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PrinterCallback, Trainer, set_seed
 
 from ...config import resolve_chunk_tokens
-from ...model import apply_fpdt, mapping_with_rope, without_adapters
+from ...model import apply_fpdt, mapping_with_rope, weight_count, without_adapters
 from ...parallel import SequenceParallelGroup, build_group
 from ...training import FPDTTrainer, PackingCollator, say_what_is_done
 from ..eval.curves import Curve
@@ -42,6 +42,7 @@ from .output import (
     windows_a_step,
     write_settings,
 )
+from .quantise import check_quantize, compute_dtype, loading, plain_config, quantised_lines
 from .rope import RopePlan, apply_rope, beyond_reach, plan_rope
 from .steps import NothingLeftError, Progress, StepPrinter, quiet
 from .trainer_options import autocast_dtype, check_trainer, intervals_line, passes_line
@@ -86,11 +87,13 @@ def run(options: Options) -> None:
     _keep_settings(options, checkpoint, data)
     set_seed(options.trainer.seed)
     with progress.phase("load"):
-        model, cut = load_model(options, group)
+        model, cut = load_model(options, group, config)
     progress.say(
-        f"loaded {options.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {options.device}, "
+        f"loaded {options.model}: {weight_count(model):,} parameters on {options.device}, "
         f"{PartialState().num_processes} process(es), {options.plugin.sp_size} a sequence"
     )
+    for line in quantised_lines(model, options.weight_dtype):
+        progress.say(line)
     progress.say(passes_line(options.trainer, data.facts["windows"], a_step=windows_a_step(options)))
     progress.say(intervals_line(options.trainer))
     _work(Job(options, tokenizer, rope, data, progress, cut, checkpoint), model)
@@ -100,6 +103,7 @@ def check_model(options: Options, config: PreTrainedConfig, tokenizer: Any, grou
     """Every check of the model that takes no time; returns how many token ids it knows."""
     model = model_without_weights(options.model, config, options.plugin, group)
     check_merge(options, config)
+    check_quantize(options, config)
     if not options.full:
         check_lora_targets(model, options.targets)
     check_tokenizer(tokenizer, known_ids(model))
@@ -115,10 +119,12 @@ def _keep_settings(options: Options, checkpoint: Path | None, data: Data) -> Non
         write_settings(options, data.facts)
 
 
-def load_model(options: Options, group: SequenceParallelGroup) -> tuple[nn.Module, Cut]:
+def load_model(options: Options, group: SequenceParallelGroup, config: PreTrainedConfig) -> tuple[nn.Module, Cut]:
     """The stock model on its device, with FPDT applied, and how it takes its batches."""
-    model = load_weights(options.model, options.weight_dtype)
-    model.to(options.trainer.device)
+    how = loading(options.quantize, config, compute_dtype(options), options.trainer.device)
+    model = load_weights(options.model, options.weight_dtype, how=how)
+    if not how:  # quantised weights are there already
+        model.to(options.trainer.device)
     say_what_is_done()
     handle = apply_fpdt(model, options.plugin, group)
     return model, Cut.of(handle, resolve_chunk_tokens(handle.plugin, on_gpu=options.device == "cuda"))
@@ -126,11 +132,12 @@ def load_model(options: Options, group: SequenceParallelGroup) -> tuple[nn.Modul
 
 def _work(job: Job, model: nn.Module) -> None:
     trainer, curves, steps = evaluate_and_train(job, model)
-    save(trainer, job.tokenizer, Path(job.options.trainer.output_dir))
+    save(trainer, job.tokenizer, job.options)
     if PartialState().is_main_process:
         report(Outcome(job.options, job.rope, job.data, job.progress, curves, steps), trainer.model)
         if folder := merged_folder(job.options):
-            write_merged(trainer.accelerator.unwrap_model(trainer.model_wrapped), job.tokenizer, folder)
+            model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            write_merged(model, job.tokenizer, folder, job.options.torch_dtype)
             job.progress.say(f"wrote the model with the adapter in it to {folder}")
         result_is_written(job.options, steps.global_step)
     trainer.accelerator.end_training()
@@ -201,8 +208,9 @@ def train(job: Job, model: nn.Module) -> tuple[Trainer, StepPrinter]:
     return trainer, steps
 
 
-def save(trainer: Trainer, tokenizer: Any, output: Path) -> None:
+def save(trainer: Trainer, tokenizer: Any, options: Options) -> None:
     """Weights as safetensors, tokenizer, and a config that holds the rotary parameters trained with."""
+    output = Path(options.trainer.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     saving = {"save_embedding_layers": False} if base is not model else {}
@@ -210,5 +218,6 @@ def save(trainer: Trainer, tokenizer: Any, output: Path) -> None:
         saving["state_dict"] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if PartialState().is_main_process:
         model.save_pretrained(output, **saving)
-        base.config.save_pretrained(output)  # an adapter folder would not hold it, and the base's own is another
+        # An adapter folder would not hold it, and the base's own is another.
+        plain_config(base.config, options.quantize).save_pretrained(output)
         tokenizer.save_pretrained(output)

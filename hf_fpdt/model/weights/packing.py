@@ -18,13 +18,15 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-KINDS = ("nf4", "int8")
+from .quantised import dequantised, is_packed, is_quantised, packed_bytes, shape_of
+
+QUANTISED_KINDS = ("nf4", "int8")
 # Weights that share a scale, scales that share one of theirs, and the tables of values of both.
 BLOCK, SCALE_BLOCK = 64, 256
 TABLES = 4 * (16 + 256) + 4
 
 
-def check_installed() -> None:
+def check_quantised_here() -> None:
     """Raise ImportError without bitsandbytes."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(
@@ -37,7 +39,7 @@ def bitsandbytes_config(kind: str, compute: torch.dtype) -> Any:
     """What `from_pretrained` takes: NF4 with double quantisation, or int8.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `QUANTISED_KINDS`.
         compute: dtype of products of 4 bits.
     """
     if kind == "int8":
@@ -80,13 +82,13 @@ def quantise(model: Any, kind: str, compute: torch.dtype) -> None:
 
     Args:
         model: a transformers model with its weights, without adapters.
-        kind: one of `KINDS`.
+        kind: one of `QUANTISED_KINDS`.
         compute: dtype of products of 4 bits.
 
     Raises:
         ImportError: bitsandbytes is not installed.
     """
-    check_installed()
+    check_quantised_here()
     for name, module in quantisable(model).items():
         model.set_submodule(name, _quantised(module, kind, compute))
     setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
@@ -111,3 +113,41 @@ def _quantised(module: Any, kind: str, compute: torch.dtype) -> Any:
         made.bias = nn.Parameter(module.bias.data, **frozen)
     made.source_cls = type(module)
     return made.train(module.training)
+
+
+def dequantise(model: Any, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Undo `quantise` in place, as far as its rounding goes: linears of the dequantised weights.
+
+    Args:
+        model: a transformers model, without adapters.
+        dtype: of those weights.
+        device: where they go.
+    """
+    for name, module in list(model.named_modules()):
+        if is_quantised(module):
+            model.set_submodule(name, _plain(module, dtype, device))
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    elif hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _plain(module: Any, dtype: torch.dtype, device: torch.device | str) -> nn.Linear:
+    with torch.device("meta"):
+        made = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    made.weight = nn.Parameter(dequantised(module, dtype).to(device, dtype), requires_grad=False)
+    if module.bias is not None:
+        made.bias = nn.Parameter(module.bias.detach().to(device, dtype), requires_grad=False)
+    return made.train(module.training)
+
+
+def quantised_bytes(model: nn.Module) -> tuple[int, int]:
+    """(quantised weights, the bytes that they take with their scales and tables)."""
+    found: list[Any] = [module for module in model.modules() if is_quantised(module) and is_packed(module.weight)]
+    return sum(shape_of(module.weight).numel() for module in found), sum(map(packed_bytes, found))
+
+
+def weight_count(model: nn.Module) -> int:
+    """Weights of a model; quantised ones by what they are, not by their bytes."""
+    return sum(shape_of(parameter).numel() for parameter in model.parameters())
