@@ -75,6 +75,8 @@ class Weights:
         largest_trained: the most that train in one layer, or outside of the layers: their gradients add up in fp32.
         outside: embeddings, final norm and head.
         element_bytes: of weights, gradients and optimizer states.
+        packed: of `total`, those that are quantised.
+        packed_bytes: of all of them, with their scales and tables.
         optimizer: a kind of `OPTIMIZERS`.
     """
 
@@ -83,6 +85,8 @@ class Weights:
     largest_trained: int
     outside: int
     element_bytes: int = 2
+    packed: int = 0
+    packed_bytes: int = 0
     optimizer: str = "adamw"
 
 
@@ -156,6 +160,7 @@ class PlannedStep:
 
     Attributes:
         step: its sizes.
+        weights: of the model.
         plan: where checkpoints, K and V go.
         device: bytes set aside on each GPU, by what they are, margins included.
         peak: bytes of each GPU that PyTorch's allocator is predicted to reach, without margins.
@@ -169,6 +174,7 @@ class PlannedStep:
     """
 
     step: StepSizes
+    weights: Weights
     plan: PassPlacement
     device: tuple[tuple[Use, int], ...]
     peak: int
@@ -226,6 +232,7 @@ def _fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
     elsewhere = plan.forecast.host_bytes - plan.kv.host_bytes + plan.forecast.disk_bytes
     return PlannedStep(
         step=step,
+        weights=weights,
         plan=plan,
         device=(*items, (Use.CHECKPOINTS, plan.forecast.device_bytes)),
         peak=_peak(step, plan, training, dict(fixed)),
@@ -293,7 +300,8 @@ def _fixed_bytes(training: Training, machines: Machines) -> tuple[tuple[Use, int
         ranks, trained = machines.gpus, FP32_BYTES
         # The layer that runs and the next one; embeddings and head stay gathered.
         gathered = (2 * layer + weights.outside) * size
-    lasting = (weights.total - weights.trained) * size + weights.trained * trained
+    frozen = (weights.total - weights.trained - weights.packed) * size + weights.packed_bytes
+    lasting = frozen + weights.trained * trained
     nccl = ((Use.NCCL, NCCL_BYTES),) if machines.gpus > 1 else ()
     return (
         (Use.WEIGHTS, lasting // ranks + gathered),

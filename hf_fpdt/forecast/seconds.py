@@ -117,6 +117,8 @@ REBUILD_TRAFFIC = 2
 # Of device memory, a logit: its value twice and its gradient; and where the head trains, for every weight of it and
 # every chunk of the loss, a gradient added to a sum in fp32.
 LOGIT_BYTES, HEAD_SUM_BYTES = 7, 12
+# Passes over device memory of weights that are dequantised for a layer: written, and read packed. By counting bytes.
+WHOLE_TRAFFIC = 1.5
 
 
 def step_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU, *, full: bool) -> float:
@@ -139,7 +141,8 @@ def step_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU, *, full: bool) -> 
     for there, mix in zip(kept.inputs[1:], mixes[:-1], strict=True):
         made = _linear_seconds(m, mix, tokens, gpu) + REBUILD_TRAFFIC * rest + tokens * _scan_seconds(mix, step, gpu)
         again += made * (not there)
-    return seconds + again + _head_seconds(step, tokens, gpu, full=full)
+    whole = (2 * m.layers + kept.rebuilt) * WHOLE_TRAFFIC * step.whole_bytes / gpu.memory
+    return seconds + again + whole + _head_seconds(step, tokens, gpu, full=full)
 
 
 def _traffic(step: StepSizes, *, full: bool) -> float:

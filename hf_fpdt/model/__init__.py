@@ -38,13 +38,17 @@ from .layers import decoder_layers, mostly_trained
 from .scoring.left_padding import why_not_moved
 from .scoring.log_probs import TokenLogProbs, asks_for_log_probs, chunked_log_probs
 from .shapes import LORA_RANK, SHAPES, build_random, training_of, training_of_model, with_layers
+from .scoring.log_probs import TokenLogProbs, chunked_log_probs
+from .shapes import LORA_RANK, SHAPES, build_random, training_of, training_of_model, with_layers, with_lora
 from .weights.packing import (
     QUANTISED_KINDS,
     bitsandbytes_config,
     check_quantised_here,
     dequantise,
     expert_weights,
+    quantise,
     quantised_bytes,
+    scale_bytes,
     weight_count,
 )
 
@@ -70,9 +74,11 @@ __all__ = [
     "mapping_with_rope",
     "may_get_fpdt",
     "mostly_trained",
+    "quantise",
     "quantised_bytes",
     "register",
     "rope_of",
+    "scale_bytes",
     "train_with",
     "trained_rope",
     "training_of",
@@ -81,5 +87,6 @@ __all__ = [
     "why_not_moved",
     "why_refused",
     "with_layers",
+    "with_lora",
     "without_adapters",
 ]

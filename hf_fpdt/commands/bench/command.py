@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...model import training_of
+from ...model import QUANTISED_KINDS, check_quantised_here, training_of
 from ...plan import LayersDiffer
 from ..options import (
     DEFAULT_SHAPE,
@@ -87,6 +87,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--layers", type=count, help="layers of the model to keep (default: all)")
     how.add_argument("--full", action="store_true", help="train every weight (default: LoRA, rank 16, all linears)")
+    how.add_argument(
+        "--quantize",
+        choices=QUANTISED_KINDS,
+        help="hold the linears under the adapters in 4 or 8 bits (bitsandbytes; default: in --dtype)",
+    )
     how.add_argument("--chunk-tokens", type=tokens, metavar="TOKENS", help="FPDT's chunk (default: its own choice)")
     how.add_argument(
         "--steps", type=count, default=3, help="steps, the first left out of the median (default: %(default)s)"
@@ -139,6 +144,11 @@ def bench(options: argparse.Namespace) -> int:
         if path is not None:
             check_writable(path)
     check_settings()
+    if options.quantize is not None:
+        if options.full:
+            raise UserMistake(f"--quantize {options.quantize}: quantised weights do not train; leave --full out.")
+        with mistakes(ImportError):
+            check_quantised_here()
     with mistakes(LayersDiffer):
         training = training_of(config_of(options, layers=options.layers), lora=False)
     shape = options.shape or DEFAULT_SHAPE
@@ -195,4 +205,5 @@ def _job(options: argparse.Namespace, shape: str) -> Job:
         gpus=options.gpus,
         held_gib=options.held_gib,
         documents=options.documents,
+        quantised=options.quantize,
     )

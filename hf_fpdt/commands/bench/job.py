@@ -28,6 +28,7 @@ class Job:
         dtype: of every parameter, "bfloat16" or "float32".
         gpus: that train the model together, a process each.
         held_gib: memory of each GPU that steps do without.
+        quantised: how the linears under adapters are held, "nf4" or "int8"; None: in `dtype`.
         documents: what rows are packed of, as --documents has it; None: a row is one document.
     """
 
@@ -44,6 +45,7 @@ class Job:
     dtype: str
     gpus: int = 1
     held_gib: float = 0.0
+    quantised: str | None = None
     documents: str | None = None
 
     @property

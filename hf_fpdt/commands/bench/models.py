@@ -28,7 +28,7 @@ def config_of(job: Job, most_layers: int | None = None) -> Any:
 def model_of(job: Job, config: Any) -> nn.Module:
     """Random weights, the same for every stack; LoRA of rank 16 on every linear, or every weight trained."""
     torch.manual_seed(SEED)
-    return build_random(config, job.device, getattr(torch, job.dtype), lora=not job.full)
+    return build_random(config, job.device, getattr(torch, job.dtype), not job.full, job.quantised)
 
 
 def packed_row(job: Job, ids_BS: Tensor) -> dict[str, Tensor]:

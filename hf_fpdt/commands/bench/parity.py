@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...engine import plain_kernels
 from ...labels import IGNORE_INDEX
+from ...model import dequantise, quantise, with_lora
 from ..accuracy import FACTOR, LOSS, Tensors, Worst, errors, in_double, least_of_dtype, worst
 from ..float64 import float64_throughout
 from .job import Job
@@ -46,8 +49,7 @@ def check(stack: Stack, job: Job) -> Worst:
     """
     # Every rank compares for itself: gradients that only rank 0 has right are not right.
     config = config_of(job, most_layers=LAYERS)
-    model = model_of(job, config)
-    sharpen(model)
+    model, wide, alone = _models(job, config)
     ids = tokens_of(job, config, N_TOKENS)
     labels = ids.clone()
     labels[:, :IGNORED_TOKENS] = IGNORE_INDEX
@@ -55,16 +57,40 @@ def check(stack: Stack, job: Job) -> Worst:
     labels, plain = without_first_tokens(labels, stack.packed), Stack()
     plain.packed = stack.packed
     # Before the stack, which may change classes of the whole process.
-    wide = in_double(copy.deepcopy(model))
     with float64_throughout(), plain_kernels(wide):
         truth = results(plain, wide, ids, labels)
-    naive = errors(results(plain, copy.deepcopy(model), ids, labels), truth)
+    naive = errors(results(plain, alone, ids, labels), truth)
     stack.prepare(model, Pieces(most_tokens=N_TOKENS // PIECES))
     # FSDP2 is not to be had without an optimizer.
     spread, _ = stack.spread(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0))
     ours = errors(results(stack, spread, ids, labels), truth)
     own = worst(ours, naive, least_of_dtype(truth, getattr(torch, job.dtype)))
     return max(stack.world.gather(own), key=Worst.badness)
+
+
+def _models(job: Job, config: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The model for the stack, the same in float64, and the same for plain Hugging Face."""
+    if job.quantised is not None:
+        return _quantised(job, config), in_double(_quantised(job, config, dequantised=True)), _quantised(job, config)
+    model = model_of(job, config)
+    sharpen(model)
+    return model, in_double(copy.deepcopy(model)), copy.deepcopy(model)
+
+
+def _quantised(job: Job, config: Any, *, dequantised: bool = False) -> Any:
+    """Made anew each time, for some linears of bitsandbytes cannot be copied; sharpened before they are quantised."""
+    base: Any = model_of(replace(job, full=True, quantised=None), config)
+    sharpen(base)
+    quantise(base, job.quantised or "", getattr(torch, job.dtype))
+    if dequantised:
+        dequantise(base, getattr(torch, job.dtype), job.device)
+    model = with_lora(base)
+    adapters = torch.Generator(job.device).manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            with torch.no_grad():
+                parameter.normal_(std=GAIN / math.sqrt(parameter.shape[-1]), generator=adapters)
+    return model
 
 
 def sharpen(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ import torch
 from ...attention import KERNELS, AttentionSpec
 from ...engine import scan_packages
 from ...forecast import GPU, save_rates
-from ...model import why_refused
+from ...model import QUANTISED_KINDS, check_quantised_here, why_refused
 from ...plan import attention_sizes
 from ..accuracy import FACTOR
 from ..measure import link_rates, measured
@@ -81,6 +81,11 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     which = parser.add_argument_group("which model")
     add_model(which.add_mutually_exclusive_group(), "hub name or folder whose configuration is taken; or an adapter's")
+    which.add_argument(
+        "--quantize",
+        choices=QUANTISED_KINDS,
+        help="the copy's linears in 4 or 8 bits under adapters, against the dequantised copy in float64; bitsandbytes",
+    )
     which.add_argument("--base-model", metavar="NAME", help="of an adapter, where its base is not where it was")
     speed = parser.add_argument_group("how fast (on a GPU)")
     speed.add_argument("--measure", action="store_true", help="measure kernels, matrix products, memory and link")
@@ -92,6 +97,9 @@ def check(options: argparse.Namespace) -> int:
     device = Device("cuda" if torch.cuda.is_available() else "cpu")
     _check_rates_option(options, device)
     check_settings()
+    if options.quantize is not None:
+        with mistakes(ImportError):
+            check_quantised_here()
     adapter = adapter_of(options.model, options.base_model)
     config = config_of(options, layers=None) if adapter is None else adapter.config
     architecture, reasons = _refusals(config, adapter)
@@ -105,7 +113,7 @@ def check(options: argparse.Namespace) -> int:
         _print_items("adapter  ", adapter.lines())
     if reasons:
         _print_refused(name, reasons)
-    passed = not reasons and _check_model(name, TinyModel(text, device, adapter))
+    passed = not reasons and _check_model(name, TinyModel(text, device, adapter, options.quantize))
     if options.measure:
         _measure(device, options.rates)
     return 0 if passed else 1

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...attention import KERNELS, AttentionSpec, attention, peaked_qkv
 from ...config import FPDTPlugin
 from ...engine import attend_whole, plain_kernels
-from ...model import apply_fpdt, build_random
+from ...model import apply_fpdt, build_random, dequantise, quantise, with_lora
 from ...plan import attention_sizes, head_dims, largest, why_no_sizes, windows_of
 from ..accuracy import LOSS, Tensors, Worst, errors, in_double, worst_of_run
 from ..float64 import float64_throughout
@@ -167,13 +167,16 @@ class TinyModel:
         config: of the large model; it is shrunk here.
         device: where the steps run.
         adapter: what is trained around it; None: every weight.
+        quantised: how its linears are held, "nf4" or "int8", under adapters then; None: as every other weight.
 
     Attributes:
         refused_documents: why it takes no packed rows, where that was found.
     """
 
-    def __init__(self, config: Any, device: torch.device, adapter: Adapter | None = None) -> None:
-        self.config, self.device, self.adapter = shrunk(config), device, adapter
+    def __init__(
+        self, config: Any, device: torch.device, adapter: Adapter | None = None, quantised: str | None = None
+    ) -> None:
+        self.config, self.device, self.adapter, self.quantised = shrunk(config), device, adapter, quantised
         words = min(VOCABULARY, self.config.vocab_size)
         self._ids = torch.randint(3, words, (1, TRAINING_TOKENS), generator=torch.Generator().manual_seed(0))
         self._plain: dict[tuple[torch.dtype, bool], Tensors] = {}
@@ -213,14 +216,7 @@ class TinyModel:
 
     def _step(self, dtype: torch.dtype, kernel: str | None = None, *, packed: bool) -> Tensors:
         """Loss and gradients, of plain eager attention where no kernel is named."""
-        model: Any = build_random(self.config, self.device, dtype, False)
-        model.set_attn_implementation("eager")
-        if dtype == torch.float64:
-            model = in_double(model)
-        _draw(model.parameters(), WEIGHT_GAIN)
-        if self.adapter is not None:
-            model = self.adapter.put_on(model, tiny=True)
-            _draw((p for p in model.parameters() if p.requires_grad), ADAPTER_GAIN)
+        model = self._model(dtype)
         if kernel is not None:
             # All on the host, so that the copies are checked too.
             plugin = FPDTPlugin(
@@ -242,6 +238,25 @@ class TinyModel:
             loss = torch.stack(_losses(model, ids, packed=packed, one_by_one=kernel is None)).sum()
             loss.backward()
         return {LOSS: loss.detach(), **dict(_gradients(model))}
+
+    def _model(self, dtype: torch.dtype) -> Any:
+        """With adapters where some are given, or its linears are quantised; in float64 these are dequantised."""
+        model: Any = build_random(self.config, self.device, dtype, False)
+        model.set_attn_implementation("eager")
+        if dtype == torch.float64:
+            model = in_double(model)
+        _draw(model.parameters(), WEIGHT_GAIN)
+        if self.quantised is not None:
+            quantise(model, self.quantised, dtype)
+            if dtype == torch.float64:
+                dequantise(model, dtype, self.device)
+        if self.adapter is not None:
+            model = self.adapter.put_on(model, tiny=True)
+        elif self.quantised is not None:
+            model = with_lora(model)
+        if self.adapter is not None or self.quantised is not None:
+            _draw((p for p in model.parameters() if p.requires_grad), ADAPTER_GAIN)
+        return model
 
 
 def _losses(model: Any, ids: Tensor, *, packed: bool, one_by_one: bool) -> list[Tensor]:

@@ -30,7 +30,7 @@ from ...forecast import (
     what_would_help,
     with_memory,
 )
-from ...model import training_of_model, why_refused
+from ...model import QUANTISED_KINDS, expert_weights, training_of_model, why_refused
 from ...plan import OPTIMIZERS, described_windows
 from ...units import GIB
 from ..check.compare import why_refused_tiny
@@ -71,6 +71,7 @@ examples:
   hf-fpdt plan --shape llama-8b --gpus 4 --seq-len 2M                what host memory 2M tokens need
   hf-fpdt plan meta-llama/Llama-3.1-70B --gpus 32 --host-mem 4096 --fsdp --seq-len 1M
   hf-fpdt plan ./my-model --gpu a100-80 --gpus 4 --host-mem 1024 --full --fsdp --json
+  hf-fpdt plan --shape qwen3-32b --host-mem 128 --seq-len 128K --quantize nf4         QLoRA
   hf-fpdt plan --host-mem 128 --seq-len 512K --plot plan.png         the same as a picture
   hf-fpdt plan --host-mem 128 --seq-len 256K --documents lognormal:8K,1.2   a row of packed documents
 """
@@ -98,6 +99,12 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     trained = training.add_mutually_exclusive_group()
     trained.add_argument("--lora", action="store_true", help="train adapters of rank 16 on every linear (the default)")
     trained.add_argument("--full", action="store_true", help="train every weight")
+    training.add_argument(
+        "--quantize",
+        choices=QUANTISED_KINDS,
+        help="linears under the adapters in 4 bits (NF4, scales quantised too) or 8, as bitsandbytes holds them; one "
+        "layer at a time is dequantised (default: bfloat16)",
+    )
     training.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="default: %(default)s")
     training.add_argument("--checkpoints", choices=CHECKPOINT_POLICIES, default="auto", help="default: %(default)s")
     machines = parser.add_argument_group("on what")
@@ -134,6 +141,7 @@ def plan(options: argparse.Namespace) -> None:
         with mistakes(PictureError):
             check_matplotlib()
         check_picture("--plot", options.plot)
+    _check_quantize(options)
     config = config_of(options, layers=None)
     training, machines = _training(options, config), _machines(options)
     _check_gpus(options, training)
@@ -154,6 +162,12 @@ def plan(options: argparse.Namespace) -> None:
         _console().print(Group(*plan_tables(found, machines, helps, least)))
     if options.plot is not None:
         _draw(options, training, machines, found)
+
+
+def _check_quantize(options: argparse.Namespace) -> None:
+    for option, why in (("full", "quantised weights do not train"), ("fsdp", "FSDP2 does not shard such weights")):
+        if options.quantize is not None and getattr(options, option):
+            raise UserMistake(f"--quantize {options.quantize}: {why}; leave --{option} out.")
 
 
 def _console() -> Console:
@@ -204,7 +218,13 @@ def _training(options: argparse.Namespace, config: PreTrainedConfig) -> Training
     refusal = f"FPDT cannot run {type(model).__name__}: {reasons}." if reasons else None
     if refusal := refusal or why_refused_tiny(model.config.get_text_config()):
         raise UserMistake(f"there is nothing to plan. {refusal}")
-    training = training_of_model(model, lora=not options.full)
+    if options.quantize is not None and (experts := expert_weights(model)):
+        print(
+            f"note: {experts:,} weights are experts that the model holds as one parameter; bitsandbytes quantises "
+            "linears alone, so they are planned in bfloat16",
+            file=sys.stderr,
+        )
+    training = training_of_model(model, lora=not options.full, quantised=options.quantize)
     chunk_tokens = options.chunk_tokens or auto_chunk_tokens(options.gpus, on_gpu=True)
     weights = replace(training.weights, optimizer=options.optimizer)
     return replace(

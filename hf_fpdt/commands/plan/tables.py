@@ -43,6 +43,7 @@ def as_json(found: PlannedStep, helps: Mapping[More, int], least: PlannedStep | 
         **documents_as_json(found),
         "key_dim": found.step.model.head_dim,
         "value_dim": found.step.model.value_dim,
+        **quantised_as_json(found),
         "longest_with": {more.value: tokens for more, tokens in helps.items()},
         **({} if least is None else {"least_host_bytes": least.host, "seconds_with_least": least.seconds}),
     }
@@ -143,8 +144,17 @@ def documents_as_json(found: PlannedStep) -> dict[str, Any]:
     return {"documents": len(documents.starts), "share_of_pairs": pairs}
 
 
+def quantised_as_json(found: PlannedStep) -> dict[str, Any]:
+    """Of weights in 4 or 8 bits: how many, their bytes, and those of one layer's dequantised."""
+    weights = found.weights
+    if not weights.packed:
+        return {}
+    sizes = {"quantised_weights": weights.packed, "quantised_bytes": weights.packed_bytes}
+    return {**sizes, "dequantised_bytes": found.step.whole_bytes}
+
+
 def heads_lines(found: PlannedStep) -> Iterator[str]:
-    """What is not plain of attention: layers with a window, what one of them has on a GPU, values of another width."""
+    """What is not plain: documents, windows, what one has on a GPU, quantised weights, values of another width."""
     kv, model = found.plan.kv, found.step.model
     if packed := documents_as_json(found):
         count, share = packed["documents"], 100 * packed["share_of_pairs"]
@@ -157,6 +167,13 @@ def heads_lines(found: PlannedStep) -> Iterator[str]:
     if any(found.step.windows):
         ring = max(kv.forward_ring, kv.backward_ring)
         yield f"of their K and V a GPU holds what one row reads: {ring / GIB:,.2f} GiB; hosts hold none"
+    if packed := quantised_as_json(found):
+        yield (
+            f"{packed['quantised_weights'] / 1e9:,.2f} G weights are quantised: "
+            f"{8 * packed['quantised_bytes'] / packed['quantised_weights']:.3f} bits each, "
+            f"{packed['quantised_bytes'] / GIB:,.2f} GiB; a layer's are dequantised while it runs: "
+            f"{packed['dequantised_bytes'] / GIB:,.2f} GiB, among activations below"
+        )
     if model.value_dim != model.head_dim:
         yield f"heads of {model.head_dim} for queries and keys, of {model.value_dim} for values"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from ..apply import seen_of
 from ..experts.replace import experts_are_replaced
 from ..layers import decoder_layers, merged_weights
 from ..settings import auto_loss_tokens
+from ..weights.packing import packed_size, quantisable, quantise
 
 LORA_RANK = 16
 
@@ -40,7 +42,11 @@ def with_layers(config: PreTrainedConfig, n_layers: int) -> PreTrainedConfig:
 
 
 def build_random(
-    config: PreTrainedConfig, device: torch.device | str, dtype: torch.dtype, lora: bool
+    config: PreTrainedConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    lora: bool,
+    quantised: str | None = None,
 ) -> PreTrainedModel:
     """A model in training mode with the weights of a new one, made on the device: a CPU takes a minute for them.
 
@@ -49,9 +55,12 @@ def build_random(
         device: where the weights are made and stay.
         dtype: of every parameter, adapters included.
         lora: train adapters of rank 16 on every linear and freeze the rest; False: train every weight.
+        quantised: one of `QUANTISED_KINDS`, of the linears under the adapters; None: they are of `dtype`.
     """
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if quantised is not None:
+        quantise(model, quantised, dtype)
     return (with_lora(model) if lora else model).train()
 
 
@@ -66,7 +75,11 @@ def with_lora(model: PreTrainedModel) -> Any:
         warnings.filterwarnings("ignore", message="The following .*_pattern keys", category=RuntimeWarning)
         left_out = without_adapters(model) or None
         lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", exclude_modules=left_out)
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)
+        made = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for parameter in made.parameters():
+        if parameter.requires_grad:  # on a quantised linear they are made in fp32
+            parameter.data = parameter.data.to(model.dtype)
+    return made
 
 
 def training_of(config: PreTrainedConfig, *, lora: bool) -> Training:
@@ -74,9 +87,15 @@ def training_of(config: PreTrainedConfig, *, lora: bool) -> Training:
     return training_of_model(build_random(config, "meta", torch.bfloat16, False), lora=lora)
 
 
-def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
-    """Sizes of a model; with `lora` its adapters are put into it, and what they train is counted."""
-    seen = _seen_sizes(model)
+def training_of_model(model: PreTrainedModel, *, lora: bool, quantised: str | None = None) -> Training:
+    """Sizes of a model; with `lora` its adapters are put into it, and what they train is counted.
+
+    Args:
+        model: as it is without adapters, not quantised.
+        lora: whether adapters train, or every weight.
+        quantised: one of `QUANTISED_KINDS`: as which its linears are counted.
+    """
+    seen, packed = _seen_sizes(model), {} if quantised is None else _packed_shapes(model)
     if lora:
         with_lora(model)
     layers = decoder_layers(model)
@@ -86,7 +105,14 @@ def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
     text = model.config.get_text_config()
     largest = max(map(parameter_count, inside))
     sizes = seen or ModelSizes.of(text, layers=len(layers), layer_parameters=largest)
-    sizes = replace(sizes, layer_parameters=largest, merged=merged_weights(layers))
+    whole = max(sum(map(math.prod, (packed.get(id(m), (0,)) for m in layer.modules()))) for layer in layers)
+    sizes = replace(
+        sizes,
+        layer_parameters=largest,
+        merged=merged_weights(layers),
+        whole_weights=whole,
+        whole_itemsize=torch.bfloat16.itemsize if whole else 0,
+    )
     return Training(
         model=sizes,
         weights=Weights(
@@ -94,12 +120,20 @@ def training_of_model(model: PreTrainedModel, *, lora: bool) -> Training:
             trained=trained,
             largest_trained=max(trained - sum(in_layers), *in_layers),
             outside=total - sum(map(parameter_count, inside)),
+            packed=sum(map(math.prod, packed.values())),
+            packed_bytes=sum(packed_size(quantised or "", *shape) for shape in packed.values()),
         ),
         vocabulary=text.vocab_size,
         chunk_tokens=AUTO_CHUNK_TOKENS_GPU,
         loss_tokens=auto_loss_tokens(text.vocab_size),
         fused_experts=experts_are_replaced(layers),
     )
+
+
+def _packed_shapes(model: PreTrainedModel) -> dict[int, tuple[int, int]]:
+    """Of the matrices that are quantised, by their modules."""
+    found: list[Any] = list(quantisable(model).values())
+    return {id(module): (module.weight.shape[0], module.weight.shape[1]) for module in found}
 
 
 def _seen_sizes(model: PreTrainedModel) -> ModelSizes | None:

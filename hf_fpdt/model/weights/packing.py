@@ -98,6 +98,7 @@ def quantise(model: Any, kind: str, compute: torch.dtype) -> None:
 def _quantised(module: Any, kind: str, compute: torch.dtype) -> Any:
     package: Any = importlib.import_module("bitsandbytes.nn")
     weight = module.weight.data.t().contiguous() if isinstance(module, Conv1D) else module.weight.data
+    weight = weight.float() if weight.dtype == torch.float64 else weight  # which bitsandbytes does not know
     rows, columns = weight.shape
     bias, device, frozen = module.bias is not None, weight.device, {"requires_grad": False}
     with torch.device("meta"):
@@ -151,3 +152,9 @@ def quantised_bytes(model: nn.Module) -> tuple[int, int]:
 def weight_count(model: nn.Module) -> int:
     """Weights of a model; quantised ones by what they are, not by their bytes."""
     return sum(shape_of(parameter).numel() for parameter in model.parameters())
+
+
+def scale_bytes(model: nn.Module) -> int:
+    """Of quantised weights, what lies beside the parameters: their scales and tables."""
+    found: list[Any] = [module for module in model.modules() if is_quantised(module) and is_packed(module.weight)]
+    return sum(packed_bytes(module) - module.weight.numel() * module.weight.element_size() for module in found)

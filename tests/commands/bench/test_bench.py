@@ -278,3 +278,17 @@ def test_packed_rows_are_held_against_plain_hugging_face_and_measured(
     )
     with pytest.raises(Unavailable, match="--documents lognormal:200,1: the stack hf is measured on one document"):
         HuggingFace.check_packs("lognormal:200,1")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_over_quantised_weights_both_are_held_against_the_dequantised_ones(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    task = job(tmp_path, quantised=kind)
+    assert check(Fpdt(), task).passed
+    assert not check(bench_stacks.WrongScale(), task).passed
+
+
+def test_a_quantised_step_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = measure(Fpdt(), job(tmp_path, kind="step", tokens=(300,), chunk_tokens=128, quantised="nf4"))
+    assert found["step_s"] > 0 and found["predicted_device_gib"] > 0

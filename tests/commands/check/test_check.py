@@ -341,3 +341,13 @@ def test_plan_takes_rates_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
     assert seconds[1] == pytest.approx(seconds[0] / 2) and read_rates(path).name == "my GPU"
     path.write_text("{}")
     assert main([*arguments, "--rates", str(path)]) == 2 and "no rates in it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_copy_is_right_here(
+    kind: str, folder: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside plain PEFT over bitsandbytes, both against the dequantised copy in float64."""
+    pytest.importorskip("bitsandbytes")
+    status, out, _ = run(capsys, folder("llama", **GROUPED), "--quantize", kind)
+    assert status == 0 and "lora_" in out and "right with every kernel that is here" in out

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, Qwen3MoeConfig
 
+from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.commands.main import main
 from hf_fpdt.commands.plan.command import _beyond_positions
 from hf_fpdt.commands.plan.tables import as_json
 from hf_fpdt.forecast.fit import Machines, fit, machine_bytes
 from hf_fpdt.forecast.rates import GPUS, UNUSABLE_GIB, with_memory
-from hf_fpdt.model.shapes import build_random, llama_8b, training_of, with_layers
+from hf_fpdt.model.shapes import build_random, llama_8b, training_of, training_of_model, with_layers
+from hf_fpdt.model.weights.packing import quantised_bytes, scale_bytes
+from hf_fpdt.model.weights.quantised import is_quantised
+from hf_fpdt.model.weights.whole import whole_weights
 from hf_fpdt.plan.optimizers import OPTIMIZERS
 from hf_fpdt.units import GIB
 from tests.model.test_model_zoo import GEMMA4
@@ -29,6 +34,12 @@ TINY = LlamaConfig(
     num_key_value_heads=2,
     tie_word_embeddings=False,
 )
+
+EXPERTS = Qwen3MoeConfig(
+    **{"vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 32},
+    **{"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+)
+MACHINES = Machines(gpu=GPUS["h100"], gpus=1, host_bytes=GIB)
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -223,3 +234,45 @@ def test_a_gpu_with_other_memory_is_named_by_it(tmp_path: Path, capsys: pytest.C
 def test_another_memory_takes_the_place_of_the_one_in_the_name(name: str) -> None:
     gpu = with_memory(replace(GPUS["h100"], name=name), 48)
     assert gpu.name == f"{name.split(' 80')[0]} 48GB" and gpu.memory_gib == 48 - UNUSABLE_GIB
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_bytes_are_those_that_bitsandbytes_stores(kind: str) -> None:
+    """All of a real model's bytes, with scales and tables, and those of the layer that is dequantised."""
+    pytest.importorskip("bitsandbytes")
+    for config in (TINY, EXPERTS):
+        training = training_of_model(build_random(config, "meta", torch.bfloat16, False), lora=True, quantised=kind)
+        model: Any = build_random(config, "cpu", torch.bfloat16, True, kind)
+        found = quantised_bytes(model)
+        assert (training.weights.packed, training.weights.packed_bytes) == found and found[0] > 0
+        handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=128))
+        own = handle._settings.sizes
+        for name in ("layer_parameters", "whole_weights", "gated", "merged"):
+            assert getattr(training.model, name) == getattr(own, name), name
+        handle.remove()
+        stored = sum(p.numel() * p.element_size() for p in model.parameters()) + scale_bytes(model)
+        (_, planned), *_ = fit(training, MACHINES, 16_384).device
+        assert planned == stored
+        layer = next(m for m in model.modules() if type(m).__name__.endswith("DecoderLayer"))
+        with whole_weights(layer, handle._settings, torch.bfloat16):
+            whole = [m.weight for m in layer.modules() if is_quantised(m)]
+            assert sum(w.numel() * w.element_size() for w in whole) == fit(training, MACHINES, 16_384).step.whole_bytes
+
+
+def test_a_plan_says_what_is_quantised_and_what_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    EXPERTS.save_pretrained(tmp_path)
+    command = ["plan", str(tmp_path), "--host-mem", "8", "--seq-len", "64K"]
+    assert main([*command, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert main([*command, "--json", "--quantize", "nf4"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    saved = plain["device_bytes"]["weights"] - found["device_bytes"]["weights"]
+    assert saved == 2 * found["quantised_weights"] - found["quantised_bytes"] > 0
+    assert "quantised_weights" not in plain and found["seconds"] > plain["seconds"]
+    assert f"{2 * 3 * 4 * 256 * 64:,} weights are experts that the model holds as one parameter" in said.err
+    assert main([*command, "--quantize", "nf4"]) == 0
+    assert "weights are quantised" in capsys.readouterr().out
+    for option in ("--full", "--fsdp"):
+        assert main([*command, "--quantize", "nf4", option]) == 2
+        assert f"leave {option} out" in capsys.readouterr().err
