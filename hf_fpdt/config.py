@@ -105,6 +105,8 @@ class FPDTPlugin:
             6 GiB, shared by the processes of the machine.
         disk_dir: Folder for what neither holds, which exists; a local SSD, shared likewise. Nothing is left there,
             however the process ends.
+        host_weights: Keep the frozen weights of layers in pinned host memory, of EACH process, and fetch a layer while
+            the one before it computes: for adapters on models that a GPU does not hold. What trains stays there.
         loss_chunk_tokens: Tokens whose logits exist at a time. "auto": as many as make 1 GiB of fp32 logits.
         fused: Run faster twins of a layer's own pieces: LoRA without passes of its own, chosen experts as one
             operation, no product whose value nobody reads, and Liger's norm, SwiGLU and RoPE on a GPU where
@@ -122,6 +124,7 @@ class FPDTPlugin:
     device_budget_gib: float | Literal["auto"] = _from_env("DEVICE_BUDGET_GIB", _number_or_auto, "auto")
     host_budget_gib: float | Literal["auto"] = _from_env("HOST_BUDGET_GIB", _number_or_auto, "auto")
     disk_dir: str | None = _from_env("DISK_DIR", str, None)
+    host_weights: bool = _from_env("HOST_WEIGHTS", _flag, False)
     loss_chunk_tokens: int | Literal["auto"] = _from_env("LOSS_CHUNK_TOKENS", _tokens_or_auto, "auto")
     fused: bool = _from_env("FUSED", _flag, True)
     progress: bool = _from_env("PROGRESS", _flag, False)
@@ -140,7 +143,7 @@ class FPDTPlugin:
             _check_gib(name, getattr(self, name))
         _check_choice("kernel", self.kernel, KERNEL_NAMES)
         _check_choice("checkpoints", self.checkpoints, CHECKPOINT_POLICIES)
-        for name in ("fused", "progress"):
+        for name in ("host_weights", "fused", "progress"):
             _check_flag(name, getattr(self, name))
         if self.disk_dir is not None:
             _check_folder("disk_dir", self.disk_dir)

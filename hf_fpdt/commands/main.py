@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import platform
 import sys
@@ -39,8 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int | None:
     options = _parser().parse_args(arguments)
-    # It says on import which kernels it lacks, whether or not anything is quantised.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     status: int | None = options.run(options)
     sys.stdout.flush()
     return status

@@ -64,7 +64,7 @@ class _ChunkedLayer(torch.autograd.Function):
             torch.cuda.device_of(hidden),  # kernels of Triton and flash-attn-4 run where the process is
             record_function(f"fpdt::forward {run.layer.name}"),
             run.autocast.again(),
-            run.weights(),
+            run.weights(backward=False),
             run.kv_store(hidden.device, backward=False) as store,
         ):
             for chunk in run.plan.chunks:
@@ -108,7 +108,7 @@ class _ChunkedLayer(torch.autograd.Function):
                 torch.enable_grad(),
                 run.kv_store(d_output.device, backward=True) as store,
                 run.autocast.again(),
-                run.weights(),
+                run.weights(backward=True),
             ):
                 for chunk in reversed(run.plan.chunks):
                     _capture_kv(run, store, chunk)

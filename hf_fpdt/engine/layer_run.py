@@ -35,7 +35,8 @@ class Layer:
         store: where K, V and checkpoints go.
         group: the ranks that share the sequence.
         progress: the line that is told of every chunk, if any.
-        whole: what makes its weights whole that are kept in another form; it is told the dtype of products.
+        whole: what makes its weights whole that are kept elsewhere or in another form; it is told the dtype of
+            products, the device, and the place of the layer that is entered next, as far as it is known.
         own_writes: what its forward does to its own weights.
     """
 
@@ -47,7 +48,7 @@ class Layer:
     store: CheckpointStore
     group: SequenceParallelGroup
     progress: StepProgress | None = None
-    whole: Callable[[torch.dtype], AbstractContextManager[None]] | None = None
+    whole: Callable[[torch.dtype, torch.device, int | None], AbstractContextManager[None]] | None = None
     own_writes: OwnWrites = field(init=False, default_factory=OwnWrites)
 
     def forward(self, hidden_BSD: Tensor, **arguments: Any) -> Any:
@@ -62,25 +63,28 @@ class Layer:
         """Whether FSDP2 shards its weights between uses."""
         return hasattr(self.module, "unshard")
 
-    def weights(self, hidden: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
-        """Entered once for all chunks of a pass: inside, weights that are kept in another form are whole.
+    def weights(
+        self, hidden: torch.dtype, device: torch.device, then: int | None = None
+    ) -> AbstractContextManager[None]:
+        """Entered once for all chunks of a pass: inside, weights that are kept elsewhere or in another form are whole.
 
         Args:
             hidden: dtype of hidden states.
             device: where they are.
+            then: the place of the layer that is entered next, as far as it is known.
         """
         if self.whole is None:
             return nullcontext()
         narrow = torch.is_autocast_enabled(device.type) and hidden != torch.float64
-        return self.whole(torch.get_autocast_dtype(device.type) if narrow else hidden)
+        return self.whole(torch.get_autocast_dtype(device.type) if narrow else hidden, device, then)
 
     @contextmanager
-    def whole_weights(self, hidden: torch.dtype, device: torch.device) -> Iterator[None]:
+    def whole_weights(self, hidden: torch.dtype, device: torch.device, then: int | None = None) -> Iterator[None]:
         """The same, beside the layer's own forward and backward pass, for which alone FSDP2 gathers it by itself."""
         if self.is_sharded:
             self.module.unshard()
         try:
-            with self.weights(hidden, device):
+            with self.weights(hidden, device, then):
                 yield
         finally:
             if self.is_sharded:
@@ -169,13 +173,22 @@ class LayerRun:
         if below is None and self.layer.progress is not None:
             self.layer.progress.begin(pass_work(self.step, self.model_pass.plan.kept, full=self.full).done)
 
-    def weights(self) -> AbstractContextManager[None]:
+    def weights(self, *, backward: bool) -> AbstractContextManager[None]:
         """The layer's weights, whole for all chunks of a pass; entered inside of the run's autocast."""
-        return self.layer.weights(*self._hidden)
+        # Backward begins with the layer that forward ends with.
+        after = min(self.index + 1, self.step.model.layers - 1) if self.checkpoint is not None else self.index + 1
+        return self.layer.weights(*self._hidden, self._before() if backward else after)
 
     def whole_weights(self) -> AbstractContextManager[None]:
-        """The same where the layer runs for another one's sake."""
-        return self.layer.whole_weights(*self._hidden)
+        """The same where the layer runs for the sake of the one above it, which is next."""
+        return self.layer.whole_weights(*self._hidden, self.index + 1)
+
+    def _before(self) -> int | None:
+        """The layer that is entered after this one in backward: of those below the first whose input is there."""
+        below, first = self.below, self.plan.chunks[0]
+        while below is not None and not below.kept.holds("input", first) and below.below is not None:
+            below = below.below
+        return None if below is None else below.index
 
     def arguments_of(self, chunk: Chunk, cache: StandInCache) -> dict[str, Any]:
         """The layer's arguments beside hidden states for this rank's tokens of a chunk."""

@@ -106,7 +106,9 @@ def memory_curve(found: PlannedStep, *, full: bool) -> MemoryCurve:
     device[Use.WORKING] = [float(working[phase]) for phase in phases]
     device[Use.KV] = [float(_resident(kv, moment, phase)) for moment, phase in zip(seen, phases, strict=True)]
     device[Use.CHECKPOINTS] = [float(moment.device) for moment in seen]
+    weights = {Use.WEIGHTS: [float(found.host_weights)] * len(seen)} if found.host_weights else {}
     host = {
+        **weights,
         Use.KV: [float(ranks * m.host_kv) for m in seen],
         Use.CHECKPOINTS: [float(ranks * m.host) for m in seen],
     }

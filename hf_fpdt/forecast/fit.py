@@ -27,7 +27,7 @@ from ..plan import (
     strict_flops,
     sum_bytes,
 )
-from ..units import GIB
+from ..units import GIB, page_rounded
 from .collectives import ShardedWeights
 from .corpus import Corpus
 from .rates import GPU
@@ -77,6 +77,7 @@ class Weights:
         element_bytes: of weights, gradients and optimizer states.
         packed: of `total`, those that are quantised.
         packed_bytes: of all of them, with their scales and tables.
+        layer_bytes: of each layer, its frozen weights side by side in host memory.
         optimizer: a kind of `OPTIMIZERS`.
     """
 
@@ -87,6 +88,7 @@ class Weights:
     element_bytes: int = 2
     packed: int = 0
     packed_bytes: int = 0
+    layer_bytes: tuple[int, ...] = ()
     optimizer: str = "adamw"
 
 
@@ -122,6 +124,7 @@ class Training:
         vocabulary: logits a token.
         chunk_tokens: tokens of a chunk, over all GPUs.
         documents: what a packed row is made of; None: a row is one document.
+        host_weights: whether layers' frozen weights wait in host memory, `FPDTPlugin.host_weights`.
         auto_chunk: whether `chunk_tokens` is the most that "auto" takes; one GPU takes less where that does not fit.
         loss_tokens: tokens whose logits exist at a time.
         checkpoints: `FPDTPlugin.checkpoints`.
@@ -137,14 +140,21 @@ class Training:
     checkpoints: str = "auto"
     fused: bool = True
     fused_experts: bool = True
+    host_weights: bool = False
     auto_chunk: bool = False
     documents: Corpus | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of weights in the host memory of each process."""
+        return sum(map(page_rounded, self.weights.layer_bytes)) if self.host_weights else 0
 
     def step(self, n_tokens: int, sp_size: int) -> StepSizes:
         """Sizes of a step of one sequence."""
         plan = ChunkPlan(n_tokens + -n_tokens % sp_size, self.chunk_tokens, sp_size)
+        fetched = max(self.weights.layer_bytes) if self.host_weights else 0
         return StepSizes(
-            self.model,
+            replace(self.model, fetched_bytes=fetched),
             plan,
             loss_tokens=self.loss_tokens,
             vocabulary=self.vocabulary,
@@ -165,6 +175,7 @@ class PlannedStep:
         device: bytes set aside on each GPU, by what they are, margins included.
         peak: bytes of each GPU that PyTorch's allocator is predicted to reach, without margins.
         host: pinned bytes on the hosts, all together.
+        host_weights: of these, weights.
         seconds: of the step.
         strict_mfu: of all GPUs; no recomputation counted, attention at half.
         copy_seconds: what the host's link needs for the checkpoints, which is under computation if it is less.
@@ -179,6 +190,7 @@ class PlannedStep:
     device: tuple[tuple[Use, int], ...]
     peak: int
     host: int
+    host_weights: int
     seconds: float
     strict_mfu: float
     copy_seconds: float
@@ -211,7 +223,12 @@ def _fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
             f"{n_tokens:,} tokens need {(int(gpu.memory_gib * GIB) - room) / GIB:.1f} GiB of each {gpu.name}'s "
             f"{gpu.memory_gib:.1f}, checkpoints, K and V not counted."
         )
-    host = max(0, int(HOST_USABLE * machines.host_bytes) - HOST_RESERVE) // machines.gpus
+    host = max(0, int(HOST_USABLE * machines.host_bytes) - HOST_RESERVE) // machines.gpus - training.waiting
+    if host < 0:
+        raise MemoryError(
+            f"the weights of the layers need {training.waiting / GIB:.1f} GiB of host memory for each GPU, "
+            f"{-host / GIB:.1f} GiB more than there is."
+        )
     ring = step.kv_bytes(0).device_bytes
     if room < ring:
         raise MemoryError(
@@ -226,7 +243,10 @@ def _fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
     if machines.sharded:
         gathering, in_the_way = sharded_seconds(sharded_weights(training, machines.gpus), plan.kept, gpu)
     exchange = ulysses_seconds(step, plan.kept, gpu) + in_the_way
-    seconds = max(step_seconds(step, plan.kept, gpu, full=full), gathering) + exchange
+    fetching = (2 * step.model.layers + plan.kept.rebuilt) * step.model.fetched_bytes / gpu.link
+    # The first layer of a step is waited for.
+    first = step.model.fetched_bytes / gpu.link
+    seconds = max(step_seconds(step, plan.kept, gpu, full=full), gathering, fetching) + exchange + first
     resident = plan.kv.device_bytes
     items = (*fixed, (Use.WORKING, working), (Use.KV, resident))
     elsewhere = plan.forecast.host_bytes - plan.kv.host_bytes + plan.forecast.disk_bytes
@@ -236,13 +256,14 @@ def _fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
         plan=plan,
         device=(*items, (Use.CHECKPOINTS, plan.forecast.device_bytes)),
         peak=_peak(step, plan, training, dict(fixed)),
-        host=plan.forecast.host_bytes * machines.gpus,
+        host=(plan.forecast.host_bytes + training.waiting) * machines.gpus,
+        host_weights=training.waiting * machines.gpus,
         seconds=seconds,
         strict_mfu=strict_flops(step.model, step.vocabulary, step.plan.n_tokens, full=full, documents=step.documents)
         / seconds
         / machines.gpus
         / gpu.peak,
-        copy_seconds=2 * elsewhere / gpu.link,
+        copy_seconds=2 * elsewhere / gpu.link + fetching,
         exchange_seconds=exchange,
         gather_seconds=gathering,
     )
@@ -301,6 +322,8 @@ def _fixed_bytes(training: Training, machines: Machines) -> tuple[tuple[Use, int
         # The layer that runs and the next one; embeddings and head stay gathered.
         gathered = (2 * layer + weights.outside) * size
     frozen = (weights.total - weights.trained - weights.packed) * size + weights.packed_bytes
+    if training.host_weights:
+        frozen = weights.outside * size  # embeddings, final norm and head stay
     lasting = frozen + weights.trained * trained
     nccl = ((Use.NCCL, NCCL_BYTES),) if machines.gpus > 1 else ()
     return (

@@ -16,7 +16,7 @@ In reading order:
     one_thread    one thread at a time in a model
 """
 
-from .available import TrainingMemory, device_bytes_available, parameter_count
+from .available import TrainingMemory, device_bytes_available, host_bytes_available, parameter_count
 from .checkpoints import CheckpointStore, LayerCheckpoint, ModelPass
 from .kv import KVStore
 from .pinned import PinnedMemory
@@ -34,5 +34,6 @@ __all__ = [
     "Transfers",
     "WindowedKV",
     "device_bytes_available",
+    "host_bytes_available",
     "parameter_count",
 ]

@@ -13,8 +13,8 @@ In reading order:
     fused               which pieces of a layer have a faster twin
     fused_linear        LoRA fused; products that nobody reads
     experts/            chosen experts as one operation: which (replace), how (operation), its passes, its gates
-    weights/            linears of bitsandbytes (quantised), quantised as transformers does (packing), whole while
-                        their layer runs (whole)
+    weights/            linears of bitsandbytes (quantised), quantised as transformers does (packing), frozen weights
+                        on the host (host), a layer's weights whole while it runs (whole)
     scoring/            log-probabilities: TRL's call and ours (log_probs), the head on some tokens (head_call), rows
                         that are padded on the left (left_padding)
     liger               Liger's kernels, where they are

@@ -41,6 +41,7 @@ from .liger import load_liger, why_not_liger
 from .patch import check_patched, is_patched, unpatch
 from .refusals import why_not_shared, why_unsupported
 from .settings import Settings
+from .weights.host import put_on_host
 from .weights.quantised import shape_of, whole_sizes
 
 logger = logging.getLogger(__name__)
@@ -90,11 +91,10 @@ def apply_fpdt(
     settings = _settings(target, layers, plugin, group)
     handle = FPDTHandle(target, layers, settings)
     try:
-        if try_layers(target):
-            _learn(target, layers, settings)
-            _check_scans(layers, group.size)
-            if (reason := settings.why_not_served(_may_run_on(target))) is not None:
-                raise NotImplementedError(f"hf_fpdt: {reason}.")
+        _settle(target, layers, settings)
+    except MemoryError:
+        handle.remove()
+        raise
     except NotImplementedError as error:
         handle.remove()
         why = str(error).removeprefix("hf_fpdt: ")
@@ -102,6 +102,17 @@ def apply_fpdt(
     warn_of_another_rope(target)
     _warn_of_plain_scans(target)
     return handle
+
+
+def _settle(model: PreTrainedModel, layers: list[Any], settings: Settings) -> None:
+    """Try the layers, refuse what they ask and cannot have, and put weights where they wait."""
+    if try_layers(model):
+        _learn(model, layers, settings)
+        _check_scans(layers, settings.group.size)
+        if (reason := settings.why_not_served(_may_run_on(model))) is not None:
+            raise NotImplementedError(f"hf_fpdt: {reason}.")
+    if settings.plugin.host_weights and (host := put_on_host(model, layers)) is not None:
+        settings.host_weights, settings.sizes = host, replace(settings.sizes, fetched_bytes=host.largest)
 
 
 def _warn_of_plain_scans(model: PreTrainedModel) -> None:
@@ -361,6 +372,8 @@ class FPDTHandle:
         for layer in self._layers:
             leave_layer(layer)
         self._settings.store.close()
+        if self._settings.host_weights is not None:
+            self._settings.host_weights.close()
         if self._settings.progress is not None:
             self._settings.progress.close()
         self._decoder.set_attn_implementation(self._attention_before)

@@ -171,10 +171,17 @@ class ChunkedLayer(nn.Module):
                 return self._fpdt_traits.returned(hidden)
             return self._fpdt_traits.returned(self._fpdt_in_chunks(hidden, arguments, window))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to()` does; weights that wait on the host stay there."""
+        host = self._fpdt_settings.host_weights
+        with nullcontext() if host is None else host.left_alone(self, fn):
+            return super()._apply(fn, recurse)
+
     def _fpdt_whole(self, hidden: Tensor, arguments: dict[str, Any]) -> Any:
         """The layer's own forward; of a single token, to be generated, over quantised weights as they are."""
         layer, decodes = self._fpdt_layer, hidden.is_cuda and hidden.shape[1] == 1
-        with nullcontext() if decodes else layer.weights(hidden.dtype, hidden.device):
+        decodes = decodes and self._fpdt_settings.host_weights is None
+        with nullcontext() if decodes else layer.weights(hidden.dtype, hidden.device, layer.index + 1):
             if (aside := collected(self)) is None:
                 return layer.forward(hidden, **arguments)
             with aside.noted() as given:
@@ -193,6 +200,8 @@ class ChunkedLayer(nn.Module):
         step = replace(settings.step(hidden, is_sharded=self._fpdt_layer.is_sharded), documents=documents)
         _check_window(window, step.windows[self._fpdt_layer.index], self._fpdt_layer.name)
         wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *parameters))
+        if wants_grad and settings.host_weights is not None:
+            settings.host_weights.check_frozen(self)
         model_pass = store.pass_of(self._fpdt_layer.index, step, *placed) if wants_grad else None
         run = LayerRun(
             self._fpdt_layer,

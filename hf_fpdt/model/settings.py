@@ -18,6 +18,7 @@ from ..memory import CheckpointStore
 from ..parallel import SequenceParallelGroup
 from ..plan import ModelSizes, StepSizes
 from .liger import Liger
+from .weights.host import HostWeights
 
 logger = logging.getLogger(__name__)
 LOGITS_BYTES = 2**30
@@ -43,6 +44,7 @@ class Settings:
         packed: of the last batch with gradients its shape and the documents of its packed row; None: it had none.
         padding_tried: whether a head that is no language model's was found not to read padding.
         asked: what layers ask of attention, each kind once; () where that is not known before the first step.
+        host_weights: where layers' frozen weights wait; None: on the device.
         plain: of devices and dtypes those on which kernels were looked for, and whether there was but plain PyTorch.
     """
 
@@ -59,6 +61,7 @@ class Settings:
     padding_tried: bool = False
     packed: tuple[tuple[int, ...], Documents] | None = None
     asked: tuple[Asked, ...] = ()
+    host_weights: HostWeights | None = None
     plain: dict[tuple[str, torch.dtype], bool] = field(default_factory=dict)
 
     def why_not_served(self, devices: Sequence[torch.device], dtypes: Sequence[torch.dtype] = HALF) -> str | None:

@@ -85,6 +85,7 @@ class ModelSizes:
         merged: weights of one layer's experts that adapters are merged into, whole, whenever the layer runs.
         whole_weights: of the layer with most, those that are quantised, and dequantised while it runs.
         whole_itemsize: bytes of one of them then; 0: as q, k and v have.
+        fetched_bytes: of the layer with most, what comes from the host whenever it runs; 0: weights stay.
 
     Raises:
         ValueError: there are windows, mixes or heads, but not one for each layer.
@@ -108,6 +109,7 @@ class ModelSizes:
     merged: int = 0
     whole_weights: int = 0
     whole_itemsize: int = 0
+    fetched_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("windows", "mixes", "heads"):

@@ -305,6 +305,9 @@ class StepSizes:
         if kv.forward_ring:
             yield DeviceItem("ring_kv", "K, V in reach of a window", ("forward",), kv.forward_ring, False)
             yield DeviceItem("ring_kv", "K, V, dK, dV in reach of a window", ("backward",), kv.backward_ring, False)
+        if fetched := self.model.fetched_bytes:  # the layer that runs and the next one; the last waits for backward
+            yield DeviceItem("weights", "weights of two layers, fetched", ("forward", "backward"), 2 * fetched, False)
+            yield DeviceItem("weights", "weights of the last layer", ("loss",), fetched, False)
         if self.whole_bytes:
             of_layers: tuple[Phase, ...] = ("forward", "backward")
             yield DeviceItem("weights", "a layer's weights, dequantised", of_layers, self.whole_bytes, False)

@@ -54,7 +54,7 @@ def a_step(model: Any) -> Tensors:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_layers_of_8b_are_as_accurate_as_plain_peft(kind: str) -> None:
-    """At most twice plain PEFT's error against float64 of the dequantised weights; a weight that is not is rejected."""
+    """At most twice plain PEFT's error against float64 of the dequantised weights."""
     truth = a_step(in_double(layers_8b(kind, dequantised=True)))
     plain = a_step(layers_8b(kind))
 

@@ -164,6 +164,7 @@ PLUGIN_HELP: MappingProxyType[str, str] = MappingProxyType(
         "device_budget_gib": "GPU memory that K, V and checkpoints may fill: auto, or GiB",
         "host_budget_gib": "pinned host memory that they may fill, of each process: auto, or GiB",
         "disk_dir": "folder on a local SSD for what neither holds",
+        "host_weights": "keep layers' frozen weights in pinned host memory, fetched as they are used: yes or no",
         "loss_chunk_tokens": "tokens whose logits exist at a time: auto, or a number",
         "fused": "run faster twins of a layer's own pieces: yes or no",
         "progress": "show a line inside long steps: yes or no",

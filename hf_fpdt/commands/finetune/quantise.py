@@ -36,8 +36,10 @@ def check_quantised(quantize: str, name: str, config: PreTrainedConfig) -> None:
 
 
 def check_quantize(options: Options, config: PreTrainedConfig) -> None:
-    """The same of what cannot be trained so."""
+    """The same of what cannot be trained so, and of weights that are to wait on the host."""
     check_quantised(options.quantize, options.model, config)
+    if options.plugin.host_weights and options.full:
+        raise UserMistake("--host_weights: --full trains every weight, and those stay on the GPU; leave one out")
     if not is_quantised(options.quantize, config):
         return
     asked = f"--quantize {options.quantize}" if options.quantize != NONE else f"--model: {options.model} is quantised"
@@ -65,6 +67,14 @@ def loading(quantize: str, config: PreTrainedConfig, compute: torch.dtype, devic
         return {}
     where = {"device_map": {"": device}}
     return where if quantize == NONE else {**where, QUANTISED: bitsandbytes_config(quantize, compute)}
+
+
+def to_device_but_for_layers(model: Any, device: torch.device) -> None:
+    """Move what does not wait on the host; accelerate is told that this is where the model is."""
+    model.to(device)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(base, "hf_device_map", None) is not None:
+        base.hf_device_map = {"": device}
 
 
 def plain_config(config: PreTrainedConfig, quantize: str) -> PreTrainedConfig:

@@ -42,7 +42,7 @@ from .output import (
     windows_a_step,
     write_settings,
 )
-from .quantise import check_quantize, compute_dtype, loading, plain_config, quantised_lines
+from .quantise import check_quantize, compute_dtype, loading, plain_config, quantised_lines, to_device_but_for_layers
 from .rope import RopePlan, apply_rope, beyond_reach, plan_rope
 from .steps import NothingLeftError, Progress, StepPrinter, quiet
 from .trainer_options import autocast_dtype, check_trainer, intervals_line, passes_line
@@ -121,12 +121,16 @@ def _keep_settings(options: Options, checkpoint: Path | None, data: Data) -> Non
 
 def load_model(options: Options, group: SequenceParallelGroup, config: PreTrainedConfig) -> tuple[nn.Module, Cut]:
     """The stock model on its device, with FPDT applied, and how it takes its batches."""
-    how = loading(options.quantize, config, compute_dtype(options), options.trainer.device)
+    waits, device = options.plugin.host_weights, options.trainer.device
+    how = loading(options.quantize, config, compute_dtype(options), torch.device("cpu") if waits else device)
     model = load_weights(options.model, options.weight_dtype, how=how)
-    if not how:  # quantised weights are there already
-        model.to(options.trainer.device)
+    if not how and not waits:  # quantised weights are there already
+        model.to(device)
     say_what_is_done()
-    handle = apply_fpdt(model, options.plugin, group)
+    with mistakes(MemoryError):
+        handle = apply_fpdt(model, options.plugin, group)
+    if waits:
+        to_device_but_for_layers(model, device)
     return model, Cut.of(handle, resolve_chunk_tokens(handle.plugin, on_gpu=options.device == "cuda"))
 
 
@@ -137,6 +141,8 @@ def _work(job: Job, model: nn.Module) -> None:
         report(Outcome(job.options, job.rope, job.data, job.progress, curves, steps), trainer.model)
         if folder := merged_folder(job.options):
             model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            if job.options.plugin.host_weights:
+                model.to("cpu")
             write_merged(model, job.tokenizer, folder, job.options.torch_dtype)
             job.progress.say(f"wrote the model with the adapter in it to {folder}")
         result_is_written(job.options, steps.global_step)
@@ -162,6 +168,8 @@ def evaluate_and_train(job: Job, model: nn.Module) -> tuple[Trainer, list[Curve]
     if job.rope.changes:
         curves.append(evaluate(model, ROPE_ONLY[job.rope.kind]))
     model = with_lora(model, options)
+    if options.plugin.host_weights:  # PEFT makes adapters where the weights are
+        to_device_but_for_layers(model, options.trainer.device)
     with progress.phase("train"):
         trainer, steps = train(job, model)
     trained = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model

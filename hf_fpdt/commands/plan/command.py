@@ -105,6 +105,11 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="linears under the adapters in 4 bits (NF4, scales quantised too) or 8, as bitsandbytes holds them; one "
         "layer at a time is dequantised (default: bfloat16)",
     )
+    training.add_argument(
+        "--host-weights",
+        action="store_true",
+        help="layers' frozen weights in host memory, fetched one layer ahead (FPDTPlugin.host_weights)",
+    )
     training.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="default: %(default)s")
     training.add_argument("--checkpoints", choices=CHECKPOINT_POLICIES, default="auto", help="default: %(default)s")
     machines = parser.add_argument_group("on what")
@@ -141,7 +146,7 @@ def plan(options: argparse.Namespace) -> None:
         with mistakes(PictureError):
             check_matplotlib()
         check_picture("--plot", options.plot)
-    _check_quantize(options)
+    _check_weights(options)
     config = config_of(options, layers=None)
     training, machines = _training(options, config), _machines(options)
     _check_gpus(options, training)
@@ -164,7 +169,10 @@ def plan(options: argparse.Namespace) -> None:
         _draw(options, training, machines, found)
 
 
-def _check_quantize(options: argparse.Namespace) -> None:
+def _check_weights(options: argparse.Namespace) -> None:
+    for option, why in (("full", "weights that train stay on the GPU"), ("fsdp", "FSDP2 does not shard such weights")):
+        if options.host_weights and getattr(options, option):
+            raise UserMistake(f"--host-weights: {why}; leave --{option} out.")
     for option, why in (("full", "quantised weights do not train"), ("fsdp", "FSDP2 does not shard such weights")):
         if options.quantize is not None and getattr(options, option):
             raise UserMistake(f"--quantize {options.quantize}: {why}; leave --{option} out.")
@@ -233,6 +241,7 @@ def _training(options: argparse.Namespace, config: PreTrainedConfig) -> Training
         chunk_tokens=chunk_tokens,
         auto_chunk=options.chunk_tokens is None,
         checkpoints=options.checkpoints,
+        host_weights=options.host_weights,
         documents=None if options.documents is None else corpus_of(options.documents),
     )
 

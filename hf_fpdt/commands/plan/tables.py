@@ -33,6 +33,7 @@ def as_json(found: PlannedStep, helps: Mapping[More, int], least: PlannedStep | 
         "device_bytes": {use.value: size for use, size in found.device},
         "peak_device_bytes": found.peak,
         "host_bytes": found.host,
+        "host_weight_bytes": found.host_weights,
         "disk_bytes": forecast.disk_bytes * found.step.plan.sp_size,
         "inputs_kept": kept.inputs.count(True),
         "attention_outputs_kept": kept.attentions.count(True),
@@ -185,7 +186,8 @@ def _time(seconds: float) -> str:
 def _memory(found: PlannedStep, machines: Machines) -> Table:
     gpus, forecast = found.step.plan.sp_size, found.plan.forecast
     kv = gpus * found.plan.kv.host_buffer_bytes
-    host, disk = {Use.KV: kv, Use.CHECKPOINTS: found.host - kv}, {Use.CHECKPOINTS: gpus * forecast.disk_bytes}
+    host = {Use.WEIGHTS: found.host_weights, Use.KV: kv, Use.CHECKPOINTS: found.host - kv - found.host_weights}
+    disk = {Use.CHECKPOINTS: gpus * forecast.disk_bytes}
     device = dict(found.device)
     places = [(device, int(machines.gpu.memory_gib * GIB)), (host, machines.host_bytes), (disk, machines.disk_bytes)]
     places = places[: 3 if machines.disk_bytes else 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,8 @@ from ..apply import seen_of
 from ..experts.replace import experts_are_replaced
 from ..layers import decoder_layers, merged_weights
 from ..settings import auto_loss_tokens
-from ..weights.packing import packed_size, quantisable, quantise
+from ..weights.host import aligned
+from ..weights.packing import packed_sizes, quantisable, quantise
 
 LORA_RANK = 16
 
@@ -96,6 +98,7 @@ def training_of_model(model: PreTrainedModel, *, lora: bool, quantised: str | No
         quantised: one of `QUANTISED_KINDS`: as which its linears are counted.
     """
     seen, packed = _seen_sizes(model), {} if quantised is None else _packed_shapes(model)
+    layer_bytes = tuple(_layer_bytes(layer, packed, quantised) for layer in decoder_layers(model))
     if lora:
         with_lora(model)
     layers = decoder_layers(model)
@@ -121,13 +124,26 @@ def training_of_model(model: PreTrainedModel, *, lora: bool, quantised: str | No
             largest_trained=max(trained - sum(in_layers), *in_layers),
             outside=total - sum(map(parameter_count, inside)),
             packed=sum(map(math.prod, packed.values())),
-            packed_bytes=sum(packed_size(quantised or "", *shape) for shape in packed.values()),
+            packed_bytes=sum(sum(packed_sizes(quantised or "", *shape)) for shape in packed.values()),
+            layer_bytes=layer_bytes,
         ),
         vocabulary=text.vocab_size,
         chunk_tokens=AUTO_CHUNK_TOKENS_GPU,
         loss_tokens=auto_loss_tokens(text.vocab_size),
         fused_experts=experts_are_replaced(layers),
     )
+
+
+def _layer_bytes(layer: Any, packed: Mapping[int, tuple[int, int]], quantised: str | None) -> int:
+    """Of a layer's weights in host memory, each tensor where it is aligned; without adapters, which stay."""
+    total = 0
+    for module in layer.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                is_packed = name == "weight" and id(module) in packed
+                sizes = packed_sizes(quantised or "", *packed[id(module)]) if is_packed else (2 * weight.numel(),)
+                total += sum(map(aligned, sizes))
+    return total
 
 
 def _packed_shapes(model: PreTrainedModel) -> dict[int, tuple[int, int]]:

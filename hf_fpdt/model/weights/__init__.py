@@ -4,5 +4,6 @@ In reading order:
 
     quantised   linears of bitsandbytes: what their weights are, dequantised
     packing     which linears bitsandbytes quantises, the bytes that they take, and doing it
+    host        frozen weights in host memory, fetched one layer ahead
     whole       a layer's weights whole, once for all its chunks
 """

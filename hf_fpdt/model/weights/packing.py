@@ -23,7 +23,7 @@ from .quantised import dequantised, is_packed, is_quantised, packed_bytes, shape
 QUANTISED_KINDS = ("nf4", "int8")
 # Weights that share a scale, scales that share one of theirs, and the tables of values of both.
 BLOCK, SCALE_BLOCK = 64, 256
-TABLES = 4 * (16 + 256) + 4
+TABLES = (4 * 16, 4 * 256, 4)
 
 
 def check_quantised_here() -> None:
@@ -62,13 +62,13 @@ def quantisable(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def packed_size(kind: str, rows: int, columns: int) -> int:
-    """Bytes of a quantised matrix, its scales and their tables."""
+def packed_sizes(kind: str, rows: int, columns: int) -> tuple[int, ...]:
+    """Bytes of a quantised matrix, of its scales, and of their tables."""
     count = rows * columns
     if kind == "int8":
-        return count + 4 * rows
+        return count, 4 * rows
     scales = math.ceil(count / BLOCK)
-    return math.ceil(count / 2) + scales + 4 * math.ceil(scales / SCALE_BLOCK) + TABLES
+    return math.ceil(count / 2), scales, 4 * math.ceil(scales / SCALE_BLOCK), *TABLES
 
 
 def expert_weights(model: nn.Module) -> int:

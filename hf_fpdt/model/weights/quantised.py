@@ -5,6 +5,7 @@ Told by their classes, of a package that is only looked for where it was importe
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -58,24 +59,72 @@ def _whole_count(modules: Sequence[Any]) -> int:
 
 def packed_bytes(module: nn.Module) -> int:
     """Bytes that the weight of a linear of bitsandbytes takes on its device, with its scales and their tables."""
-    weight: Any = module._parameters["weight"]
-    return sum(tensor.numel() * tensor.element_size() for tensor in (weight, *_beside(module, weight)))
+    parts = parts_of(module, module._parameters["weight"])
+    return sum(tensor.numel() * tensor.element_size() for tensor in parts)
 
 
-def _beside(module: Any, weight: Any) -> list[Tensor]:
+def parts_of(module: Any, weight: Any) -> list[Tensor]:
+    """The tensors that a weight is made of: itself, and of a packed one its scales and their tables."""
+    if not is_packed(weight):
+        return [weight.data]
     if weight.dtype == torch.int8:
-        return [_scales(module, weight)]
+        return [weight.data, _scales(module, weight)]
+    _unpack_from_cpu(weight)
     state = weight.quant_state
-    parts = [state.absmax, state.code]
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return [weight.data, state.absmax, state.code, *nested]
+
+
+def with_parts(module: Any, weight: Any, parts: Sequence[Tensor], *, inplace: bool) -> Any:
+    """A weight over other tensors of the same values, in the order of `parts_of`.
+
+    Args:
+        inplace: put them into the weight; else make a new one, which leaves it alone.
+    """
+    data, *others = parts
+    if not is_packed(weight):
+        if not inplace:
+            return nn.Parameter(data, requires_grad=weight.requires_grad)
+        weight.data = data
+        return weight
+    if weight.dtype == torch.int8:
+        return _int8_over(module, weight, data, others[0], inplace=inplace)
+    state = weight.quant_state if inplace else copy.copy(weight.quant_state)
     if state.nested:
-        parts += [state.offset, state.state2.absmax, state.state2.code]
-    return parts
+        state.state2 = state.state2 if inplace else copy.copy(state.state2)
+        state.offset, state.state2.absmax, state.state2.code = others[2:]
+    state.absmax, state.code = others[:2]
+    if inplace:
+        weight.data = data
+        return weight
+    how = {name: getattr(weight, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+    return type(weight)(data, requires_grad=False, quant_state=state, bnb_quantized=True, **how)
+
+
+def _int8_over(module: Any, weight: Any, data: Tensor, scales: Tensor, *, inplace: bool) -> Any:
+    if not inplace:
+        return type(weight)(data, requires_grad=False, has_fp16_weights=False, SCB=scales)
+    weight.data = data
+    for holder in (weight, module.state):  # which of them has the two depends on whether it was used
+        if holder.SCB is not None:
+            holder.CB, holder.SCB = data, scales
+    return weight
 
 
 def _scales(module: Any, weight: Any) -> Tensor:
     """Of the rows of an int8 weight; its first use moves them from the weight to the module."""
     scales: Tensor = module.state.SCB if weight.SCB is None else weight.SCB
     return scales
+
+
+def _unpack_from_cpu(weight: Any) -> None:
+    """Undo what bitsandbytes makes of a weight that a CPU uses without gradients; as its own state_dict does."""
+    if getattr(weight.quant_state, "packing_format_for_cpu", False):
+        from bitsandbytes import functional
+
+        weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(
+            weight.data, weight.quant_state
+        )
 
 
 def whole_dtype(module: Any, dtype: torch.dtype) -> torch.dtype:
@@ -98,11 +147,7 @@ def dequantised(module: Any, dtype: torch.dtype) -> Tensor:
     if weight.dtype == torch.int8:
         scales = _scales(module, weight).to(weight.device)
         return functional.int8_vectorwise_dequant(weight.data, scales).to(dtype)
-    if getattr(weight.quant_state, "packing_format_for_cpu", False):
-        # What bitsandbytes makes of a weight when it is used on a CPU without gradients; as its own state_dict has it.
-        weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(
-            weight.data, weight.quant_state
-        )
+    _unpack_from_cpu(weight)
     return functional.dequantize_4bit(weight.data, weight.quant_state).to(whole_dtype(module, dtype))
 
 

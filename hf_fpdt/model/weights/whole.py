@@ -22,17 +22,34 @@ from .quantised import dequantised, is_packed, is_quantised
 
 
 @contextmanager
-def whole_weights(layer: nn.Module, settings: Settings, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, linears of bitsandbytes in the layer have their dequantised weights.
+def whole_weights(
+    layer: nn.Module, settings: Settings, dtype: torch.dtype, device: torch.device, then: int | None = None
+) -> Iterator[None]:
+    """Inside, a layer's weights are on the device that computes, and those of bitsandbytes are dequantised.
 
     Args:
         layer: a decoder layer.
         settings: of its model.
         dtype: of hidden states, or what autocast computes in.
+        device: where they are.
+        then: the place of the layer that is entered next, as far as it is known.
 
     Raises:
-        NotImplementedError: FSDP2 shards such weights.
+        NotImplementedError: FSDP2 shards such weights, or some that should wait on the host train.
     """
+    host = settings.host_weights
+    if host is None:
+        with dequantised_weights(layer, settings, dtype):
+            yield
+        return
+    check_not_sharded(layer)
+    with host.entered(layer, device, then), dequantised_weights(layer, settings, dtype):
+        yield
+
+
+@contextmanager
+def dequantised_weights(layer: nn.Module, settings: Settings, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, linears of bitsandbytes in the layer have their dequantised weights; of `dtype` if they were int8."""
     packed: list[tuple[Any, nn.Parameter]] = []
     try:
         for module in layer.modules():
@@ -57,6 +74,6 @@ def check_not_sharded(layer: nn.Module) -> None:
     """Refuse what FSDP2 has cut: a part of the packed bytes is no part of a matrix."""
     if hasattr(layer, "unshard"):
         raise NotImplementedError(
-            "hf_fpdt: weights that bitsandbytes quantised are not supported under FSDP2: each GPU can hold all of "
-            "them (NF4: half a byte a weight); use DDP, which is what accelerate launch does without FSDP."
+            "hf_fpdt: weights that bitsandbytes quantised, or that wait on the host, are not supported under FSDP2: "
+            "each GPU can do with all of them; use DDP, which is what accelerate launch does without FSDP."
         )

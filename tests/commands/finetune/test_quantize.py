@@ -108,3 +108,12 @@ def test_what_cannot_be_is_refused_before_weights_are_read(
 def test_a_run_of_other_bits_is_not_gone_on_with(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "--resume", "--output_dir", str(output), "--quantize", "int8"]) == 2
     assert "--quantize was nf4, is int8" in capsys.readouterr().err
+
+
+def test_weights_on_the_host_give_the_same_run(base: Path, output: Path, tmp_path: Path) -> None:
+    words = ["--lr_scheduler_type", "constant", "--quantize", "nf4", "--max_steps", "3", "--merge", "--host_weights"]
+    assert main(command(base, tmp_path / "run", *words)) == 0
+    ours, theirs = (json.loads((folder / "run.json").read_text()) for folder in (tmp_path / "run", output))
+    assert ours["training_losses"] == theirs["training_losses"] and ours["held_out_loss"] == theirs["held_out_loss"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
+    torch.testing.assert_close(logits(merged), logits(AutoModelForCausalLM.from_pretrained(output / "merged")))

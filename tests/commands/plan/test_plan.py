@@ -20,7 +20,7 @@ from hf_fpdt.forecast.rates import GPUS, UNUSABLE_GIB, with_memory
 from hf_fpdt.model.shapes import build_random, llama_8b, training_of, training_of_model, with_layers
 from hf_fpdt.model.weights.packing import quantised_bytes, scale_bytes
 from hf_fpdt.model.weights.quantised import is_quantised
-from hf_fpdt.model.weights.whole import whole_weights
+from hf_fpdt.model.weights.whole import dequantised_weights
 from hf_fpdt.plan.optimizers import OPTIMIZERS
 from hf_fpdt.units import GIB
 from tests.model.test_model_zoo import GEMMA4
@@ -39,7 +39,7 @@ EXPERTS = Qwen3MoeConfig(
     **{"vocab_size": 1024, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 32},
     **{"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 )
-MACHINES = Machines(gpu=GPUS["h100"], gpus=1, host_bytes=GIB)
+MACHINES = Machines(gpu=GPUS["h100"], gpus=1, host_bytes=16 * GIB)
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -254,7 +254,7 @@ def test_quantised_bytes_are_those_that_bitsandbytes_stores(kind: str) -> None:
         (_, planned), *_ = fit(training, MACHINES, 16_384).device
         assert planned == stored
         layer = next(m for m in model.modules() if type(m).__name__.endswith("DecoderLayer"))
-        with whole_weights(layer, handle._settings, torch.bfloat16):
+        with dequantised_weights(layer, handle._settings, torch.bfloat16):
             whole = [m.weight for m in layer.modules() if is_quantised(m)]
             assert sum(w.numel() * w.element_size() for w in whole) == fit(training, MACHINES, 16_384).step.whole_bytes
 
@@ -276,3 +276,34 @@ def test_a_plan_says_what_is_quantised_and_what_is_not(tmp_path: Path, capsys: p
     for option in ("--full", "--fsdp"):
         assert main([*command, "--quantize", "nf4", option]) == 2
         assert f"leave {option} out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+def test_weights_on_the_host_are_planned_to_the_byte(kind: str | None) -> None:
+    if kind is not None:
+        pytest.importorskip("bitsandbytes")
+    for config in (TINY, EXPERTS):
+        training = training_of_model(build_random(config, "meta", torch.bfloat16, False), lora=True, quantised=kind)
+        model: Any = build_random(config, "cpu", torch.bfloat16, True, kind)
+        handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=128, host_weights=True))
+        real = handle._settings.host_weights
+        found = fit(replace(training, host_weights=True), MACHINES, 16_384)
+        assert real is not None and found.host_weights == real.nbytes
+        assert found.step.model.fetched_bytes == real.largest == handle._settings.sizes.fetched_bytes
+        (_, on_device), *_ = found.device
+        stays = [p for name, p in model.named_parameters() if p.requires_grad or ".layers." not in name]
+        assert on_device == sum(p.numel() * p.element_size() for p in stays)
+        with pytest.raises(MemoryError, match="of host memory for each GPU"):
+            fit(replace(training, host_weights=True), replace(MACHINES, host_bytes=6 * GIB), 16_384)
+        handle.remove()
+
+
+def test_the_command_plans_weights_on_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--shape", "llama-70b", "--seq-len", "64K", "--host-weights"]
+    assert main([*command, "--host-mem", "256", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["host_weight_bytes"] > 127 * GIB and found["device_bytes"]["weights"] < 5 * GIB
+    assert main([*command, "--host-mem", "128"]) == 2
+    assert "the weights of the layers need 127.5 GiB of host memory" in capsys.readouterr().err
+    assert main([*command, "--host-mem", "256", "--full"]) == 2
+    assert "--host-weights: weights that train stay on the GPU" in capsys.readouterr().err

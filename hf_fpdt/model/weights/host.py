@@ -1,0 +1,265 @@
+"""Frozen weights of layers in pinned host memory: fetched one layer ahead of use, forward and backward, never back.
+
+A layer's weights lie side by side in one buffer, so a layer is one copy, on a stream of its own. While the layer is
+entered its modules have the copy; what travels of quantised weights is packed. Weights that train stay on the device:
+adapters, and modules that are saved with them. To everybody else a layer's weights are tensors of the CPU, which can
+be saved, merged into and counted as ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...memory import PinnedMemory, Transfers, host_bytes_available
+from ...units import GIB
+from .quantised import is_packed, parts_of, with_parts
+
+ALIGNED = 256  # bytes; what every kernel may ask of a matrix
+SCOPE = "host_weights=True keeps the frozen weights of layers in host memory"
+
+
+@dataclass
+class _Place:
+    """One weight of a layer: where it is put, and where its tensors lie in the layer's buffer.
+
+    Attributes:
+        module, name: its place in the layer.
+        weight: what is there while the layer rests.
+        starts: bytes before each of its tensors.
+    """
+
+    module: nn.Module
+    name: str
+    weight: Any
+    starts: list[int]
+
+
+class HostLayer:
+    """The weights of one layer in a buffer of the host."""
+
+    def __init__(self, layer: nn.Module, memory: PinnedMemory, *, everything: bool) -> None:
+        self.layer = layer
+        self.places: list[_Place] = []
+        self.nbytes = 0
+        for module in layer.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None and (everything or not weight.requires_grad):
+                    self._add(module, name, weight)
+        self.buffer = memory.buffer(max(1, self.nbytes))
+        with torch.no_grad():
+            for place in self.places:
+                parts = parts_of(place.module, place.weight)
+                views = [self._view(self.buffer, start, part) for start, part in zip(place.starts, parts, strict=True)]
+                for view, part in zip(views, parts, strict=True):
+                    view.copy_(part)
+                with_parts(place.module, place.weight, views, inplace=True)
+
+    def _add(self, module: nn.Module, name: str, weight: Any) -> None:
+        starts = []
+        for part in parts_of(module, weight):
+            starts.append(self.nbytes)
+            self.nbytes += aligned(part.numel() * part.element_size())
+        self.places.append(_Place(module, name, weight, starts))
+
+    @staticmethod
+    def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+        stop = start + like.numel() * like.element_size()
+        # `.data`: views share a count of writes, and one weight that is written says nothing of the others.
+        return buffer[start:stop].view(like.dtype).view(like.shape).data
+
+    def is_current(self) -> bool:
+        """Whether the layer has these weights, where they were put; PEFT and casts put others there."""
+        found = {
+            id(weight): weight
+            for module in self.layer.modules()
+            for weight in module._parameters.values()
+            if weight is not None and (not weight.requires_grad)
+        }
+        own = {id(place.weight) for place in self.places}
+        if not found.keys() <= own:
+            return False
+        return all(place.module._parameters[place.name] is place.weight for place in self.places) and all(
+            part.data_ptr() == self.buffer.data_ptr() + start
+            for place in self.places
+            for part, start in zip(parts_of(place.module, place.weight), place.starts, strict=True)
+            if part.numel()
+        )
+
+    def versions(self) -> tuple[int, ...]:
+        """How often each weight was written."""
+        return tuple(place.weight._version for place in self.places)
+
+    def trained(self) -> str | None:
+        """The name of a weight that trains, if one does."""
+        places = {id(place.weight) for place in self.places if place.weight.requires_grad}
+        return next((name for name, weight in self.layer.named_parameters() if id(weight) in places), None)
+
+    @contextmanager
+    def replaced(self, filled: Tensor) -> Iterator[None]:
+        """Inside, the layer has the weights that lie in a copy of its buffer."""
+        try:
+            for place in self.places:
+                parts = parts_of(place.module, place.weight)
+                views = [self._view(filled, start, part) for start, part in zip(place.starts, parts, strict=True)]
+                place.module._parameters[place.name] = with_parts(place.module, place.weight, views, inplace=False)
+            yield
+        finally:
+            for place in self.places:
+                place.module._parameters[place.name] = place.weight
+
+
+class HostWeights:
+    """Weights of all layers of a model on the host, and those that are on the device now.
+
+    Args:
+        layers: of the decoder, with memory.
+        everything: nothing is frozen yet: all that they have now will be, before the first step.
+
+    Raises:
+        MemoryError: the host does not hold them; those that were moved stay where they are.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], *, everything: bool) -> None:
+        self._memory = PinnedMemory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self._check_room(sum(_bytes_of(layer) for layer in dict.fromkeys(layers) if next(layer.parameters()).is_cuda))
+        self._layers: dict[int, HostLayer] = {}  # by the first place of each
+        for layer in dict.fromkeys(layers):
+            self._check_room(_bytes_of(layer))
+            self._layers[list(layers).index(layer)] = HostLayer(layer, self._memory, everything=everything)
+        self._transfers: Transfers | None = None
+        self._fetched: dict[int, tuple[Any, tuple[int, ...]]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        raise NotImplementedError(f"hf_fpdt: {SCOPE}, of which there is one: copy the model before FPDT is applied.")
+
+    @property
+    def nbytes(self) -> int:
+        """Of the host."""
+        return self._memory.nbytes
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the layer with most."""
+        return max(layer.nbytes for layer in self._layers.values())
+
+    @property
+    def on_device(self) -> int:
+        """Bytes of layers that are on the device now."""
+        return sum(self._layers[index].nbytes for index in self._fetched)
+
+    def _check_room(self, needed: int) -> None:
+        there = host_bytes_available()
+        if needed > there:
+            raise MemoryError(
+                f"hf_fpdt: {SCOPE}; {needed / GIB:.1f} GiB more are needed, and {there / GIB:.1f} GiB are available to "
+                "this process (6 GiB left to the system). Ways out: quantised weights (a BitsAndBytesConfig, --quantize "
+                "nf4), a machine with more host memory, or weights on the GPU (host_weights=False)."
+            )
+
+    @contextmanager
+    def entered(self, of: nn.Module, device: torch.device, then: int | None) -> Iterator[None]:
+        """Inside, a layer has its weights on the device, and those of another one are on their way.
+
+        Args:
+            of: the layer.
+            device: where it computes.
+            then: the layer that is entered next, which may be the same; None: not known.
+        """
+        index = self._place(of)
+        layer = self._current(index)
+        for other in self._fetched.keys() - {index, then}:
+            del self._fetched[other]
+        if index not in self._fetched or self._fetched[index][1] != layer.versions():
+            self._fetch(index, device)
+        filled = self._fetched[index][0].tensor()
+        try:
+            with layer.replaced(filled):
+                if then in self._layers and then not in self._fetched:
+                    self._current(then)
+                    self._fetch(then, device)
+                yield
+        finally:
+            if then != index:
+                self._fetched.pop(index, None)
+
+    def _place(self, layer: nn.Module) -> int:
+        return next(place for place, each in self._layers.items() if each.layer is layer)
+
+    def check_frozen(self, layer: nn.Module) -> None:
+        """Raise NotImplementedError where a weight of the layer that is on the host trains."""
+        index = self._place(layer)
+        if name := self._current(index).trained():
+            raise NotImplementedError(
+                f"hf_fpdt: {SCOPE}, and {name} of layer {index} trains: freeze it (LoRA), or leave host_weights out."
+            )
+
+    def _current(self, index: int) -> HostLayer:
+        """The layer as it is now, moved anew where somebody changed its weights' places."""
+        layer = self._layers[index]
+        if not layer.is_current():
+            self._fetched.pop(index, None)
+            layer = self._layers[index] = HostLayer(layer.layer, self._memory, everything=False)
+        return layer
+
+    def _fetch(self, index: int, device: torch.device) -> None:
+        if self._transfers is None or self._transfers.device != device:
+            self._transfers = Transfers(device)
+            self._fetched.clear()
+        layer = self._layers[index]
+        shape = torch.Size([max(1, layer.nbytes)])
+        fetch = self._transfers.to_device(layer.buffer, shape, torch.uint8, None)
+        self._fetched[index] = (fetch, layer.versions())
+
+    @contextmanager
+    def left_alone(self, layer: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Around `Module._apply`: weights stay on the host where a model is moved, and are cast where it is cast."""
+        own = self._layers[self._place(layer)]
+        kept = [place for place in own.places if place.module._parameters[place.name] is place.weight]
+        for place in kept:
+            place.module._parameters[place.name] = None  # in its place: parameters keep their order
+        try:
+            yield
+        finally:
+            for place in kept:
+                place.module._parameters[place.name] = place.weight
+        for place in kept:
+            if place.weight.is_floating_point() and not is_packed(place.weight):
+                dtype = function(torch.empty(0, dtype=place.weight.dtype)).dtype
+                place.weight.data = place.weight.data.to(dtype)
+
+    def close(self) -> None:
+        """Let go of what is on the device; the weights stay on the host, no longer pinned."""
+        self._fetched.clear()
+        self._transfers = None
+        self._memory.release()
+
+
+def aligned(nbytes: int) -> int:
+    """What a tensor takes in a layer's buffer."""
+    return math.ceil(nbytes / ALIGNED) * ALIGNED
+
+
+def _bytes_of(layer: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
+
+
+def put_on_host(model: nn.Module, layers: Sequence[nn.Module]) -> HostWeights | None:
+    """Move layers' frozen weights into host memory; None of a model whose weights have no memory.
+
+    Before adapters are put on a model nothing of it is frozen, so it is all that its layers have.
+
+    Raises:
+        MemoryError: the host does not hold them.
+    """
+    weights = list(model.parameters())
+    if any(weight.is_meta for weight in weights):
+        return None
+    frozen_yet = not all(weight.requires_grad or is_packed(weight) for weight in weights)
+    return HostWeights(layers, everything=not frozen_yet)
