@@ -30,6 +30,7 @@ from .apply import (
     has_fpdt,
     may_get_fpdt,
     train_with,
+    waiting_names,
     why_refused,
 )
 from .attention_function import register
@@ -37,8 +38,6 @@ from .head import joins_rows
 from .layers import decoder_layers, mostly_trained
 from .scoring.left_padding import why_not_moved
 from .scoring.log_probs import TokenLogProbs, asks_for_log_probs, chunked_log_probs
-from .shapes import LORA_RANK, SHAPES, build_random, training_of, training_of_model, with_layers
-from .scoring.log_probs import TokenLogProbs, chunked_log_probs
 from .shapes import LORA_RANK, SHAPES, build_random, training_of, training_of_model, with_layers, with_lora
 from .weights.packing import (
     QUANTISED_KINDS,
@@ -83,6 +82,7 @@ __all__ = [
     "trained_rope",
     "training_of",
     "training_of_model",
+    "waiting_names",
     "weight_count",
     "why_not_moved",
     "why_refused",

@@ -275,6 +275,13 @@ def has_fpdt(model: nn.Module, plugin: FPDTPlugin, group: SequenceParallelGroup)
     return settings is not None
 
 
+def waiting_names(model: nn.Module) -> list[str]:
+    """Names of the weights that wait on the host; [] where none does."""
+    settings = applied_settings(model)
+    own = set() if settings is None or settings.host_weights is None else settings.host_weights.own()
+    return [name for name, weight in model.named_parameters() if id(weight) in own and not weight.requires_grad]
+
+
 def may_get_fpdt(model: nn.Module) -> bool:
     """Whether a model that is only asked, never trained, can have FPDT too; it is as exact without."""
     unwrapped: Any = model

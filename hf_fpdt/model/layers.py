@@ -200,8 +200,10 @@ class ChunkedLayer(nn.Module):
         step = replace(settings.step(hidden, is_sharded=self._fpdt_layer.is_sharded), documents=documents)
         _check_window(window, step.windows[self._fpdt_layer.index], self._fpdt_layer.name)
         wants_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, *parameters))
-        if wants_grad and settings.host_weights is not None:
-            settings.host_weights.check_frozen(self)
+        if (host := settings.host_weights) is not None:
+            host.check_adapters(self, hidden.device)
+            if wants_grad:
+                host.check_frozen(self)
         model_pass = store.pass_of(self._fpdt_layer.index, step, *placed) if wants_grad else None
         run = LayerRun(
             self._fpdt_layer,

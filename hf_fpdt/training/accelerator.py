@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ..config import FPDTPlugin
 from ..model import FPDTHandle, apply_fpdt, has_fpdt, train_with
-from .loaders import agreed_seeds, join_group, sharding_collator
+from .loaders import agreed_seeds, join_group, leave_to_host, sharding_collator
 from .saying import say_what_is_done
 
 
@@ -57,6 +57,7 @@ class FPDTAccelerator(Accelerator):
     def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         """As `Accelerator.prepare_model`; the model gets FPDT first."""
         self._apply(model)
+        leave_to_host(model)
         return super().prepare_model(model, *args, **kwargs)
 
     def _train_with(self, models: list[nn.Module], optimizer: Optimizer) -> None:

@@ -12,12 +12,20 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.data_loader import get_sampler
 from accelerate.utils import DistributedType, DynamoBackend, broadcast
+from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from ..config import FPDTPlugin, resolve_chunk_tokens
-from ..model import joins_rows
+from ..model import joins_rows, waiting_names
 from ..parallel import JoinedRows, SequenceParallelGroup, ShardingCollator, build_group
 from .packing import PackingCollator
+
+
+def leave_to_host(model: nn.Module) -> None:
+    """Tell DDP which weights wait on the host: it takes parameters of one kind of device; these have no gradients."""
+    if names := waiting_names(model):
+        told: Any = model
+        told._ddp_params_and_buffers_to_ignore = names
 
 
 def join_group(

@@ -18,7 +18,7 @@ from ..model import applied_settings, apply_fpdt, has_fpdt, may_get_fpdt, train_
 from ..parallel import SequenceParallelGroup, ShardingCollator, ignore_first_tokens
 from .evaluation import Evaluation, filled, first_rows
 from .groups import count_groups, generation_shared, groups_count, share_random_state, takes_whole_rows
-from .loaders import join_group, rows_joined, sharding_collator
+from .loaders import join_group, leave_to_host, rows_joined, sharding_collator
 from .packing import LENGTHS, PackingCollator
 from .refused import refused_options, refused_prompts, refused_sharing
 from .saying import say_what_is_done
@@ -124,6 +124,7 @@ class FPDTTrainerMixin:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; training logs also have the speed and memory of `TrainingSpeed.log`."""
         self._fpdt_speed = TrainingSpeed(self.accelerator, whole_rows=self._fpdt_whole_rows)  # type: ignore[attr-defined]
+        leave_to_host(self.model)  # type: ignore[attr-defined]
         try:
             with self._fpdt_processes():
                 return super().train(*args, **kwargs)  # type: ignore[misc]

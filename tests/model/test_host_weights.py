@@ -230,3 +230,36 @@ def test_weights_that_fsdp_shards_are_refused() -> None:
     layer.unshard = layer.reshard = lambda: None
     with pytest.raises(NotImplementedError, match="that wait on the host, are not supported under FSDP2"):
         train_step(model, IDS)
+
+
+def test_adapters_that_are_not_where_the_model_computes_are_named() -> None:
+    """PEFT puts them where the weights are: on the host."""
+    model = made()
+    handle = apply_fpdt(model, PLUGIN)
+    model, weights = with_lora(model), handle._settings.host_weights
+    assert weights is not None
+    with pytest.raises(RuntimeError, match=r"q_proj.lora_A.default.weight is no such .* call model.to\('cuda'\)"):
+        weights.check_adapters(layers_of(model)[0], torch.device("cuda"))
+
+
+def test_a_copied_model_is_refused_and_copied_modules_are_not() -> None:
+    model = made()
+    apply_fpdt(model, PLUGIN)
+    copied = with_lora(model, modules_to_save=["post_attention_layernorm"])
+    assert train_step(copied, IDS).grads
+    twin = copy.deepcopy(copied)
+    with pytest.raises(RuntimeError, match="is a copy of one: copy the model before FPDT is applied"):
+        train_step(twin, IDS)
+
+
+def test_recast_weights_do_not_pile_up() -> None:
+    model = with_lora(made(dtype=torch.bfloat16))
+    handle = apply_fpdt(model, PLUGIN)
+    weights = handle._settings.host_weights
+    assert weights is not None
+    before = weights.nbytes
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+        train_step(model, IDS)
+        assert weights.nbytes <= 2 * before + 2 * 4096

@@ -88,3 +88,39 @@ def test_one_layer_is_dequantised_and_the_peak_is_planned(kind: str) -> None:
     whole = sum(m.in_features * m.out_features for m in linears(model.get_base_model().model.layers[0]).values())
     assert step.whole_bytes == 2 * whole
     assert whole * 2 < peak < 1.2 * step.working_bytes(plan.kv, resident=True) + plan.forecast.device_bytes
+
+
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+@pytest.mark.parametrize("checkpoints", ["auto", "segment"])
+def test_weights_on_the_host_have_the_bits_of_resident_ones(kind: str | None, checkpoints: str) -> None:
+    """Six layers, so that copies run while others compute; the model is loaded and FPDT applied on the CPU."""
+    config = with_layers(llama_8b(), 6)
+    config.vocab_size = VOCABULARY
+
+    def made(host_weights: bool) -> Any:
+        torch.manual_seed(0)
+        model = build_random(config, "cpu", torch.bfloat16, False, kind)
+        how: dict[str, Any] = {"checkpoints": checkpoints, "device_budget_gib": 0, "host_budget_gib": 8}
+        plugin = FPDTPlugin(chunk_tokens=CHUNK, host_weights=host_weights, **how)
+        handle = apply_fpdt(model if host_weights else model.to("cuda"), plugin)
+        torch.manual_seed(1)
+        model = with_lora(model).to("cuda")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.01, generator=torch.Generator("cuda").manual_seed(2))
+        return model, handle
+
+    torch.cuda.reset_peak_memory_stats()
+    model, handle = made(True)
+    weights = handle._settings.host_weights
+    waiting = [p for name, p in model.named_parameters() if ".layers." in name and not p.requires_grad]
+    assert waiting and all(p.device.type == "cpu" and p.is_pinned() for p in waiting)
+    stays = sum(p.numel() * p.element_size() for p in model.parameters() if p.is_cuda)
+    assert torch.cuda.max_memory_allocated() < stays + weights.largest, "never a copy of the model on the GPU"
+    ours = [a_step(model) for _ in range(3)]
+    assert weights.on_device == 0
+    del model, handle
+    resident, _ = made(False)
+    theirs = a_step(resident)
+    for step in ours:
+        assert step.keys() == theirs.keys() and all(torch.equal(step[name], theirs[name]) for name in theirs)

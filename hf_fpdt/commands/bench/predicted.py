@@ -6,7 +6,7 @@ from torch import nn
 
 from ...forecast import gpu_named, peak_bytes, step_seconds, ulysses_seconds
 from ...memory import parameter_count
-from ...model import FPDTHandle, decoder_layers, mostly_trained, scale_bytes
+from ...model import FPDTHandle, decoder_layers, mostly_trained, scale_bytes, waiting_names
 from ...plan import OPTIMIZERS, sum_bytes
 from ...units import GIB
 from .stacks.base import base_of
@@ -45,7 +45,10 @@ def predicted(handle: FPDTHandle, model: nn.Module, n_tokens: int, gpu_name: str
 
 
 def _weights_and_states(model: nn.Module) -> int:
-    return _bytes(model) + scale_bytes(model) + ADAM_STATES * _bytes(model, trained=True)
+    waiting = set(waiting_names(model))
+    resident = [p for name, p in model.named_parameters() if name not in waiting]
+    scales = 0 if waiting else scale_bytes(model)  # they wait with the rest
+    return sum(p.numel() * p.element_size() for p in resident) + scales + ADAM_STATES * _bytes(model, trained=True)
 
 
 def _bytes(module: nn.Module, *, trained: bool = False) -> int:

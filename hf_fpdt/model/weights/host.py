@@ -42,17 +42,23 @@ class _Place:
 
 
 class HostLayer:
-    """The weights of one layer in a buffer of the host."""
+    """The weights of one layer in a buffer of the host, pinned where there is a GPU.
 
-    def __init__(self, layer: nn.Module, memory: PinnedMemory, *, everything: bool) -> None:
+    Args:
+        layer: a decoder layer.
+        everything: take what trains too.
+    """
+
+    def __init__(self, layer: nn.Module, *, everything: bool) -> None:
         self.layer = layer
+        self.memory = PinnedMemory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self.places: list[_Place] = []
         self.nbytes = 0
         for module in layer.modules():
             for name, weight in module._parameters.items():
                 if weight is not None and (everything or not weight.requires_grad):
                     self._add(module, name, weight)
-        self.buffer = memory.buffer(max(1, self.nbytes))
+        self.buffer = self.memory.buffer(max(1, self.nbytes))
         with torch.no_grad():
             for place in self.places:
                 parts = parts_of(place.module, place.weight)
@@ -127,27 +133,30 @@ class HostWeights:
     """
 
     def __init__(self, layers: Sequence[nn.Module], *, everything: bool) -> None:
-        self._memory = PinnedMemory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self._check_room(sum(_bytes_of(layer) for layer in dict.fromkeys(layers) if next(layer.parameters()).is_cuda))
         self._layers: dict[int, HostLayer] = {}  # by the first place of each
         for layer in dict.fromkeys(layers):
             self._check_room(_bytes_of(layer))
-            self._layers[list(layers).index(layer)] = HostLayer(layer, self._memory, everything=everything)
+            self._layers[list(layers).index(layer)] = HostLayer(layer, everything=everything)
         self._transfers: Transfers | None = None
         self._fetched: dict[int, tuple[Any, tuple[int, ...]]] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        raise NotImplementedError(f"hf_fpdt: {SCOPE}, of which there is one: copy the model before FPDT is applied.")
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostWeights:
+        return self  # of a module that is copied within the model, as PEFT does it; see `_place`
 
     @property
     def nbytes(self) -> int:
         """Of the host."""
-        return self._memory.nbytes
+        return sum(layer.memory.nbytes for layer in self._layers.values())
 
     @property
     def largest(self) -> int:
         """Bytes of the layer with most."""
         return max(layer.nbytes for layer in self._layers.values())
+
+    def own(self) -> set[int]:
+        """Weights that wait on the host, by id."""
+        return {id(place.weight) for layer in self._layers.values() for place in layer.places}
 
     @property
     def on_device(self) -> int:
@@ -158,9 +167,9 @@ class HostWeights:
         there = host_bytes_available()
         if needed > there:
             raise MemoryError(
-                f"hf_fpdt: {SCOPE}; {needed / GIB:.1f} GiB more are needed, and {there / GIB:.1f} GiB are available to "
-                "this process (6 GiB left to the system). Ways out: quantised weights (a BitsAndBytesConfig, --quantize "
-                "nf4), a machine with more host memory, or weights on the GPU (host_weights=False)."
+                f"hf_fpdt: {SCOPE}; {needed / GIB:.1f} GiB more are needed, and {there / GIB:.1f} GiB are available "
+                "to this process (6 GiB left to the system). Ways out: quantised weights (a BitsAndBytesConfig, "
+                "--quantize nf4), a machine with more host memory, or weights on the GPU (host_weights=False)."
             )
 
     @contextmanager
@@ -190,7 +199,23 @@ class HostWeights:
                 self._fetched.pop(index, None)
 
     def _place(self, layer: nn.Module) -> int:
-        return next(place for place, each in self._layers.items() if each.layer is layer)
+        for place, each in self._layers.items():
+            if each.layer is layer:
+                return place
+        raise RuntimeError(
+            f"hf_fpdt: {SCOPE}, and this {type(layer).__name__} is a copy of one: copy the model before FPDT is "
+            "applied."
+        )
+
+    def check_adapters(self, layer: nn.Module, device: torch.device) -> None:
+        """Raise RuntimeError where what stays on the device is not there: PEFT puts adapters where weights are."""
+        own = {id(place.weight) for place in self._current(self._place(layer)).places}
+        for name, weight in layer.named_parameters():
+            if id(weight) not in own and weight.device.type != device.type:
+                raise RuntimeError(
+                    f"hf_fpdt: {SCOPE}; {name} is no such weight, and is on {weight.device} where hidden states are "
+                    f"on {device}: call model.to({str(device)!r}) once adapters are on the model. The others stay."
+                )
 
     def check_frozen(self, layer: nn.Module) -> None:
         """Raise NotImplementedError where a weight of the layer that is on the host trains."""
@@ -205,7 +230,7 @@ class HostWeights:
         layer = self._layers[index]
         if not layer.is_current():
             self._fetched.pop(index, None)
-            layer = self._layers[index] = HostLayer(layer.layer, self._memory, everything=False)
+            layer = self._layers[index] = HostLayer(layer.layer, everything=False)
         return layer
 
     def _fetch(self, index: int, device: torch.device) -> None:
@@ -220,8 +245,9 @@ class HostWeights:
     @contextmanager
     def left_alone(self, layer: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Around `Module._apply`: weights stay on the host where a model is moved, and are cast where it is cast."""
-        own = self._layers[self._place(layer)]
-        kept = [place for place in own.places if place.module._parameters[place.name] is place.weight]
+        own = next((each for each in self._layers.values() if each.layer is layer), None)
+        places = [] if own is None else own.places
+        kept = [place for place in places if place.module._parameters[place.name] is place.weight]
         for place in kept:
             place.module._parameters[place.name] = None  # in its place: parameters keep their order
         try:
@@ -238,7 +264,8 @@ class HostWeights:
         """Let go of what is on the device; the weights stay on the host, no longer pinned."""
         self._fetched.clear()
         self._transfers = None
-        self._memory.release()
+        for layer in self._layers.values():
+            layer.memory.release()
 
 
 def aligned(nbytes: int) -> int:
