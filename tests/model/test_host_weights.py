@@ -263,3 +263,43 @@ def test_recast_weights_do_not_pile_up() -> None:
             parameter.data = parameter.data.float()
         train_step(model, IDS)
         assert weights.nbytes <= 2 * before + 2 * 4096
+
+
+def test_a_copy_that_waited_for_a_backward_pass_is_not_used_in_another_forward_pass() -> None:
+    """PEFT merges into `weight.data`, which no count of writes tells of."""
+    for layers in (1, 2):
+        resident, model = (with_lora(made(num_hidden_layers=layers)) for _ in range(2))
+        apply_fpdt(resident, RESIDENT)
+        apply_fpdt(model, PLUGIN)
+        losses = []
+        for each in (resident, model):
+            each(input_ids=IDS, labels=IDS)  # nobody calls backward
+            each.merge_adapter()
+            losses.append(each(input_ids=IDS, labels=IDS).loss.detach())
+        assert torch.equal(*losses)
+
+
+def test_an_error_in_a_layer_leaves_nothing_on_the_device() -> None:
+    model = with_lora(made())
+    handle = apply_fpdt(model, PLUGIN)
+    weights = handle._settings.host_weights
+    assert weights is not None
+    train_step(model, IDS)
+    hook = layers_of(model)[0].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), torch.no_grad():
+        model(input_ids=IDS)
+    hook.remove()
+    assert weights.on_device == 0
+    assert all(p.data_ptr() for p in model.parameters())
+    train_step(model, IDS)
+
+
+def test_a_model_that_is_cast_before_adapters_waits_on_the_host_again() -> None:
+    model = made()
+    handle = apply_fpdt(model, PLUGIN)
+    model.double()
+    twin = made(dtype=torch.float64)
+    with torch.no_grad():
+        assert (model(IDS).logits - twin(IDS).logits).abs().max() < 1e-3
+    weights = handle._settings.host_weights
+    assert weights is not None and all(layer.nbytes > 8 * 32 * 48 for layer in weights._layers.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ import hf_fpdt.model.layers
 import hf_fpdt.model.weights.whole as whole
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.commands.accuracy import LOSS, worst_of_run
-from hf_fpdt.model.weights.packing import bitsandbytes_config, quantisable, quantise
+from hf_fpdt.commands.finetune.quantise import quantised_lines
+from hf_fpdt.model.weights.packing import bitsandbytes_config, expert_weights, quantisable, quantise
 from hf_fpdt.model.weights.quantised import dequantised, is_packed, is_whole
 from tests.helpers.models import (
     CHUNK,
@@ -372,3 +374,20 @@ def test_a_model_is_quantised_as_transformers_does_it(kind: str, tmp_path: Path)
     for name, module in theirs.items():
         assert torch.equal(module.weight, ours[name].weight)
         assert torch.equal(dequantised(module, torch.float32), dequantised(ours[name], torch.float32))
+
+
+def test_without_the_package_it_says_which_one_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'which is not installed: pip install "hf_fpdt\[quantized\]"'):
+        quantise(tiny_plain("llama", torch.float32), "nf4", torch.float32)
+
+
+def test_experts_that_are_no_linears_stay_and_are_counted() -> None:
+    model = tiny_plain("qwen3_moe", torch.float32)
+    experts = {name: p for name, p in model.named_parameters() if "experts" in name}
+    quantise(model, "nf4", torch.float32)
+    assert all(p is experts[name] for name, p in model.named_parameters() if "experts" in name)
+    assert expert_weights(model) == sum(p.numel() for p in experts.values()) > 0
+    said = list(quantised_lines(model, torch.bfloat16))
+    assert len(said) == 2 and f"{expert_weights(model):,} weights are experts" in said[1] and "bfloat16" in said[1]
+    assert not list(quantised_lines(tiny_plain("llama", torch.float32), torch.float32))

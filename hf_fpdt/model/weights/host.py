@@ -50,7 +50,7 @@ class HostLayer:
     """
 
     def __init__(self, layer: nn.Module, *, everything: bool) -> None:
-        self.layer = layer
+        self.layer, self.everything = layer, everything
         self.memory = PinnedMemory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self.places: list[_Place] = []
         self.nbytes = 0
@@ -140,6 +140,7 @@ class HostWeights:
             self._layers[list(layers).index(layer)] = HostLayer(layer, everything=everything)
         self._transfers: Transfers | None = None
         self._fetched: dict[int, tuple[Any, tuple[int, ...]]] = {}
+        self._waits: int | None = None  # the layer whose copy waits for its backward pass
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostWeights:
         return self  # of a module that is copied within the model, as PEFT does it; see `_place`
@@ -183,20 +184,33 @@ class HostWeights:
         """
         index = self._place(of)
         layer = self._current(index)
-        for other in self._fetched.keys() - {index, then}:
+        stays = {index, then}
+        if self._waits is not None and not (self._waits == index and torch.is_grad_enabled()):
+            stays.discard(self._waits)  # no backward pass came, and weights may have changed since
+        self._waits = None
+        for other in self._fetched.keys() - stays:
             del self._fetched[other]
         if index not in self._fetched or self._fetched[index][1] != layer.versions():
             self._fetch(index, device)
-        filled = self._fetched[index][0].tensor()
+        filled, is_done = self._fetched[index][0].tensor(), False
         try:
             with layer.replaced(filled):
                 if then in self._layers and then not in self._fetched:
                     self._current(then)
                     self._fetch(then, device)
                 yield
+            is_done = True
         finally:
-            if then != index:
-                self._fetched.pop(index, None)
+            self._leave(index, then, is_done=is_done)
+
+    def _leave(self, index: int, then: int | None, *, is_done: bool) -> None:
+        """Let go of a layer's copy, but where its own backward pass is next; of all where it ended in an error."""
+        if not is_done:
+            self._fetched.clear()
+        elif then == index:
+            self._waits = index
+        else:
+            del self._fetched[index]
 
     def _place(self, layer: nn.Module) -> int:
         for place, each in self._layers.items():
@@ -230,7 +244,8 @@ class HostWeights:
         layer = self._layers[index]
         if not layer.is_current():
             self._fetched.pop(index, None)
-            layer = self._layers[index] = HostLayer(layer.layer, everything=False)
+            everything = layer.everything and all(weight.requires_grad for weight in layer.layer.parameters())
+            layer = self._layers[index] = HostLayer(layer.layer, everything=everything)
         return layer
 
     def _fetch(self, index: int, device: torch.device) -> None:
