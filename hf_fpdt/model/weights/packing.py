@@ -89,8 +89,8 @@ def quantise(model: Any, kind: str, compute: torch.dtype) -> None:
         ImportError: bitsandbytes is not installed.
     """
     check_quantised_here()
-    for name, module in quantisable(model).items():
-        model.set_submodule(name, _quantised(module, kind, compute))
+    for name in list(quantisable(model)):  # a list of modules would hold all of them to the end
+        model.set_submodule(name, _quantised(model.get_submodule(name), kind, compute))
     setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
     model.config.quantization_config = bitsandbytes_config(kind, compute)
 
@@ -124,9 +124,8 @@ def dequantise(model: Any, dtype: torch.dtype, device: torch.device | str) -> No
         dtype: of those weights.
         device: where they go.
     """
-    for name, module in list(model.named_modules()):
-        if is_quantised(module):
-            model.set_submodule(name, _plain(module, dtype, device))
+    for name in [name for name, module in model.named_modules() if is_quantised(module)]:
+        model.set_submodule(name, _plain(model.get_submodule(name), dtype, device))
     model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
