@@ -33,14 +33,13 @@ from .layers import (
     decoder_layers,
     decoder_of,
     enter_layer,
-    layer_mixes,
     leave_layer,
-    merged_weights,
 )
 from .liger import load_liger, why_not_liger
 from .patch import check_patched, is_patched, unpatch
 from .refusals import why_not_shared, why_unsupported
 from .settings import Settings
+from .weights.counts import layer_mixes, merged_weights
 from .weights.host import put_on_host
 from .weights.quantised import shape_of, whole_sizes
 

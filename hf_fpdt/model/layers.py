@@ -7,7 +7,7 @@ the sequence, and everything else stays.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -29,14 +29,12 @@ from ..engine import (
 )
 from ..layout import Block, Documents
 from ..parallel import documents_of_batch
-from ..plan import LayerMix
 from .attention_function import window_of_mask
 from .fused import fuse_layer
 from .patch import arguments_by_name, caches_in, signature_of
 from .refusals import check_adapters
 from .scoring.router import collected
 from .settings import Settings
-from .weights.quantised import shape_of
 from .weights.whole import whole_weights
 
 
@@ -92,41 +90,6 @@ def _known_index(layer: nn.Module, settings: Settings) -> int | None:
 def mostly_trained(parameters: list[nn.Parameter]) -> bool:
     """Whether weights train, not adapters alone."""
     return 2 * sum(p.numel() for p in parameters if p.requires_grad) > sum(p.numel() for p in parameters)
-
-
-def layer_mixes(layers: Sequence[Any], traits: Sequence[LayerTraits], experts: int) -> tuple[LayerMix, ...]:
-    """What each layer does, for the arithmetic; () where all attend, and none carries a state.
-
-    Args:
-        layers: of a decoder.
-        traits: what each was seen to do.
-        experts: chosen experts that one token visits.
-    """
-    if all(each.attends and not each.states for each in traits):
-        return ()
-    return tuple(
-        LayerMix(each.attends, _met_weights(layer, experts), each.states, each.channels)
-        for layer, each in zip(layers, traits, strict=True)
-    )
-
-
-def _met_weights(layer: nn.Module, experts: int) -> int:
-    """Weights of matrices and convolutions that one token meets, adapters aside; of experts those that it visits."""
-    met = 0
-    for name, module in layer.named_modules():
-        for weight in module.parameters(recurse=False) if "lora_" not in name else ():
-            if weight.dim() == 2 or isinstance(module, nn.Conv1d):
-                met += shape_of(weight).numel()
-            elif weight.dim() == 3:  # of all experts
-                met += weight.numel() * experts // weight.shape[0]
-    return met
-
-
-def merged_weights(layers: Sequence[Any]) -> int:
-    """Of the layer with most: weights that PEFT's adapters of parameters are merged into whenever it runs."""
-    return max(
-        sum(m.get_param().numel() for m in layer.modules() if type(m).__name__ == "ParamWrapper") for layer in layers
-    )
 
 
 class ChunkedLayer(nn.Module):

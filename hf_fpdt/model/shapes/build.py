@@ -18,8 +18,9 @@ from ...plan import ModelSizes, take_layers
 from ..adapters import without_adapters
 from ..apply import seen_of
 from ..experts.replace import experts_are_replaced
-from ..layers import decoder_layers, merged_weights
+from ..layers import decoder_layers
 from ..settings import auto_loss_tokens
+from ..weights.counts import merged_weights
 from ..weights.host import aligned
 from ..weights.packing import packed_sizes, quantisable, quantise
 
