@@ -46,7 +46,7 @@ setup(
         # Kernels of the gated delta rule and KDA. Those of Mamba-2 (mamba-ssm, causal-conv1d) are built from source.
         "recurrent": ["flash-linear-attention>=0.6.0"],
         # Weights in NF4 or int8: hf-fpdt finetune --quantize, or a model loaded with a BitsAndBytesConfig.
-        "quantized": ["bitsandbytes>=0.49"],
+        "quantized": ["bitsandbytes>=0.50"],
         "bench": ["matplotlib", "liger-kernel", "pyte"],
         "dev": [
             "filelock",
