@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,32 @@ def test_an_example_of_trl_trains(
     ]
     assert len(values) == 3 and (name == "trl_grpo" or values[-1] < values[0])
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_the_recipe_for_agents_trains(text_and_model: Path, tmp_path: Path) -> None:
+    """Trajectories are made, packed and learned with the recipe's own options, in its quantisation."""
+    pytest.importorskip("bitsandbytes")
+    recipe, model = ROOT / "examples" / "agent_128k", tmp_path / "model"
+    shutil.copytree(text_and_model / "model", model)
+    said = "{% set content = message.content ~ (message.tool_calls | tojson if message.tool_calls else '') %}"
+    marked = "{% if message.role == 'assistant' %}{% generation %}{{ content }}{% endgeneration %}{% else %}"
+    marked += "{{ content }}{% endif %}"
+    template = "{% for message in messages %}" + said + marked + "{% endfor %}"
+    (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    data, out = tmp_path / "trajectories.jsonl", tmp_path / "out"
+    made = run_python(recipe / "make_trajectories.py", "--count", "12", "--scale", "0.002", "--output", data)
+    assert made.returncode == 0, made.stderr
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    calls = [turn["tool_calls"][0]["function"]["name"] for turn in rows[0]["messages"] if "tool_calls" in turn]
+    assert (
+        len(rows) == 12 and calls[:2] == ["search", "read"] and "is defined in" in rows[0]["messages"][-1]["content"]
+    )
+    options = ["--config", recipe / "train.yaml", "--model", model, "--data", data, "--output_dir", out]
+    small = ["--max_length", "8K", "--gradient_accumulation_steps", "1", "--eval_docs", "2", "--use_cpu"]
+    done = run_python("-m", "hf_fpdt.commands.finetune", *options, *small)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert run["arguments"]["quantize"] == "nf4" and (out / "adapter_model.safetensors").is_file()
 
 
 def test_examples_are_short() -> None:
