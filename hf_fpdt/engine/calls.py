@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import (
     AttentionSpec,
@@ -27,6 +28,7 @@ from ..layout import Chunk, Documents, Span
 from ..parallel import repeat_heads, sum_repeated_heads
 from ..plan import AttentionSizes
 from .layer_run import LayerKV, LayerRun
+from .layer_state import LinearsSeen
 from .recurrent import Asked, LayerTraits, StandInCache
 
 # Keys of one backward call at most: a kernel's own dK, dV and fp32 sums are as long as its keys, and must not grow
@@ -60,6 +62,20 @@ class Call:
     ) -> Tensor:
         """Attention output [B, S, N, H of V] for the rank's own tokens of the chunk."""
         raise NotImplementedError
+
+    def keep_output(self, name: str, output: Tensor) -> None:
+        """Takes the output of a linear of the layer, which nobody may write to; most calls do not want it."""
+
+    def kept_output(self, name: str) -> Tensor | None:
+        """That of the same linear in the forward pass, if it was kept: then it need not be computed again.
+
+        In a replay it is handed over; elsewhere others will read it, and nobody may write to it.
+        """
+        return None
+
+    def keeps_outputs(self) -> bool:
+        """Whether an output of a linear is of the forward pass, or may be kept for the backward pass."""
+        return False
 
 
 _current_call: ContextVar[Call | None] = ContextVar("fpdt_attention_call", default=None)
@@ -126,6 +142,14 @@ class AttentionCall(Call):
         with torch.no_grad():
             q, *kv = q_BSNH.detach(), *(repeat_heads(x.detach(), self.repeats) for x in (k_BSGH, v_BSGH))
             return self._attend(q, *kv)
+
+    def keep_output(self, name: str, output: Tensor) -> None:
+        # A recurrent layer goes through a packed row's documents one by one.
+        if self.run.checkpoint is not None and (self.documents is None or not self.run.state_names):
+            self.run.checkpoint.put_linear(name, self.chunk, output)
+
+    def keeps_outputs(self) -> bool:
+        return self.run.checkpoint is not None and bool(self.run.checkpoint.linears)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Forward: this chunk's queries read every key so far."""
@@ -203,7 +227,17 @@ def _of_row(row: tuple[Tensor, Tensor], queries: slice) -> tuple[Tensor, Tensor]
     return row[0][:, queries], row[1][:, :, queries].contiguous()
 
 
-class CaptureCall(AttentionCall):
+class _AgainCall(AttentionCall):
+    """What was kept in the forward pass is there, and stays."""
+
+    def keep_output(self, name: str, output: Tensor) -> None:
+        """It was made once more, for it had not been kept."""
+
+    def kept_output(self, name: str) -> Tensor | None:
+        return self.run.kept.peek(name, self.chunk) if self.run.kept.holds(name, self.chunk) else None
+
+
+class CaptureCall(_AgainCall):
     unread = frozenset({"q"})
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -211,7 +245,7 @@ class CaptureCall(AttentionCall):
         raise AttentionReached
 
 
-class RebuildCall(AttentionCall):
+class RebuildCall(_AgainCall):
     """Forward again, for the sake of the layer's output; attention runs again only where its output was not kept."""
 
     def __init__(self, run: LayerRun, chunk: Chunk, store: LayerKV) -> None:
@@ -228,11 +262,14 @@ class RebuildCall(AttentionCall):
         return self.run.layer.group.heads_to_seq(row[0])[0]
 
 
-class ReplayCall(AttentionCall):
+class ReplayCall(_AgainCall):
     """`leaf` is what the layer's forward saw as attention output; `row` is (out, lse) for this rank's heads."""
 
     leaf: Tensor
     row: tuple[Tensor, Tensor]
+
+    def kept_output(self, name: str) -> Tensor | None:
+        return self.run.kept.take(name, self.chunk) if self.run.kept.holds(name, self.chunk) else None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.store.holds(self.chunk):
@@ -293,16 +330,18 @@ _WITHOUT_VALUES = (
 
 
 def traits_without_memory(
+    layer: nn.Module,
     forward: Callable[..., Any],
     hidden_BSD: Tensor,
     arguments: Mapping[str, Any],
     window: int | None,
     cache: str | None,
 ) -> LayerTraits:
-    """What a layer whose weights have no memory does: attention with what it asks of it, and states.
+    """What a layer whose weights have no memory does: attention with what it asks of it, states, linears.
 
     Args:
-        forward: the layer's own, hidden states first.
+        layer: the layer.
+        forward: its own, hidden states first.
         hidden_BSD: what it is given, on the meta device.
         arguments: its other arguments.
         window: the keys that a query sees, by the mask that the model makes for the layer.
@@ -312,7 +351,9 @@ def traits_without_memory(
         Of a layer that cannot be run so, what most layers do: attention alone, and nothing asked.
     """
     stand_in, call, output = StandInCache(0), TrialCall(window), None
-    with suppress(*_WITHOUT_VALUES), torch.no_grad(), calling(call):
+    linears = LinearsSeen(layer, hidden_BSD, lambda: call.calls > 0)
+    with suppress(*_WITHOUT_VALUES), torch.no_grad(), calling(call), linears.watched():
         output = forward(hidden_BSD, **{**arguments, **({} if cache is None else {cache: stand_in})})
     attends = call.calls > 0 or (output is None and not stand_in.finals)
-    return LayerTraits.of(stand_in, cache, output, attends=attends, asked=call.asked)
+    seen = LayerTraits.of(stand_in, cache, output, attends=attends, asked=call.asked)
+    return replace(seen, linears=linears.found())

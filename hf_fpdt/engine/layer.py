@@ -116,6 +116,7 @@ class _ChunkedLayer(torch.autograd.Function):
                     attends, dy = not run.kept.holds("out", chunk), d_output[:, chunk.rank_slice]
                     call, d_after = ReplayCall(run, chunk, store), (dy, d_aside, d_states)
                     d_states = _backward_chunk(run, chunk, call, d_after, dx, sums)
+                    run.kept.forget_linears(chunk)  # what nobody asked for after all
                     run.advance("backward", chunk, attends=attends)
         grads = sums.totals()
         return None, d_hidden, *(grads.get(id(p)) for p in parameters)
@@ -221,12 +222,15 @@ def _forward_again(lower: LayerRun, upper: LayerRun, device: torch.device) -> No
 def _expect_backward(run: LayerRun) -> None:
     """Tell the store what this layer's backward pass reads, and with what the layer below begins."""
     captured, reads, last = set[Chunk](), list[Any](), run.plan.chunks[-1]
+    linears = run.step.model.linears_of(run.index)
+    of_kv = [linear.entry for linear in linears if linear.captured]
+    early, late = ([linear.entry for linear in linears if linear.late == after] for after in (False, True))
     for chunk in reversed(run.plan.chunks):
         missing = [each for each in run.plan.read_by(chunk, run.window, run.documents)[:-1] if each not in captured]
         missing = missing if run.traits.attends else []
         captured.update(missing)
-        reads += run.kept.entries("input", *run.state_names, chunks=missing)
-        reads += run.kept.entries("input", *run.state_names, "out", "lse", chunks=[chunk])
+        reads += run.kept.entries("input", *run.state_names, *of_kv, chunks=missing)
+        reads += run.kept.entries("input", *run.state_names, *early, "out", "lse", *late, chunks=[chunk])
     below = run.below
     while below is not None and not below.kept.holds("input", last):
         below = below.below

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..layout import Chunk, ChunkPlan, Documents
 from ..memory import CheckpointStore, KVStore, LayerCheckpoint, ModelPass, WindowedKV
 from ..parallel import ChunkDocuments, SequenceParallelGroup
-from ..plan import KVBytes, StepSizes, WorkPhase, chunk_work, pass_work
+from ..plan import KVBytes, StepSizes, Work, WorkPhase, chunk_work, pass_work, spared_operations
 from .progress import StepProgress
 from .recurrent import LayerTraits, StandInCache
 from .replay_state import Autocast, OwnWrites, RandomState, modes_of
@@ -270,9 +270,11 @@ class LayerRun:
 
     def advance(self, phase: WorkPhase, chunk: Chunk, *, attends: bool = True) -> None:
         """One chunk of a pass with a backward pass was handed to the device; see `work.chunk_work`."""
-        if self.layer.progress is not None and self.checkpoint is not None:
-            mix = self.step.model.mix(self.index)
+        if self.layer.progress is not None and self.model_pass is not None:
+            mix, layer = self.step.model.mix(self.index), self.index - self.model_pass.first_layer
             work = chunk_work(self.step, chunk, phase, attends=attends, full=self.full, window=self.window, mix=mix)
+            if phase != "forward":
+                work += Work(-spared_operations(self.step, self.model_pass.plan.kept, layer, chunk))
             what = f"{phase} layer {self.index + 1}/{self.step.model.layers}"
             what += f" chunk {chunk.index + 1}/{len(self.plan.chunks)}"
             self.layer.progress.advance(work.done, work.strict, what)

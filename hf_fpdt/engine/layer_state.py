@@ -1,10 +1,15 @@
-"""How a layer is built and what it holds: what says whether it still is the layer that was tried."""
+"""How a layer is built and what it holds: what says whether it still is the layer that was tried; its linears."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ..plan import LinearSize
 
 SMALL_BUFFER = 2**20  # elements
 
@@ -83,3 +88,60 @@ class Buffers:
 
 def _small_copy(buffer: Tensor) -> Tensor | None:
     return buffer.detach().clone() if buffer.numel() <= SMALL_BUFFER else None
+
+
+class LinearsSeen:
+    """What the linears of a layer did in one forward pass over some tokens.
+
+    A linear with an adapter around it (PEFT's `base_layer`) goes by the name of the whole.
+    """
+
+    def __init__(self, layer: nn.Module, like_BSD: Tensor, attends: Callable[[], bool]) -> None:
+        self._tokens, self._dtype = like_BSD.shape[:-1].numel(), like_BSD.dtype
+        self._layer, self._attends = layer, attends
+        self._calls: dict[str, list[tuple[LinearSize, Tensor, int, Tensor]]] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[LinearsSeen]:
+        """Around the layer's forward."""
+        handles, inside = [], tuple[str, ...]()
+        for name, module in self._layer.named_modules():
+            base = getattr(module, "base_layer", module)
+            plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
+            if plain and not name.startswith(inside):
+                handles.append(module.register_forward_hook(self._noted(name, base)))
+                inside = inside if base is module else (*inside, f"{name}.")
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _noted(self, name: str, linear: nn.Linear) -> Callable[..., None]:
+        size = LinearSize(name, linear.in_features, linear.out_features)
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            call = size._replace(late=self._attends()), output, output._version, output.detach().clone()
+            self._calls.setdefault(name, []).append(call)
+
+        return note
+
+    def found(self) -> tuple[LinearSize, ...]:
+        """Those that were called once, on all tokens, in hidden states' dtype, and whose output nobody wrote to.
+
+        An output that is written to in place, by whatever kernel, is not what the linear gave.
+        """
+        calls = [calls[0] for calls in self._calls.values() if len(calls) == 1]
+        return tuple(
+            size
+            for size, output, version, copy in calls
+            if output.dtype == self._dtype
+            and output.numel() == self._tokens * size.outputs
+            and output._version == version
+            and (output.is_meta or torch.equal(_bytes(output), _bytes(copy)))
+        )
+
+
+def _bytes(value: Tensor) -> Tensor:
+    """What is no number is equal to itself."""
+    return value.detach().contiguous().view(torch.uint8)

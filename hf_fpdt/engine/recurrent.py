@@ -33,7 +33,7 @@ from ..parallel import (
     scan_marks,
     scan_of_documents,
 )
-from ..plan import CONV, AttentionSizes, StateSize
+from ..plan import CONV, AttentionSizes, LinearSize, StateSize
 
 # What layers call a cache: since transformers 5.24, and before.
 _NAMES = ("cache", "past_key_values", "past_key_value", "cache_params")
@@ -71,6 +71,7 @@ class LayerTraits:
         outputs: where it returns a tuple, of how many, hidden states and Nones; 0: hidden states alone.
         asked: of attention, where it calls that.
         by_documents: how it runs on packed rows, where it asks for its cache and that was tried.
+        linears: those whose outputs may be kept.
     """
 
     attends: bool = True
@@ -81,6 +82,7 @@ class LayerTraits:
     outputs: int = 0
     asked: Asked | None = None
     by_documents: ByDocuments | None = None
+    linears: tuple[LinearSize, ...] = ()
 
     @classmethod
     def of(

@@ -31,7 +31,7 @@ from ..parallel import SequenceParallelGroup
 from .calls import TrialCall, calling
 from .gradients import GradientSums, mean_size, norm_of
 from .layer_run import tokens_of
-from .layer_state import Buffers
+from .layer_state import Buffers, LinearsSeen
 from .recurrent import LayerTraits, StandInCache, hidden_states_of, scans_over, scans_seen
 from .replay_state import RandomState
 
@@ -145,9 +145,11 @@ class LayerTrial:
         """What the layer does with all tokens and a cache; with none where it wants more of a cache than ours."""
         stand_in, call, heads = StandInCache(0), TrialCall(self.window, self.keys), set[int]()
         self.start.restore()
+        x = self.draw()
+        linears = LinearsSeen(self.layer, x, lambda: call.calls > 0)
         try:
-            with torch.no_grad(), calling(call), scans_seen(self.layer, heads):
-                output = self.forward(self.draw(), **{**self.kwargs, **({} if cache is None else {cache: stand_in})})
+            with torch.no_grad(), calling(call), scans_seen(self.layer, heads), linears.watched():
+                output = self.forward(x, **{**self.kwargs, **({} if cache is None else {cache: stand_in})})
         except (AttributeError, TypeError):
             if cache is None:
                 raise
@@ -157,7 +159,7 @@ class LayerTrial:
             raise NotImplementedError("it calls its attention function twice; FPDT drives one call in each layer")
         self._known, self._asks = True, stand_in.asked
         seen = LayerTraits.of(stand_in, cache, output, attends=call.calls == 1, asked=call.asked)
-        return replace(seen, scan_heads=tuple(sorted(heads)))
+        return replace(seen, scan_heads=tuple(sorted(heads)), linears=linears.found())
 
     # -- one run ------------------------------------------------------------------------------------------------------
 

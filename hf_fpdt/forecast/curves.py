@@ -24,6 +24,7 @@ from ..plan import (
     WorkPhase,
     chunk_work,
     pool_of_numbers,
+    spared_operations,
 )
 from ..units import GIB
 from .fit import Machines, PlannedStep, Training, Use, longest
@@ -140,7 +141,9 @@ def _work(found: PlannedStep, moment: Moment, *, full: bool) -> float:
         attends = attends and not below_rebuilt
     chunk = found.step.plan.chunks[moment.chunk]
     window = found.step.windows_of_last(kept.layers)[moment.layer]
-    return chunk_work(found.step, chunk, moment.phase, attends=attends, full=full, window=window).done
+    done = chunk_work(found.step, chunk, moment.phase, attends=attends, full=full, window=window).done
+    again = moment.phase != "forward"
+    return done - again * spared_operations(found.step, kept, moment.layer, chunk)
 
 
 def _working(step: StepSizes, phase: Phase) -> int:

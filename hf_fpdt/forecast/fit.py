@@ -26,6 +26,7 @@ from ..plan import (
     state_bytes,
     strict_flops,
     sum_bytes,
+    under_way_bytes,
 )
 from ..units import GIB, page_rounded
 from .collectives import ShardedWeights
@@ -247,14 +248,14 @@ def _fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
     # The first layer of a step is waited for.
     first = step.model.fetched_bytes / gpu.link
     seconds = max(step_seconds(step, plan.kept, gpu, full=full), gathering, fetching) + exchange + first
-    resident = plan.kv.device_bytes
-    items = (*fixed, (Use.WORKING, working), (Use.KV, resident))
+    items = (*fixed, (Use.WORKING, working), (Use.KV, plan.kv.device_bytes))
+    away = under_way_bytes(plan.kept, step.layer_bytes())
     elsewhere = plan.forecast.host_bytes - plan.kv.host_bytes + plan.forecast.disk_bytes
     return PlannedStep(
         step=step,
         weights=weights,
         plan=plan,
-        device=(*items, (Use.CHECKPOINTS, plan.forecast.device_bytes)),
+        device=(*items, (Use.CHECKPOINTS, plan.forecast.device_bytes + away)),
         peak=_peak(step, plan, training, dict(fixed)),
         host=(plan.forecast.host_bytes + training.waiting) * machines.gpus,
         host_weights=training.waiting * machines.gpus,
@@ -280,9 +281,9 @@ def peak_bytes(step: StepSizes, plan: PassPlacement, outside: int, inside: int, 
         sums: of the gradients of one layer while they add up over chunks.
     """
     forecast = plan.forecast
-    working = step.working_bytes(
-        plan.kv, checkpoints_elsewhere=forecast.host_bytes > plan.kv.host_bytes, resident=True
-    )
+    elsewhere = forecast.host_bytes > plan.kv.host_bytes
+    working = step.working_bytes(plan.kv, checkpoints_elsewhere=elsewhere, resident=True)
+    working += under_way_bytes(plan.kept, step.layer_bytes(plan.kept.layers))
     # A layer's checkpoints go when its gradients come.
     return working + outside + max(sums + forecast.device_bytes, inside + forecast.device_bytes // plan.kept.layers)
 
@@ -355,7 +356,7 @@ def longest(training: Training, machines: Machines) -> PlannedStep | None:
 
 
 def host_needed(training: Training, machines: Machines, n_tokens: int) -> tuple[PlannedStep, PlannedStep]:
-    """(with the least host memory that takes `n_tokens`, with as much as keeps everything), to a GiB.
+    """(with the least host memory that takes `n_tokens`, with as much as keeps all but linears' outputs), to a GiB.
 
     `Fit.host` is what is pinned; `machine_bytes` says what machines must have for it.
 
@@ -369,7 +370,8 @@ def host_needed(training: Training, machines: Machines, n_tokens: int) -> tuple[
         except MemoryError:
             return None
 
-    most = fit(training, replace(machines, host_bytes=2 * NO_LIMIT), n_tokens)
+    without = replace(training, checkpoints="attention" if training.checkpoints == "auto" else training.checkpoints)
+    most = fit(without, replace(machines, host_bytes=2 * NO_LIMIT), n_tokens)
     low, high, least = -1, math.ceil(machine_bytes(most.host) / GIB), most
     while high - low > 1:
         middle = (low + high) // 2

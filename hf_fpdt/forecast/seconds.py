@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..layout import seen_pairs
-from ..plan import KeptLayers, LayerMix, ModelSizes, StepSizes
+from ..plan import KeptLayers, LayerMix, ModelSizes, StepSizes, saved_operations, spared_operations
 from .collectives import Collectives, ShardedWeights, StepCollectives
 from .rates import GPU
 
@@ -122,7 +122,10 @@ WHOLE_TRAFFIC = 1.5
 
 
 def step_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU, *, full: bool) -> float:
-    """Seconds that every rank of the group computes in one step, copies to and from the host all under it."""
+    """Seconds that every rank of the group computes in one step, copies to and from the host all under it.
+
+    A linear whose output was kept is not computed again: 2 · in · out operations a token less, at products' rate.
+    """
     m, tokens = step.model, step.batch * step.plan.n_tokens / step.plan.sp_size
     rest = tokens * _traffic(step, full=full) * step.element_bytes / gpu.memory
     passes = (FULL_PASSES if full else ADAPTER_PASSES) - _unread_share(m)
@@ -138,9 +141,11 @@ def step_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU, *, full: bool) -> 
     reruns = Counter(window for window, there in zip(windows, kept.attentions, strict=True) if not there)
     again = sum(count * attention[window][0] for window, count in reruns.items()) / rates[0]
     # A rebuilt input is made by the layer below it.
-    for there, mix in zip(kept.inputs[1:], mixes[:-1], strict=True):
+    for layer, (there, mix) in enumerate(zip(kept.inputs[1:], mixes[:-1], strict=True)):
         made = _linear_seconds(m, mix, tokens, gpu) + REBUILD_TRAFFIC * rest + tokens * _scan_seconds(mix, step, gpu)
-        again += made * (not there)
+        spared = sum(spared_operations(step, kept, layer, chunk) for chunk in step.plan.chunks) if not there else 0.0
+        again += made * (not there) - spared / gpu.matmul
+    again -= saved_operations(step, kept) / gpu.matmul
     whole = (2 * m.layers + kept.rebuilt) * WHOLE_TRAFFIC * step.whole_bytes / gpu.memory
     return seconds + again + whole + _head_seconds(step, tokens, gpu, full=full)
 

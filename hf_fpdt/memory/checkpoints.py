@@ -24,14 +24,15 @@ from ..parallel import SequenceParallelGroup
 from ..plan import (
     LOOKAHEAD,
     SOON,
-    ForwardOrder,
+    KeptChunks,
     KVBytes,
+    LinearBytes,
     PassPlacement,
     Slot,
     StepSizes,
     Tier,
     TierAllocator,
-    forward_bytes,
+    forward_order,
 )
 from ..units import GIB
 from .available import TrainingMemory
@@ -58,18 +59,27 @@ class ModelPass:
 
     Attributes:
         plan: what it does with its memory.
+        sizes: bytes of what its layers may keep.
         first_layer: the lowest layer with a backward pass; layers are counted from it in `plan`.
     """
 
     def __init__(self, store: CheckpointStore, plan: PassPlacement, step: StepSizes, first_layer: int) -> None:
         self._store, self._step, self.plan, self.first_layer = store, step, plan, first_layer
-        self.order = ForwardOrder(forward_bytes(plan.kept, step.layer_bytes(plan.kept.layers)), plan.budgets)
+        self.sizes = step.layer_bytes(plan.kept.layers)
+        self.order = forward_order(plan.kept, self.sizes, plan.budgets)
+        self._leaving: list[Entry] = []
         self._last: weakref.ref[Any] | None = None
 
     def awaits(self, index: int, step: StepSizes) -> bool:
         """Whether this layer is the next one: the one above the last, whose run is still there, in the same step."""
         last = None if self._last is None else self._last()
         return last is not None and (last.index + 1, self._step) == (index, step)
+
+    def settle(self, leaving: list[Entry]) -> None:
+        """Copies of a chunk's linears may take as long as the next chunk: those of the one before are waited for."""
+        for entry in self._leaving:
+            entry.settle()
+        self._leaving = leaving
 
     def enter(self, run: Run) -> tuple[LayerCheckpoint, Any]:
         """The checkpoint of the next layer, which runs forward now, and the run of the layer below it, if any."""
@@ -95,6 +105,7 @@ class CheckpointStore:
     ) -> None:
         self._tiers = DeviceTiers(plugin, group, training)
         self._reads: deque[Entry] = deque()
+        self._held: weakref.WeakSet[LayerCheckpoint] = weakref.WeakSet()
         self._pass: ModelPass | None = None
         self.one_thread = OneThread()
 
@@ -152,9 +163,37 @@ class CheckpointStore:
         assert tiers is not None
         nbytes = value.numel() * value.element_size()
         place = tiers.allocator.place(nbytes, order)
+        if place is None and self._drop_linears():
+            place = tiers.allocator.place(nbytes, order)
         if place is None:
             raise MemoryError(_no_room(nbytes, tiers.allocator))
-        entry = None
+        return self._put(value, name, place, alone=alone)
+
+    def keep_linear(self, holder: LayerCheckpoint, value: Tensor, name: str, tier: Tier) -> Entry | None:
+        """Keep the output of a linear on its tier if there is room; it goes where other entries need the room."""
+        tiers = self._tiers.memory
+        assert tiers is not None
+        place = tiers.allocator.place(value.numel() * value.element_size(), (tier,))
+        if place is None:
+            return None
+        self._held.add(holder)
+        return self._put(value, name, place, alone=True)
+
+    def _drop_linears(self) -> bool:
+        """Forget every output of a linear: they are computed again. Whether there were some."""
+        dropped = [entry for holder in self._held for entry in holder.drop_linears()]
+        self._held.clear()
+        self.forget(dropped)
+        return bool(dropped)
+
+    def forget(self, dropped: list[Entry]) -> None:
+        """Entries that nobody will read."""
+        known = set(map(id, dropped))
+        self._reads = deque(entry for entry in self._reads if id(entry) not in known)
+
+    def _put(self, value: Tensor, name: str, place: Slot[Tensor], *, alone: bool) -> Entry:
+        tiers, entry = self._tiers.memory, None
+        assert tiers is not None
         try:
             entry = _entry(tiers, value, name, place, alone=alone)
         finally:
@@ -170,10 +209,9 @@ class CheckpointStore:
     def read(self, entry: Entry) -> Tensor:
         """An entry's tensor on the device; the reads after it are on their way."""
         value = entry.get()
-        if self._reads and self._reads[0] is entry:
-            self._reads.popleft()
-        else:
-            self._reads.clear()  # what follows is not what was expected
+        # What was expected before it, and passed over, is not expected any more; nothing is, where it was not.
+        while self._reads and self._reads.popleft() is not entry:
+            pass
         self._begin_next()
         return value
 
@@ -239,6 +277,17 @@ class LayerCheckpoint:
         self.keeps_attention = model_pass.plan.kept.attentions[index]
         self._entries: dict[tuple[str, int], Entry] = {}
         self._unsettled: list[Entry] = []
+        self._leaving: list[tuple[tuple[str, int], Tensor, int]] = []
+        self._linears: dict[str, tuple[LinearBytes, KeptChunks]] = {}
+        sizes, kept = model_pass.sizes, model_pass.plan.kept
+        for linear, chunks in zip(sizes.linears_of(index), kept.linears_of(index), strict=False):
+            if chunks.kept:
+                self._linears[linear.name] = linear, chunks
+
+    @property
+    def linears(self) -> tuple[LinearBytes, ...]:
+        """Those of which some outputs are to be kept, in the order of calls."""
+        return tuple(linear for linear, _ in self._linears.values())
 
     @property
     def plan(self) -> PassPlacement:
@@ -255,11 +304,46 @@ class LayerCheckpoint:
         self._entries[name, chunk.index] = entry
         self._unsettled.append(entry)
 
+    def put_linear(self, name: str, chunk: Chunk, value: Tensor) -> None:
+        """Keep the output of a linear, if the plan has it and there is room."""
+        if name not in self._linears or self.holds(name, chunk):
+            return
+        linear, chunks = self._linears[name]
+        tier = chunks.tier(chunk.index, len(linear.chunks))
+        if tier is None or value.numel() * value.element_size() != linear.chunks[chunk.index]:
+            return
+        entry = self._store.keep_linear(self, value, f"{name!r} of chunk {chunk.index}", tier)
+        if entry is not None:
+            self._entries[name, chunk.index] = entry
+            self._leaving.append(((name, chunk.index), value, value._version))
+
+    def drop_linears(self, chunk: Chunk | None = None) -> list[Entry]:
+        """Forget the outputs of linears, of one chunk or of all; the entries that there were."""
+        chunks = range(len(self._pass.sizes.inputs)) if chunk is None else (chunk.index,)
+        keys = [(name, index) for name in self._linears for index in chunks if (name, index) in self._entries]
+        dropped = [self._entries.pop(key) for key in keys]
+        for entry in dropped:
+            entry.free()
+        return dropped
+
+    def forget_linears(self, chunk: Chunk) -> None:
+        """Nobody will read what linears gave for a chunk."""
+        if dropped := self.drop_linears(chunk):
+            self._store.forget(dropped)
+
     def settle(self) -> None:
-        """Whatever was put so far may leave the device: the computation waits for copies that still run."""
+        """Whatever was put so far may leave the device: the computation waits for copies that still run.
+
+        It waits for those of linears when the next chunk is done. What somebody wrote to is not what a linear gave.
+        """
         for entry in self._unsettled:
             entry.settle()
         self._unsettled.clear()
+        for key, value, version in self._leaving:
+            if value._version != version and key in self._entries:
+                self._entries.pop(key).free()
+        self._pass.settle([self._entries[key] for key, _, _ in self._leaving if key in self._entries])
+        self._leaving = []
 
     def holds(self, name: str, chunk: Chunk) -> bool:
         """Whether `take` would find (name, chunk)."""
@@ -292,7 +376,8 @@ class LayerCheckpoint:
         yield from (self._entries[key] for key in keys if key in self._entries)
 
     def expect(self, reads: Iterable[Entry]) -> None:
-        """See `CheckpointStore.expect`."""
+        """See `CheckpointStore.expect`; a backward pass begins, and copies of its forward pass are waited for."""
+        self._pass.settle([])
         self._store.expect(reads)
 
     def __del__(self) -> None:

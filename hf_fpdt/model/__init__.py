@@ -11,7 +11,7 @@ In reading order:
     adapters            the rotary parameters that an adapter was trained with
     patch               an instance's forward replaced, and put back
     fused               which pieces of a layer have a faster twin
-    fused_linear        LoRA fused; products that nobody reads
+    fused_linear        LoRA fused; products that nobody reads, or whose values were kept
     experts/            chosen experts as one operation: which (replace), how (operation), its passes, its gates
     weights/            linears of bitsandbytes (quantised), quantised as transformers does (packing), frozen weights
                         on the host (host), a layer's weights whole while it runs (whole)

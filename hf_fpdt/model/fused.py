@@ -7,7 +7,7 @@ says all. So every copy of Llama's norm, MLP or rotary embedding (Mistral, Qwen,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -28,6 +28,8 @@ from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
+from ..engine import current_call
+from ..plan import LinearSize
 from .experts.replace import replace_experts
 from .fused_linear import OutputUse, is_lora, patch_linear
 from .patch import is_patched, patch
@@ -62,20 +64,49 @@ EXPERT_BLOCKS: tuple[Callable[..., Any], ...] = (
 )
 PROJECTIONS = ("q_proj", "k_proj", "query_key_value")
 REST = frozenset({"rest"})
+BASE = ".base_layer"  # what PEFT calls the linear inside of an adapter's
 
 
-def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings) -> None:
-    """Patch what can be replaced in a decoder layer whose own forward is `forward`.
+def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings, index: int) -> None:
+    """Patch what can be replaced in a decoder layer whose own forward is `forward`; `index` is its place.
 
     It is called at every use of a layer: PEFT may have put adapters into it since the last, or around its linears.
     """
-    values = {id(value.readers[0]): value for value in _known_values(layer, forward)}
-    for module in list(layer.modules()):
-        patch_linear(module, settings, values.get(id(module)))
+    fused = settings.plugin.fused
+    entries = {linear.name: linear.entry for linear in settings.kept_linears(index)}
+    if not fused and not entries:
+        return
+    values = {id(value.readers[0]): value for value in _known_values(layer, forward)} if fused else {}
+    for name, module in list(layer.named_modules()):
+        patch_linear(module, settings, values.get(id(module)), entries.get(name.removesuffix(BASE)))
+        if not fused:
+            continue
         replace_experts(module, settings)
         twin = None if settings.liger is None or is_patched(module) else _twin_of(module)
         if twin is not None:
             patch(module, twin, settings)
+
+
+def linears_run_again(
+    layer: nn.Module, forward: Callable[..., Any], seen: Sequence[LinearSize], *, attends: bool, fused: bool
+) -> tuple[LinearSize, ...]:
+    """Of the linears that a layer was seen to call, those that a backward pass computes again.
+
+    Args:
+        forward: the layer's own.
+        seen: linears, in the order of calls.
+        attends: whether the layer calls attention.
+        fused: whether products that nobody reads are left out.
+    """
+    names = {id(module): name for name, module in layer.named_modules()}
+    values = _known_values(layer, forward) if fused else ()
+    uses: dict[str, frozenset[str]] = {names[id(value.readers[0])]: value.names for value in values}
+    query = frozenset({"q"})
+    return tuple(
+        linear._replace(captured=attends and not linear.late and uses.get(linear.name) != query)
+        for linear in seen
+        if uses.get(linear.name) != REST
+    )
 
 
 def _known_values(layer: Any, forward: Callable[..., Any]) -> Iterator[OutputUse]:
@@ -169,8 +200,10 @@ def _with_rotary(forward: FunctionType, rotary: Callable[..., Any], once: bool) 
             return forward(self, *args, **kwargs)
 
         def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
-            if others or not q.is_cuda or q.dtype != cos.dtype:
+            if others or not _is_served(q, cos):
                 return rotary(q, k, cos, sin, **others)
+            if _are_kept():
+                q, k = q.clone(), k.clone()  # they are overwritten, and the backward pass will read them
             if once:
                 cos, sin = (torch.cat((half, half), -1) for half in (cos, sin))
             return liger.rotary(q, k, cos, sin)
@@ -181,6 +214,16 @@ def _with_rotary(forward: FunctionType, rotary: Callable[..., Any], once: bool) 
         return twin(self, *args, **kwargs)
 
     return patched
+
+
+def _is_served(q: Tensor, cos: Tensor) -> bool:
+    return q.is_cuda and q.dtype == cos.dtype
+
+
+def _are_kept() -> bool:
+    """Whether outputs of linears are those that the backward pass finds, so that nobody may write to them."""
+    call = current_call()
+    return call is not None and call.keeps_outputs()
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""Linear layers of a decoder layer: LoRA without passes over memory of its own, and products nobody reads left out.
+"""Linear layers of a decoder layer: LoRA without passes over memory of its own, products nobody needs left out.
 
 PEFT computes W x, then B A x, scales it and adds it: three more tensors of the output's size, each written and read
 again, forward and backward. Here the matrix product that forms B A x scales it and adds it where W x lies.
@@ -6,6 +6,9 @@ again, forward and backward. Here the matrix product that forms B A x scales it 
 A layer is replayed for the sake of its graph, not of its output, so the value of its last product (an MLP's
 down-projection, a quarter of the layer's weights) is read by nobody: backward needs its factors alone. Nor is q, where
 only K and V are made again, nor are q, k, v, where an attention output was kept.
+
+And where the output of a linear was kept from the forward pass, the replay has it: its node in the graph is that of
+the linear, which needs the factors, and nothing is multiplied.
 """
 
 from __future__ import annotations
@@ -51,21 +54,31 @@ class OutputUse:
         return not _global_forward_hooks and not any(map(_hooked, self.readers))
 
 
-def patch_linear(module: nn.Module, settings: Settings, value: OutputUse | None = None) -> None:
-    """Patch a PEFT LoRA linear; and any linear of whose output it is known what becomes of it.
+def patch_linear(
+    module: nn.Module, settings: Settings, value: OutputUse | None = None, entry: str | None = None
+) -> None:
+    """Patch a PEFT LoRA linear; and any linear of whose output it is known what becomes of it, or that may be kept.
 
     Again it says what that is now: a linear may have become the base of a wrapper, which reads all of it.
+
+    Args:
+        entry: the name under which the output may be kept.
     """
     if not is_patched(module):
-        if is_plain_lora(module):
+        if is_plain_lora(module) and settings.plugin.fused:
             patch(module, _lora_forward, settings)
-        elif value is not None and type(module) is nn.Linear:
+        elif type(module) is nn.Linear and (value is not None or _may_be_kept(module, entry)):
             patch(module, _linear_forward, settings)
         elif value is not None and is_quantised(module):
             patch_quantised(module, settings)
     if is_patched(module):
         patched: Any = module
-        patched._fpdt.value = value
+        patched._fpdt.value, patched._fpdt.entry = value, entry
+
+
+def _may_be_kept(module: nn.Module, entry: str | None) -> bool:
+    """Whether the module's own forward is that of a linear."""
+    return entry is not None and "forward" not in vars(module)
 
 
 def patch_quantised(module: nn.Module, settings: Settings) -> None:
@@ -101,9 +114,17 @@ def _unread(module: Any) -> bool:
 
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:
-    if not _unread(self):
-        return self._fpdt.forward(x)
+    unread = _unread(self)
+    kept = None if unread else _kept_output(self, x)
+    if not unread and kept is None:
+        y: Tensor = self._fpdt.forward(x)
+        _keep_output(self, y)
+        return y
+    if kept is not None and not torch.is_grad_enabled():
+        return kept
     x, weight, *bias = _in_autocast_dtype(x, self.weight, *_present(self.bias))
+    if kept is not None:
+        return _KeptLinear.apply((kept,), x, weight, *bias)
     return _UnreadLinear.apply(x, weight, *bias) if torch.is_grad_enabled() else _unwritten(x, weight)
 
 
@@ -115,6 +136,19 @@ def _quantised_forward(self: Any, x: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(self.weight.dtype)
     return _linear_forward(self, x)
+
+
+def _kept_output(module: Any, x: Tensor) -> Tensor | None:
+    """What the module gave for these tokens in the forward pass, if that was kept."""
+    call, entry = current_call(), module._fpdt.entry
+    kept = None if call is None or entry is None else call.kept_output(entry)
+    return None if kept is None or kept.shape[:-1] != x.shape[:-1] else kept
+
+
+def _keep_output(module: Any, y: Tensor) -> None:
+    call, entry = current_call(), module._fpdt.entry
+    if call is not None and entry is not None:
+        call.keep_output(entry, y)
 
 
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -130,9 +164,14 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     active = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     x_adapter = dropout(x) if active else None  # drawn whether or not it is used: what follows draws after it
     unread = _unread(self)
-    if unread and not torch.is_grad_enabled():
-        return _unwritten(x, weights[0])
-    return _LoRALinear.apply(self.scaling[name], unread, x, x_adapter, *weights)
+    kept = None if unread else _kept_output(self, x)
+    if (unread or kept is not None) and not torch.is_grad_enabled():
+        return _unwritten(x, weights[0]) if kept is None else kept
+    given = (_unwritten(x, weights[0]),) if unread else () if kept is None else (kept,)
+    y: Tensor = _LoRALinear.apply(self.scaling[name], given, x, x_adapter, *weights)
+    if not given:
+        _keep_output(self, y)
+    return y
 
 
 @functools.cache
@@ -184,18 +223,21 @@ def _in_autocast_dtype(x: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """x W' + bias + scaling · x_adapter A' B' for a frozen W; `x_adapter` is x after dropout, None without."""
+    """x W' + bias + scaling · x_adapter A' B' for a frozen W; `x_adapter` is x after dropout, None without.
+
+    `given` has the output where it need not be computed, in a tuple: autograd would make a view of a node's input.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, scaling: float, unread: bool, x: Tensor, x_adapter: Tensor | None, *weights: Tensor
+        ctx: Any, scaling: float, given: tuple[Tensor, ...], x: Tensor, x_adapter: Tensor | None, *weights: Tensor
     ) -> Tensor:
         weight, down, up, *bias = weights
         inner = linear(x if x_adapter is None else x_adapter, down)
         ctx.scaling, ctx.dropped = scaling, x_adapter is not None
         ctx.save_for_backward(x if x_adapter is None else x_adapter, inner, weight, down, up)
-        if unread:
-            return _unwritten(x, weight)
+        if given:
+            return given[0]
         y = linear(x, weight, *bias)
         y.view(-1, y.shape[-1]).addmm_(inner.flatten(0, -2), up.t(), alpha=scaling)
         return y
@@ -228,8 +270,28 @@ class _UnreadLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dy_TO = dy.flatten(0, -2)
-        needs_x, needs_weight, *needs_bias = ctx.needs_input_grad
-        dx = (dy_TO @ weight).view(x.shape) if needs_x else None
-        d_weight = dy_TO.t() @ x.flatten(0, -2) if needs_weight else None
-        return dx, d_weight, *(dy_TO.sum(0) if needed else None for needed in needs_bias)
+        return _linear_gradients(dy, x, weight, ctx.needs_input_grad)
+
+
+class _KeptLinear(torch.autograd.Function):
+    """The graph of a linear whose output is given, in a tuple: autograd would make a view of a node's input."""
+
+    @staticmethod
+    def forward(ctx: Any, given: tuple[Tensor], x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return given[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return None, *_linear_gradients(dy, x, weight, ctx.needs_input_grad[1:])
+
+
+def _linear_gradients(dy: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Of input, weight and bias, as PyTorch makes them."""
+    dy_TO = dy.flatten(0, -2)
+    needs_x, needs_weight, *needs_bias = needed
+    dx = (dy_TO @ weight).view(x.shape) if needs_x else None
+    d_weight = dy_TO.t() @ x.flatten(0, -2) if needs_weight else None
+    return dx, d_weight, *(dy_TO.sum(0) if needed else None for needed in needs_bias)

@@ -7,7 +7,7 @@ the sequence, and everything else stays.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
@@ -29,8 +29,9 @@ from ..engine import (
 )
 from ..layout import Block, Documents
 from ..parallel import documents_of_batch
+from ..plan import LinearSize
 from .attention_function import window_of_mask
-from .fused import fuse_layer
+from .fused import fuse_layer, linears_run_again
 from .patch import arguments_by_name, caches_in, signature_of
 from .refusals import check_adapters
 from .scoring.router import collected
@@ -90,6 +91,15 @@ def _known_index(layer: nn.Module, settings: Settings) -> int | None:
 def mostly_trained(parameters: list[nn.Parameter]) -> bool:
     """Whether weights train, not adapters alone."""
     return 2 * sum(p.numel() for p in parameters if p.requires_grad) > sum(p.numel() for p in parameters)
+
+
+def layer_linears(layers: Sequence[Any], *, fused: bool) -> tuple[tuple[LinearSize, ...], ...]:
+    """Of each layer that was tried the linears that a backward pass computes again; () where there are none."""
+    found = []
+    for layer in layers:
+        traits, forward = layer._fpdt_traits, layer._fpdt_layer.raw_forward
+        found.append(linears_run_again(layer, forward, traits.linears, attends=traits.attends, fused=fused))
+    return tuple(found) if any(found) else ()
 
 
 class ChunkedLayer(nn.Module):
@@ -154,8 +164,7 @@ class ChunkedLayer(nn.Module):
 
     def _fpdt_in_chunks(self, hidden: Tensor, arguments: dict[str, Any], window: int | None) -> Tensor:
         settings, parameters = self._fpdt_settings, list(self.parameters())
-        if settings.plugin.fused:
-            fuse_layer(self, self._fpdt_layer.raw_forward, settings)
+        fuse_layer(self, self._fpdt_layer.raw_forward, settings, self._fpdt_layer.index)
         # What the pass keeps where is settled before its first layer is entered; see `CheckpointStore.pass_of`.
         store, placed = settings.store, (hidden.device, self._fpdt_layer.is_sharded)
         documents = documents_of_batch()
@@ -192,7 +201,7 @@ class ChunkedLayer(nn.Module):
         """
         if hidden.is_meta:
             forward, cache = self._fpdt_layer.forward, cache_argument(self._fpdt_layer.raw_forward)
-            self._fpdt_traits = traits_without_memory(forward, hidden, arguments, window, cache)
+            self._fpdt_traits = traits_without_memory(self, forward, hidden, arguments, window, cache)
             return
         look, trials, given = look_of(self), self._fpdt_settings.trials, (hidden, arguments, window)
         if look not in self._fpdt_looks:

@@ -19,6 +19,7 @@ class Patch:
     Attributes:
         value: what becomes of the module's output (`fused_linear.OutputUse`), where that is known now.
         found: what its new forward found out, by what that depends on.
+        entry: of a linear the name under which its output may be kept for the backward pass.
     """
 
     settings: Settings
@@ -27,6 +28,7 @@ class Patch:
     instance_forward: Callable[..., Any] | None
     value: Any = None
     found: dict[Any, Any] = field(default_factory=dict)
+    entry: str | None = None
 
 
 def patch(module: Any, forward: Callable[..., Any], settings: Settings) -> None:

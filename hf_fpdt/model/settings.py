@@ -16,7 +16,7 @@ from ..engine import Asked, LayerTrials, StepProgress
 from ..layout import ChunkPlan, Documents, chunk_choices
 from ..memory import CheckpointStore
 from ..parallel import SequenceParallelGroup
-from ..plan import ModelSizes, StepSizes
+from ..plan import KEEPS_LINEARS, LinearSize, ModelSizes, StepSizes
 from .liger import Liger
 from .weights.host import HostWeights
 
@@ -63,6 +63,10 @@ class Settings:
     asked: tuple[Asked, ...] = ()
     host_weights: HostWeights | None = None
     plain: dict[tuple[str, torch.dtype], bool] = field(default_factory=dict)
+
+    def kept_linears(self, layer: int) -> tuple[LinearSize, ...]:
+        """The linears of a layer whose outputs the policy of checkpoints may keep."""
+        return self.sizes.linears_of(layer) if self.plugin.checkpoints in KEEPS_LINEARS else ()
 
     def why_not_served(self, devices: Sequence[torch.device], dtypes: Sequence[torch.dtype] = HALF) -> str | None:
         """Why the named kernel serves something that a layer asks on none of the devices; None where it serves all.

@@ -6,7 +6,9 @@ In reading order:
     model_sizes    what the arithmetic needs to know of a model
     kv_bytes       bytes of one layer's K and V
     sizes          bytes of a step: of a layer, K and V, and what grows on the GPU
+    layer_bytes    bytes of what one layer may keep
     checkpointing  the rule of what each layer keeps for its backward pass
+    linears        which outputs of linears it keeps besides
     tiers          the allocator: GPU, pinned host buffers, files
     rehearsal      a step played with numbers, to know its peaks before it runs
     placement      "auto" resolved: budgets, and the fastest placement that they hold
@@ -29,9 +31,20 @@ from .by_layer import (
     why_no_sizes,
     windows_of,
 )
-from .checkpointing import KeptLayers, forward_bytes
-from .model_sizes import CONV, LayerMix, StateSize
-from .operations import BACKWARD_OPERATIONS, WorkPhase, attention_of_all, chunk_work, pass_work, strict_flops
+from .checkpointing import KeptChunks, KeptLayers, forward_bytes, forward_order, linear_bytes
+from .layer_bytes import LinearBytes
+from .linears import KEEPS_LINEARS, saved_of, saved_operations, under_way_bytes
+from .model_sizes import CONV, LayerMix, LinearSize, StateSize
+from .operations import (
+    BACKWARD_OPERATIONS,
+    Work,
+    WorkPhase,
+    attention_of_all,
+    chunk_work,
+    pass_work,
+    spared_operations,
+    strict_flops,
+)
 from .optimizers import OPTIMIZERS, state_bytes, sum_bytes
 from .placement import (
     DEVICE_MARGIN,
@@ -45,6 +58,7 @@ from .placement import (
     described_kv,
     described_windows,
     has_room,
+    linear_share,
     plan_pass,
 )
 from .rehearsal import Rehearsal, pool_of_numbers
@@ -75,11 +89,15 @@ __all__ = [
     "ExistingBuffers",
     "ForwardOrder",
     "HOST_RESERVE",
+    "KEEPS_LINEARS",
     "KVBytes",
+    "KeptChunks",
     "KeptLayers",
     "LOOKAHEAD",
     "LayerMix",
     "LayersDiffer",
+    "LinearBytes",
+    "LinearSize",
     "ModelSizes",
     "NO_LIMIT",
     "OPTIMIZERS",
@@ -94,6 +112,7 @@ __all__ = [
     "StepSizes",
     "Tier",
     "TierAllocator",
+    "Work",
     "WorkPhase",
     "attention_of_all",
     "attention_sizes",
@@ -104,20 +123,27 @@ __all__ = [
     "described_kv",
     "described_windows",
     "forward_bytes",
+    "forward_order",
     "has_room",
     "head_dims",
     "largest",
     "layer_lists",
     "layer_overrides",
     "layer_sets",
+    "linear_bytes",
+    "linear_share",
     "one_value",
     "pass_work",
     "plan_pass",
     "pool_of_numbers",
+    "saved_of",
+    "saved_operations",
+    "spared_operations",
     "state_bytes",
     "strict_flops",
     "sum_bytes",
     "take_layers",
+    "under_way_bytes",
     "why_no_sizes",
     "windows_of",
 ]

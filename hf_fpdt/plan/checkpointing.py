@@ -3,7 +3,8 @@
 For each layer the store keeps its input or not, and its attention output (with lse) or not. A missing attention output
 costs one attention forward in backward. A missing input is rebuilt from the nearest kept input below: token by token
 alone through layers whose attention output is there, by whole forward passes through the others; what a rebuild makes
-stays until its layer is done. Layers from one kept input up to the next are a SEGMENT.
+stays until its layer is done. Layers from one kept input up to the next are a SEGMENT. Where there is room beside
+these, outputs of linears are kept too, by layer and chunk, and are not computed again (see `linears`).
 
 Backward frees the upper layers first, and what they free has room for rebuilding below. So segments GROW downwards:
 with attention outputs kept they may have 1, 3, 7, 15, … layers, with none 1, 1, 2, 2, 3, 3, …, and nothing is ever
@@ -15,8 +16,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from .sizes import LayerBytes
+from .layer_bytes import LayerBytes
+from .tiers import Budgets, ForwardOrder
+
+
+class KeptChunks(NamedTuple):
+    """The chunks of which a linear's output is kept: so many of the last ones.
+
+    Attributes:
+        kept: chunks.
+        on_device: of these, those on the device, last ones too; the others lie on the host.
+    """
+
+    kept: int = 0
+    on_device: int = 0
+
+    def tier(self, chunk: int, chunks: int) -> Literal["device", "host"] | None:
+        """Where a chunk's lies; None where it is not kept."""
+        if chunk < chunks - self.kept:
+            return None
+        return "device" if chunk >= chunks - self.on_device else "host"
 
 
 @dataclass(frozen=True)
@@ -28,17 +49,23 @@ class KeptLayers:
         attentions: whether a layer's attention output and lse are; True of a layer without attention, which has none
             to run again.
         without: layers without attention.
+        linears: of each layer, of each of its linears, the chunks whose output is kept; (): of none.
     """
 
     inputs: tuple[bool, ...]
     attentions: tuple[bool, ...]
     without: int = 0
+    linears: tuple[tuple[KeptChunks, ...], ...] = ()
 
     def base(self, layer: int) -> int:
         """The layer from whose input that of `layer` is rebuilt: itself where it is kept."""
         while not self.inputs[layer]:
             layer -= 1
         return layer
+
+    def linears_of(self, layer: int) -> tuple[KeptChunks, ...]:
+        """Of each linear of a layer the chunks whose output is kept."""
+        return self.linears[layer] if self.linears else ()
 
     @property
     def layers(self) -> int:
@@ -67,8 +94,36 @@ class KeptLayers:
 
 def forward_bytes(kept: KeptLayers, sizes: LayerBytes) -> int:
     """What the store holds when the forward pass ends."""
+    return _ordered_bytes(kept, sizes) + linear_bytes(kept, sizes).total
+
+
+def _ordered_bytes(kept: KeptLayers, sizes: LayerBytes) -> int:
+    """The same without outputs of linears."""
     attentions = _attention_bytes(kept.attentions, range(kept.layers), sizes)
     return kept.inputs.count(True) * sizes.input_total + attentions + sizes.all_states
+
+
+def linear_bytes(kept: KeptLayers, sizes: LayerBytes) -> Budgets:
+    """What kept outputs of linears take of each tier."""
+    each = [_linear_bytes_of(kept, sizes, layer) for layer in range(len(kept.linears))]
+    return Budgets(sum(layer.device for layer in each), sum(layer.host for layer in each))
+
+
+def _linear_bytes_of(kept: KeptLayers, sizes: LayerBytes, layer: int) -> Budgets:
+    device, every = 0, 0
+    for chunks, linear in zip(kept.linears_of(layer), sizes.linears_of(layer), strict=False):
+        count = len(linear.chunks)
+        # Ranks with shorter sequences keep as many chunks as the longest, or all that they have.
+        every += sum(linear.chunks[max(0, count - chunks.kept) :])
+        device += sum(linear.chunks[max(0, count - chunks.on_device) :])
+    return Budgets(device, every - device)
+
+
+def forward_order(kept: KeptLayers, sizes: LayerBytes, budgets: Budgets) -> ForwardOrder:
+    """Where a forward pass puts inputs, attention outputs and states: what linears take is set aside for them."""
+    linears = linear_bytes(kept, sizes)
+    left = Budgets(budgets.device - linears.device, budgets.host - linears.host, budgets.disk)
+    return ForwardOrder(_ordered_bytes(kept, sizes), left)
 
 
 def _attention_bytes(kept: Sequence[bool], layers: Iterable[int], sizes: LayerBytes) -> int:
@@ -86,7 +141,7 @@ def peak_bytes(kept: KeptLayers, sizes: LayerBytes) -> int:
         # The layer below a rebuilt input was run again, attention too where its output had not been kept.
         rebuilt = layer + 1 < kept.layers and not kept.inputs[layer + 1]
         held -= sizes.input_total + sizes.attention_of(layer) * (kept.attentions[layer] or rebuilt)
-        held -= sizes.state_total(layer)
+        held -= sizes.state_total(layer) + _linear_bytes_of(kept, sizes, layer).total
     return peak
 
 
@@ -125,21 +180,25 @@ def _split_largest(bases: list[int], layers: int, count: int) -> None:
         bases.append(base + size // 2)
 
 
-def candidates(policy: str, sizes: LayerBytes, budget: int, ratios: Sequence[float]) -> Iterator[KeptLayers]:
+def candidates(
+    policy: str, sizes: LayerBytes, budget: int, ratios: Sequence[float], most_outputs: int | None = None
+) -> Iterator[KeptLayers]:
     """Plans of a policy whose peak is within `budget`, the fastest first.
 
     Args:
         policy: a value of `FPDTPlugin.checkpoints`.
         budget: bytes that all tiers hold together.
         ratios: of each layer with a backward pass, cost of its attention forward over that of its token-wise rest.
+        most_outputs: attention outputs that "auto" may keep; None: of all layers.
     """
     layers = len(ratios)
     if policy == "segment":
         yield from _least(layers, sizes, budget)
         return
     attending = [layer for layer in range(layers) if sizes.has_attention(layer)]
-    outs = {"attention": [len(attending)], "input": [0]}.get(policy, range(len(attending) + 1))
-    ins = [layers] if policy == "input" else range(1, layers + 1)
+    every, most = [len(attending)], len(attending) if most_outputs is None else most_outputs
+    outs = {"attention": every, "linears": every, "input": [0]}.get(policy, range(most + 1))
+    ins = [layers] if policy in ("input", "linears") else range(1, layers + 1)
     # First of the layers whose attention costs most; of equals the last, whose outputs are freed first, and make room
     # for what is rebuilt below.
     order = sorted(attending, key=lambda layer: (ratios[layer], layer), reverse=True)
@@ -174,6 +233,10 @@ def _without_outputs(layers: int, sizes: LayerBytes, budget: int) -> Iterator[Ke
 
 def least_bytes(policy: str, layers: int, sizes: LayerBytes) -> int:
     """The smallest budget with which the policy has a plan."""
+    if policy == "linears":
+        every = tuple(tuple(KeptChunks(len(linear.chunks)) for linear in layer) for layer in sizes.linears)
+        there = (True,) * layers
+        return forward_bytes(KeptLayers(there, there, linears=every), sizes)
 
     def plans(budget: int) -> Iterator[KeptLayers]:
         # To keep no attention output never needs more: what a rebuild makes of them is held for a shorter time.

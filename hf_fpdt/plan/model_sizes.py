@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .by_layer import (
     AttentionSizes,
@@ -63,6 +63,28 @@ class LayerMix:
 CONV, SCAN_OPERATIONS = "conv", 6
 
 
+class LinearSize(NamedTuple):
+    """A linear of a layer, whose output may be kept for the backward pass.
+
+    Attributes:
+        name: the module's, inside its layer; without what an adapter puts around it.
+        inputs, outputs: features of a token.
+        late: whether the layer calls it after attention.
+        captured: whether K and V are made of its output, which backward makes once more for all chunks but the last.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    late: bool = False
+    captured: bool = False
+
+    @property
+    def entry(self) -> str:
+        """The name of its checkpoint."""
+        return f"linear {self.name}"
+
+
 @dataclass(frozen=True)
 class ModelSizes:
     """What the arithmetic needs to know of a model.
@@ -86,9 +108,10 @@ class ModelSizes:
         whole_weights: of the layer with most, those that are quantised, and dequantised while it runs.
         whole_itemsize: bytes of one of them then; 0: as q, k and v have.
         fetched_bytes: of the layer with most, what comes from the host whenever it runs; 0: weights stay.
+        linears: of each layer those whose outputs may be kept, in the order of calls; (): none is known.
 
     Raises:
-        ValueError: there are windows, mixes or heads, but not one for each layer.
+        ValueError: there are windows, mixes, heads or linears, but not one for each layer.
     """
 
     layers: int
@@ -110,9 +133,10 @@ class ModelSizes:
     whole_weights: int = 0
     whole_itemsize: int = 0
     fetched_bytes: int = 0
+    linears: tuple[tuple[LinearSize, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("windows", "mixes", "heads"):
+        for name in ("windows", "mixes", "heads", "linears"):
             value = getattr(self, name)
             if value and len(value) != self.layers:
                 raise ValueError(
@@ -131,6 +155,10 @@ class ModelSizes:
         if self.heads:
             return self.heads[layer]
         return AttentionSizes(self.q_heads, self.kv_heads, self.head_dim, self.value_dim)
+
+    def linears_of(self, layer: int) -> tuple[LinearSize, ...]:
+        """Those of a layer whose outputs may be kept."""
+        return self.linears[layer] if self.linears else ()
 
     def window(self, layer: int) -> int | None:
         """The keys that a query sees in a layer; None: all before it."""

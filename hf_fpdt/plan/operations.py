@@ -73,7 +73,7 @@ def chunk_work(
     window: int | None = None,
     mix: LayerMix | None = None,
 ) -> Work:
-    """One layer's work on one chunk.
+    """One layer's work on one chunk; outputs of linears that were kept count as computed again.
 
     Args:
         attends: whether attention runs forward in this phase.
@@ -105,7 +105,19 @@ def pass_work(step: StepSizes, kept: KeptLayers, *, full: bool) -> Work:
     for chunk in step.plan.chunks:
         for ((window, mix), (phase, attends)), count in alike.items():
             total += chunk_work(step, chunk, phase, attends=attends, full=full, window=window, mix=mix) * count
+        for layer in range(len(kept.linears)):
+            again = sum(phase != "forward" for phase, _ in _done(kept, layer))
+            total += Work(-spared_operations(step, kept, layer, chunk)) * again
     return total
+
+
+def spared_operations(step: StepSizes, kept: KeptLayers, layer: int, chunk: Chunk) -> float:
+    """Operations of one pass over a chunk that are not done again, as outputs of a layer's linears were kept."""
+    tokens, chunks = step.batch * (chunk.rank_stop - chunk.rank_start), len(step.plan.chunks)
+    linears = step.model.linears_of(step.model.layers - kept.layers + layer)
+    pairs = zip(linears, kept.linears_of(layer), strict=False)
+    there = (linear for linear, each in pairs if each.tier(chunk.index, chunks) is not None)
+    return 2.0 * tokens * sum(linear.inputs * linear.outputs for linear in there)
 
 
 def _done(kept: KeptLayers, layer: int) -> Iterator[tuple[WorkPhase, bool]]:

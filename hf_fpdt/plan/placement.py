@@ -6,14 +6,15 @@ Raises where a step cannot fit, with the arithmetic, instead of the kernel's out
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from ..config import FPDTPlugin
 from ..layout import Block
 from ..units import GIB
-from .checkpointing import KeptLayers, candidates, least_bytes, peak_bytes
+from .checkpointing import KeptChunks, KeptLayers, candidates, least_bytes, peak_bytes
+from .linears import saved_of, saved_operations, under_way_bytes, with_linears
 from .rehearsal import Forecast, forecast, without_kv
 from .sizes import KVBytes, LayerBytes, StepSizes
 from .tiers import STAGING_BUFFERS, Budgets, ExistingBuffers
@@ -111,14 +112,70 @@ def plan_pass(
     room = without_kv(rest, kv, ExistingBuffers()).total if rest.host >= kv.host_buffer_bytes else -1
     if room < least_bytes(policy, layers, sizes):
         raise NoRoom(partial(_too_much, policy, step, layers, budgets, kv))
-    for kept in candidates(policy, sizes, room, step.attention_costs(layers)):
-        # Without regard to the buffers there are, in which ranks may differ: they must keep the same.
-        found = forecast(kept, sizes, kv, rest, ExistingBuffers())
-        if found is not None and have:
-            found = forecast(kept, sizes, kv, rest, have)
-        if found is not None:
-            return PassPlacement(kv, without_kv(rest, kv, have), rest.host, found)
-    raise NoRoom(partial(_too_much, policy, step, layers, budgets, kv))
+    costs = step.attention_costs(layers)
+    found: list[tuple[float, PassPlacement]] = []
+    for most in _most_outputs(policy, step, layers, costs):
+        plans = candidates(policy, sizes, room, costs, most)
+        first = next(_that_fit(policy, plans, step, kv, rest, have), None)
+        found += [] if first is None else [(_cost(first[0], step, costs), first[1])]
+    if not found:
+        raise NoRoom(partial(_too_much, policy, step, layers, budgets, kv))
+    return min(found, key=lambda each: each[0])[1]
+
+
+def _most_outputs(policy: str, step: StepSizes, layers: int, costs: Sequence[float]) -> Iterator[int]:
+    """Attention outputs that may be kept: of all layers; of those alone where they save more a byte than linears."""
+    sizes, attends = step.layer_bytes(layers), [mix.attends for mix in step.mixes_of_last(layers)]
+    yield sum(attends)
+    if policy != "auto" or not any(sizes.linears):
+        return
+    every = KeptChunks(len(step.plan.chunks))
+    linears = {linear for kind in step.model.linears[-layers:] for linear in kind}
+    tokens = step.batch * step.plan.n_tokens / step.plan.sp_size
+    densest = max(saved_of(step, each, every) / (tokens * each.outputs * step.attention_bytes) for each in linears)
+    saved = [cost * _layer_operations(step) * tokens / sizes.attention_total for cost in costs]
+    better = sum(attend and each >= densest for attend, each in zip(attends, saved, strict=True))
+    if better < sum(attends):
+        yield better
+
+
+def _layer_operations(step: StepSizes) -> float:
+    """Of a token, forward, in all linears of a layer: what `StepSizes.attention_costs` counts by."""
+    return 2.0 * max(1, step.model.layer_parameters)
+
+
+def _cost(kept: KeptLayers, step: StepSizes, costs: Sequence[float]) -> float:
+    """What is run again, in forward passes of a layer's linears."""
+    reruns = sum(cost for cost, there in zip(costs, kept.attentions, strict=True) if not there)
+    tokens = step.batch * step.plan.n_tokens / step.plan.sp_size
+    return reruns + kept.rebuilt - saved_operations(step, kept) / (tokens * _layer_operations(step))
+
+
+def _that_fit(
+    policy: str,
+    plans: Iterable[KeptLayers],
+    step: StepSizes,
+    kv: KVBytes,
+    rest: Budgets,
+    have: ExistingBuffers,
+) -> Iterator[tuple[KeptLayers, PassPlacement]]:
+    """Those that the budgets hold, with what there is room for of what linears give; what all ranks would keep first.
+
+    Ranks may differ in the buffers that they have: what is kept of linears may then differ too, and nothing else.
+    """
+    left = without_kv(rest, kv, ExistingBuffers())
+    for each in plans:
+        sizes, agreed = step.layer_bytes(each.layers), None
+        for kept in with_linears(policy, each, step, kv, left):
+            away = under_way_bytes(kept, sizes)
+            within = Budgets(max(0, rest.device - away), rest.host, rest.disk)
+            # Without regard to the buffers there are: ranks must keep the same.
+            found = forecast(kept, sizes, kv, within, ExistingBuffers())
+            agreed = kept if agreed is None and found is not None else agreed
+            if found is not None and have:
+                found = forecast(kept, sizes, kv, within, have)
+            if found is not None and agreed is not None:
+                yield agreed, PassPlacement(kv, without_kv(within, kv, have), rest.host, found)
 
 
 def _staging_bytes(budgets: Budgets, sizes: LayerBytes) -> int:
@@ -144,6 +201,8 @@ def _too_much(policy: str, step: StepSizes, layers: int, budgets: Budgets, kv: K
 def _least_that_fits(policy: str, layers: int, sizes: LayerBytes, kv: KVBytes) -> int:
     """The least that checkpoints need on a host alone, with buffers that are longer than what lies in them."""
     least = least_bytes(policy, layers, sizes)
+    if policy == "linears":
+        return least  # long entries, nearly as long as their buffers
     for percent in range(100, 150):
         needed = least * percent // 100
         # To keep no attention output is what "auto" does at last.
@@ -173,10 +232,26 @@ def described(plan: PassPlacement, step: StepSizes, budgets: Budgets) -> str:
     files = f", files {_gib(predicted.disk_bytes)}" if predicted.disk_bytes else ""
     total = _gib(peak_bytes(kept, step.layer_bytes(kept.layers)))
     return (
-        f"{_where_kv(plan.kv, plan.kv.backward_resident, step)}; keeps {kept} ({total}: {places}{files}); in backward "
+        f"{_where_kv(plan.kv, plan.kv.backward_resident, step)}; keeps {kept}{_linears(plan.kept, step)} ({total}: "
+        f"{places}{files}); in backward "
         f"{kept.attention_reruns} layers run attention again, {kept.rebuilt} run their linears once more; budgets "
         f"device {_gib(budgets.device)}, host {_gib(budgets.host)}"
     )
+
+
+def _linears(kept: KeptLayers, step: StepSizes) -> str:
+    share = linear_share(kept, step, range(kept.layers))
+    return f" and {100 * share:.0f} % of what linears gave" if share else ""
+
+
+def linear_share(kept: KeptLayers, step: StepSizes, layers: Iterable[int]) -> float:
+    """Of what the linears of some layers of the pass would compute again, what is kept; 0 where none would."""
+    every, saved, first = 0.0, 0.0, step.model.layers - kept.layers
+    for layer in layers:
+        for i, linear in enumerate(step.model.linears_of(first + layer)):
+            every += saved_of(step, linear, KeptChunks(len(step.plan.chunks)))
+            saved += saved_of(step, linear, kept.linears_of(layer)[i]) if kept.linears else 0.0
+    return saved / every if every else 0.0
 
 
 def described_kv(kv: KVBytes, step: StepSizes) -> str:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .checkpointing import KeptLayers, forward_bytes
+from .checkpointing import KeptLayers, forward_order
 from .sizes import KVBytes, LayerBytes
-from .tiers import SOON, Budgets, BufferPool, ExistingBuffers, ForwardOrder, Observer, Slot, TierAllocator
+from .tiers import SOON, Budgets, BufferPool, ExistingBuffers, Observer, Slot, TierAllocator
 
 
 def without_kv(budgets: Budgets, kv: KVBytes, have: ExistingBuffers) -> Budgets:
@@ -84,7 +84,7 @@ class Rehearsal:
     ) -> None:
         self.kept, self.sizes, self.kv, self.shelves = kept, sizes, kv, shelves
         self.look = look or (lambda phase, layer, chunk: None)
-        self.order = ForwardOrder(forward_bytes(kept, sizes), shelves.budgets)
+        self.order = forward_order(kept, sizes, shelves.budgets)
         self.places: dict[tuple[int, str, int], Slot[int]] = {}
         self.chunks = range(len(sizes.inputs))
 
@@ -105,6 +105,16 @@ class Rehearsal:
             self.places[layer, name, chunk] = place
         yield place is not None
 
+    def _put_linears(self, layer: int, chunk: int, *, late: bool) -> Iterator[bool]:
+        """Outputs of linears, each on its own tier: those that the layer calls before attention, or after it."""
+        for kept, linear in zip(self.kept.linears_of(layer), self.sizes.linears_of(layer), strict=False):
+            tier = kept.tier(chunk, len(self.chunks)) if linear.late == late else None
+            if tier is not None:
+                place = self.shelves.place(linear.chunks[chunk], (tier,))
+                if place is not None:
+                    self.places[layer, linear.name, chunk] = place
+                yield place is not None
+
     def _take(self, layer: int, *names: str, chunk: int) -> None:
         for name in names:
             place = self.places.pop((layer, name, chunk), None)
@@ -116,10 +126,12 @@ class Rehearsal:
         for chunk in self.chunks:
             if self.kept.inputs[layer]:
                 yield from self._put(layer, "input", chunk)
+            yield from self._put_linears(layer, chunk, late=False)
             yield from self._put_kv(kv, layer, chunk, self.kv.forward_resident)
             if self.kept.attentions[layer] and self.sizes.has_attention(layer):
                 yield from self._put(layer, "out", chunk)
                 yield from self._put(layer, "lse", chunk)
+            yield from self._put_linears(layer, chunk, late=True)
             for name in self.sizes.states_of(layer) if chunk < self.chunks[-1] else ():
                 yield from self._put(layer, name, chunk + 1)
             self.look("forward", layer, chunk)
@@ -159,7 +171,8 @@ class Rehearsal:
         for chunk in self.chunks[:-1]:
             yield from self._put_kv(kv, layer, chunk, self.kv.backward_resident)
         for chunk in reversed(self.chunks):
-            self._take(layer, "input", "out", "lse", *self.sizes.states_of(layer), chunk=chunk)
+            linears = [linear.name for linear in self.sizes.linears_of(layer)]
+            self._take(layer, "input", "out", "lse", *self.sizes.states_of(layer), *linears, chunk=chunk)
             if chunk == self.chunks[-1] and not self.kv.is_windowed(layer):
                 # Gradients of the row's last keys are the next row's, and never leave the device.
                 for earlier in range(self.kv.backward_resident, chunk - 1):

@@ -8,74 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
 from ..layout import ChunkPlan, Documents, first_key, seen_pairs
 from .kv_bytes import KVBytes, holds
+from .layer_bytes import LayerBytes, LinearBytes
 from .model_sizes import CONV, LayerMix, ModelSizes
 
 __all__ = ["DeviceItem", "KVBytes", "LayerBytes", "ModelSizes", "PHASES", "Phase", "StepSizes"]
-
-
-@dataclass(frozen=True)
-class LayerBytes:
-    """Bytes that one layer would keep, by chunk, on one rank.
-
-    Attributes:
-        inputs: the layer's input.
-        outs: attention's output for this rank's heads.
-        lses: its lse.
-        attends: of each layer of the pass whether it has attention; (): all have.
-        states: of each layer of the pass the states that it hands on, by name, between any two chunks; (): none.
-    """
-
-    inputs: tuple[int, ...]
-    outs: tuple[int, ...]
-    lses: tuple[int, ...]
-    attends: tuple[bool, ...] = ()
-    states: tuple[Mapping[str, int], ...] = ()
-
-    def has_attention(self, layer: int) -> bool:
-        """Whether a layer of the pass, the lowest 0, has attention."""
-        return self.attends[layer] if self.attends else True
-
-    def attention_of(self, layer: int) -> int:
-        """Output and lse of all chunks of one layer of the pass."""
-        return self.attention_total if self.has_attention(layer) else 0
-
-    def states_of(self, layer: int) -> Mapping[str, int]:
-        """The states of one layer of the pass, at each border between chunks."""
-        return self.states[layer] if self.states else {}
-
-    def state_total(self, layer: int) -> int:
-        """Of all borders."""
-        return sum(self.states_of(layer).values()) * (len(self.inputs) - 1)
-
-    @cached_property
-    def all_states(self) -> int:
-        """Of all layers and borders."""
-        return sum(map(self.state_total, range(len(self.states))))
-
-    @cached_property
-    def input_total(self) -> int:
-        """Of all chunks."""
-        return sum(self.inputs)
-
-    @cached_property
-    def attention_total(self) -> int:
-        """Output and lse of all chunks."""
-        return sum(self.outs) + sum(self.lses)
-
-    @property
-    def longest(self) -> int:
-        """Of the longest entry."""
-        states = (size for layer in self.states for size in layer.values())
-        return max(*self.inputs, *self.outs, *self.lses, *states)
-
 
 Phase = Literal["forward", "loss", "backward"]
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
@@ -200,6 +143,7 @@ class StepSizes:
             inputs=tuple(n // self._ranks * m.hidden * self.element_bytes for n in tokens),
             outs=tuple(n * heads * m.value_dim * self.attention_bytes for n in tokens),
             lses=tuple(n * heads * self._sum_bytes for n in tokens),
+            linears=self._linear_bytes(m.layers if layers is None else layers, tokens),
             **self._layers_own(m.layers if layers is None else layers),
         )
 
@@ -219,6 +163,20 @@ class StepSizes:
             for mix in mixes
         )
         return {"attends": tuple(mix.attends for mix in mixes), "states": tuple(map(MappingProxyType, states))}
+
+    def _linear_bytes(self, layers: int, tokens: list[int]) -> tuple[tuple[LinearBytes, ...], ...]:
+        kinds = {
+            kind: tuple(
+                LinearBytes(
+                    each.entry,
+                    each.late,
+                    tuple(n // self._ranks * each.outputs * self.attention_bytes for n in tokens),
+                )
+                for each in kind
+            )
+            for kind in set(self.model.linears)
+        }
+        return tuple(kinds[kind] for kind in self.model.linears[-layers:])
 
     def mixes_of_last(self, layers: int) -> tuple[LayerMix, ...]:
         """What each of the last so many layers of the model does."""

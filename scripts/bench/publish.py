@@ -43,6 +43,7 @@ MORE_COLUMNS = {
     "held_gib": ("held GiB", ".1f"),
     "chunk_tokens": ("chunk tokens", ","),
     "predicted_s": ("predicted s", ",.2f"),
+    "of_ceiling_once": ("of ceiling, nothing twice", ".0%"),
     "predicted_device_gib": ("predicted GPU GiB", ".1f"),
 }
 # What a reader who knows none of the stacks calls them.

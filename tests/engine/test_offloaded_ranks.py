@@ -20,6 +20,7 @@ from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.engine.layer_run import LayerRun
 from hf_fpdt.forecast.collectives import ShardedWeights
 from hf_fpdt.model.apply import FPDTHandle, applied_settings
+from hf_fpdt.plan.placement import linear_share
 from hf_fpdt.plan.sizes import StepSizes
 from tests.helpers import offloaded
 from tests.helpers.support import assert_rejects, counting_fsdp, spawn
@@ -80,6 +81,13 @@ def assert_rebuilt(handle: FPDTHandle, *, some: bool = True) -> None:
     assert not any(handle.store.used_bytes()[tier] for tier in ("device", "host", "disk"))
 
 
+def assert_linears(handle: FPDTHandle, *, all_kept: bool) -> None:
+    """Outputs of linears were kept, or none was."""
+    plans = handle.store.plans.items()
+    shares = [linear_share(plan.kept, sizes, range(plan.kept.layers)) for (sizes, _), plan in plans]
+    assert shares and set(shares) == {float(all_kept)}
+
+
 def _ddp(rank: int, world: int, runs: list[tuple[str, int, str, str]]) -> None:
     for case, sp, place, policy in runs:
         model, handle = applied(case, sp, place, policy)
@@ -88,14 +96,16 @@ def _ddp(rank: int, world: int, runs: list[tuple[str, int, str, str]]) -> None:
             wrapped.zero_grad()
             wrapped(**own_batch(sp, rank, TOKENS)).loss.backward()
             check(case, [TOKENS] * (world // sp), wrapped)
-        assert_rebuilt(handle, some=policy == "segment" or place == "tight")
+        assert_rebuilt(handle, some=policy == "segment" or (place == "tight" and policy != "linears"))
+        assert_linears(handle, all_kept=policy == "linears")
 
 
 RUNS = [("llama", "host", "segment"), ("neox+lora", "tight", "attention"), ("neox-sequential", "tight", "auto")]
 
 
 def test_two_ranks_share_sequences() -> None:
-    spawn(_ddp, 2, [(case, 2, place, policy) for case, place, policy in (*RUNS, ("llama", "host", "attention"))])
+    kept = [("llama", "host", "attention"), ("llama+lora", "host", "linears"), ("neox", "tight", "linears")]
+    spawn(_ddp, 2, [(case, 2, place, policy) for case, place, policy in (*RUNS, *kept)])
 
 
 def test_ddp_with_lora() -> None:
@@ -161,6 +171,23 @@ def _fsdp(rank: int, world: int, runs: list[tuple[str, int, str, str, bool]]) ->
 def test_fsdp2_gathers_what_is_rebuilt(reshard: bool) -> None:
     runs = [(case, sp, place, policy, reshard) for case, place, policy in RUNS for sp in (1, 2)]
     spawn(_fsdp, 2, runs[: 5 if reshard else 2])
+
+
+def _fsdp_linears(rank: int, world: int, runs: list[tuple[str, int, list[int]]]) -> None:
+    """A linear whose output was kept is not run in backward, and needs its weight there."""
+    for case, sp, lengths in runs:
+        model, handle = applied(case, sp, "host", "linears", max(lengths))
+        shard(model, True)
+        for _ in range(2):
+            model.zero_grad()
+            model(**own_batch(sp, rank, lengths[rank])).loss.backward()
+            check(case, lengths[: world // sp], model)
+        assert_rebuilt(handle, some=False)
+        assert_linears(handle, all_kept=True)
+
+
+def test_fsdp2_with_outputs_of_linears() -> None:
+    spawn(_fsdp_linears, 2, [("llama", 1, [TOKENS, 20]), ("llama+lora", 2, [TOKENS, TOKENS])])
 
 
 def _different_lengths(rank: int, world: int, steps: list[list[int]]) -> None:

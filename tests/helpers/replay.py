@@ -30,8 +30,18 @@ def replayed(
     there: dict[tuple[int, str, int], tuple[str, int, int]] = {}
     chunks, put_bytes = len(sizes.inputs), 0
     nbytes_of = {"input": sizes.inputs, "out": sizes.outs, "lse": sizes.lses}
-    total = forward_bytes(kept, sizes)
     states = sizes.states or ({},) * kept.layers
+    # (layer, name, chunk) of each output of a linear that is kept: where it lies, and how long it is.
+    linears = {
+        (layer, linear.name, chunk): ("device" if chunk >= chunks - count.on_device else "host", linear.chunks[chunk])
+        for layer, counts in enumerate(kept.linears)
+        for count, linear in zip(counts, sizes.linears[layer], strict=True)
+        for chunk in range(chunks - count.kept, chunks)
+    }
+    apart = Counter[str]()
+    for tier, nbytes in linears.values():
+        apart[tier] += nbytes
+    total = forward_bytes(kept, sizes) - apart.total()
 
     def put(key: tuple[int, str, int], nbytes: int, tiers: list[str]) -> None:
         for tier in tiers:
@@ -70,11 +80,16 @@ def replayed(
         tiers = ["device", "host", "disk"]
         if not rebuilt:
             put_bytes += nbytes
-            if left > budgets.device + limits[False]:
+            if left > budgets.device + limits[False] - apart.total():
                 tiers = ["disk", "host"]
-            elif left > budgets.device:
+            elif left > budgets.device - apart["device"]:
                 tiers = ["host", "device", "disk"]
         put((layer, name, chunk), nbytes, tiers)
+
+    def keep_linears(layer: int, chunk: int, late: bool) -> None:
+        for linear in sizes.linears[layer] if kept.linears else ():
+            if linear.late == late and (key := (layer, linear.name, chunk)) in linears:
+                put(key, linears[key][1], [linears[key][0]])
 
     def put_kv(layer: int, chunk: int, resident: int) -> None:
         for name in ("K", "V"):
@@ -89,10 +104,14 @@ def replayed(
         for chunk in range(chunks):
             if keeps_input:
                 keep(layer, "input", chunk, above)
+            if not above:
+                keep_linears(layer, chunk, False)
             if not above or keeps_row:
                 put_kv(layer, chunk, kv.forward_resident)
             for name in ("out", "lse") if keeps_row and (not sizes.attends or sizes.attends[layer]) else ():
                 keep(layer, name, chunk, above)
+            if not above:
+                keep_linears(layer, chunk, True)
             for name in states[layer] if not above and chunk + 1 < chunks else ():
                 keep(layer, name, chunk + 1, above)
             if above:
@@ -103,8 +122,8 @@ def replayed(
         for chunk in range(chunks - 1):
             put_kv(layer, chunk, kv.backward_resident)
         for chunk in reversed(range(chunks)):
-            for name in ("input", "out", "lse", *states[layer]):
-                take((layer, name, chunk))
+            for key in [key for key in there if key[0] == layer and key[2] == chunk]:
+                take(key)
             for earlier in range(kv.backward_resident, chunks - 2) if chunk == chunks - 1 else ():
                 for name in () if windowed[layer] else ("dK", "dV"):
                     put((-1, name, earlier), widths[name][earlier], ["host"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from hf_fpdt.memory.checkpoints import CheckpointStore
 from hf_fpdt.memory.pinned import PinnedMemory
 from hf_fpdt.memory.transfers import Transfers
 from hf_fpdt.parallel.group import build_group
-from hf_fpdt.plan.checkpointing import KeptLayers
+from hf_fpdt.plan.checkpointing import KeptChunks, KeptLayers
+from hf_fpdt.plan.layer_bytes import LinearBytes
 from hf_fpdt.plan.sizes import LayerBytes, ModelSizes, StepSizes
 from hf_fpdt.plan.tiers import Budgets, BufferPool, TierAllocator
 from hf_fpdt.units import GIB
@@ -40,6 +41,21 @@ def random_kept(rng: random.Random, layers: int) -> KeptLayers:
     share = rng.random()
     inputs = [True, *(rng.random() < share for _ in range(layers - 1))]
     return KeptLayers(tuple(inputs), tuple(rng.random() < 0.5 for _ in range(layers)))
+
+
+def with_linears(
+    rng: random.Random, kept: KeptLayers, sizes: LayerBytes, lengths: list[int]
+) -> tuple[KeptLayers, LayerBytes]:
+    """The same with up to three linears a layer, early or late, of some of whose chunks the output is kept."""
+    chunks, layers, counts = len(lengths), list[tuple[LinearBytes, ...]](), list[tuple[KeptChunks, ...]]()
+    for _ in range(kept.layers):
+        several = range(rng.randrange(4))
+        layers.append(
+            tuple(LinearBytes(f"linear {i}", rng.random() < 0.5, tuple(n * (i + 1) for n in lengths)) for i in several)
+        )
+        some = [rng.randrange(chunks + 1) for _ in several]
+        counts.append(tuple(KeptChunks(count, rng.randrange(count + 1)) for count in some))
+    return replace(kept, linears=tuple(counts)), replace(sizes, linears=tuple(layers))
 
 
 def tiers(*, device: int = 0, host: int = NO_LIMIT, disk: int = 0) -> TierAllocator[Tensor]:

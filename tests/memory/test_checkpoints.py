@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_fpdt.layout.chunks import Chunk
 from hf_fpdt.memory.checkpoints import CheckpointStore, LayerCheckpoint
 from hf_fpdt.memory.entries import DeviceEntry, DiskTierEntry, HostEntry
 from hf_fpdt.memory.files import DiskStaging
 from hf_fpdt.memory.transfers import Transfers
-from hf_fpdt.plan.checkpointing import forward_bytes
+from hf_fpdt.plan.checkpointing import KeptLayers, forward_bytes, linear_bytes, peak_bytes
+from hf_fpdt.plan.model_sizes import LinearSize
 from hf_fpdt.plan.tiers import LOOKAHEAD, STAGING_BUFFERS
 from hf_fpdt.units import PAGE, page_rounded
 from tests.helpers.stores import CPU, NO_LIMIT, TINY, FakeRun, checkpoint_store, step_of
@@ -261,3 +263,139 @@ def test_passes_that_wait_for_their_backward_pass_are_named_where_there_is_no_ro
         with pytest.raises(MemoryError, match="no room for .* Passes whose backward pass has not run yet hold theirs"):
             forward_pass(store), forward_pass(store), forward_pass(store)
         assert torch.equal(first[2][0][0].take("input", CHUNKS[0]), first[2][0][3])
+
+
+# -- outputs of linears ---------------------------------------------------------------------------------------------
+
+LINEARS = (LinearSize("q", 512, 256, captured=True), LinearSize("up", 512, 768, late=True))
+LINEAR_STEP = step_of(20, 8, model=replace(WIDE, linears=(LINEARS,) * 4))
+LINEAR_SIZES = LINEAR_STEP.layer_bytes()
+
+
+def linear_of(name: str, chunk: Chunk, number: float) -> Tensor:
+    width = next(linear.outputs for linear in LINEARS if linear.entry == name)
+    return torch.full((1, chunk.stop - chunk.start, width), number)
+
+
+def with_linears(store: CheckpointStore) -> tuple[list[FakeRun], list[LayerCheckpoint]]:
+    """All layers forward, with everything that the plan has of them; a value is its layer's number."""
+    runs = [FakeRun(index, LINEAR_STEP) for index in range(4)]
+    kept = []
+    for run in runs:
+        kept.append(joined(store, run)[0])
+        for chunk in CHUNKS:
+            for name in NAMES if kept[-1].keeps_attention else NAMES[:1]:
+                kept[-1].put(name, chunk, value_of(name, chunk.index, float(run.index)))
+            for linear in LINEARS:
+                kept[-1].put_linear(linear.entry, chunk, linear_of(linear.entry, chunk, float(run.index)))
+            kept[-1].settle()
+    return runs, kept
+
+
+def tier_of(entry: object) -> str | None:
+    kinds = {DeviceEntry: "device", HostEntry: "host", DiskTierEntry: "disk", type(None): None}
+    return kinds[type(entry)]
+
+
+def test_outputs_of_linears_lie_where_the_plan_has_them() -> None:
+    every = peak_bytes(KeptLayers((True,) * 4, (True,) * 4), LINEAR_SIZES)
+    for policy, room in (("linears", 0), ("linears", 200_000), ("auto", every + 90_000)):
+        device = RESIDENT + room
+        with checkpoint_store(device=device, policy=policy) as store:
+            runs, kept = with_linears(store)
+            (plan,) = store.plans.values()
+            for layer, checkpoint in enumerate(kept):
+                for linear, chunks in zip(LINEARS, plan.kept.linears[layer], strict=True):
+                    found = [tier_of(checkpoint._entries.get((linear.entry, chunk.index))) for chunk in CHUNKS]
+                    assert found == [chunks.tier(chunk.index, 3) for chunk in CHUNKS]
+            used = store.used_bytes()
+            assert used["device"] + used["host"] == forward_bytes(plan.kept, LINEAR_SIZES)
+            assert used["device"] <= device and used["pinned"] == plan.forecast.host_bytes
+            shares = {chunks for layer in plan.kept.linears for chunks in layer}
+            assert len(shares) > 1 or not room
+            for layer, checkpoint in reversed(list(enumerate(kept))):
+                for chunk in reversed(CHUNKS):
+                    for linear in LINEARS:
+                        if checkpoint.holds(linear.entry, chunk):
+                            value = checkpoint.take(linear.entry, chunk)
+                            assert torch.equal(value, linear_of(linear.entry, chunk, float(layer)))
+                    for name in NAMES if checkpoint.keeps_attention else NAMES[:1]:
+                        checkpoint.take(name, chunk)
+            assert store.used_bytes() == {"device": 0, "host": 0, "disk": 0, "pinned": used["pinned"]}
+            assert len(runs) == 4
+
+
+def test_what_is_not_of_the_plan_is_not_kept() -> None:
+    with checkpoint_store(device=NO_LIMIT, policy="linears") as store:
+        run = FakeRun(0, LINEAR_STEP)
+        kept, _ = joined(store, run)
+        q = LINEARS[0].entry
+        kept.put_linear("linear of no plan", CHUNKS[0], linear_of(q, CHUNKS[0], 1.0))
+        kept.put_linear(q, CHUNKS[0], torch.zeros(1, 3, 256))  # of some tokens, as of an expert's
+        assert not store.used_bytes()["device"]
+        for number in (1.0, 2.0):  # called twice: the first call is the one that takes it
+            kept.put_linear(q, CHUNKS[0], linear_of(q, CHUNKS[0], number))
+        assert torch.equal(kept.peek(q, CHUNKS[0]), linear_of(q, CHUNKS[0], 1.0))
+        kept.forget_linears(CHUNKS[1])
+        assert kept.holds(q, CHUNKS[0])
+        kept.forget_linears(CHUNKS[0])
+        assert not kept.holds(q, CHUNKS[0]) and not store.used_bytes()["device"]
+
+
+def test_a_copy_of_a_linear_s_output_is_waited_for_a_chunk_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    settled: list[str] = []
+    settle = HostEntry.settle
+
+    def noted(entry: HostEntry) -> None:
+        settled.append(f"{entry._shape[-1]}")
+        settle(entry)
+
+    monkeypatch.setattr(HostEntry, "settle", noted)
+    with checkpoint_store(device=RESIDENT, policy="linears") as store:
+        run, up = FakeRun(0, LINEAR_STEP), LINEARS[1].entry
+        kept, _ = joined(store, run)
+        seen = []
+        for chunk in CHUNKS:
+            kept.put("input", chunk, value_of("input", chunk.index, 0.0))
+            kept.put_linear(up, chunk, linear_of(up, chunk, 0.0))
+            kept.settle()
+            seen.append([*settled])
+            settled.clear()
+        assert seen == [["512"], ["512", "768"], ["512", "768"]]
+        kept.expect([])
+        assert settled == ["768"]
+
+
+def test_other_entries_take_the_place_of_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second pass before the first one's backward pass: nothing that must be kept is refused."""
+    with checkpoint_store(device=NO_LIMIT, policy="linears") as store:
+        joined(store, FakeRun(0, LINEAR_STEP))
+        (plan,) = store.plans.values()
+    needed, linears = plan.forecast.device_bytes, linear_bytes(plan.kept, LINEAR_SIZES).total
+    with checkpoint_store(device=RESIDENT + needed + 2000, host=0, policy="linears") as store:
+        first = with_linears(store)
+        assert store.used_bytes()["device"] == needed
+        begun = count_fetches(monkeypatch)
+        first[1][3].expect(first[1][3].entries(*(linear.entry for linear in LINEARS), "input", chunks=CHUNKS))
+        second = with_linears(store)
+        used = store.used_bytes()["device"]
+        assert needed - linears < used <= RESIDENT + needed and not begun
+        assert not any(each.holds(linear.entry, CHUNKS[0]) for each in first[1] for linear in LINEARS)
+        for held in (first, second):
+            for checkpoint in held[1]:
+                assert torch.equal(checkpoint.take("input", CHUNKS[1]), checkpoint.take("out", CHUNKS[1]).flatten(2))
+
+
+def test_reads_that_are_passed_over_do_not_end_the_reads_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = count_fetches(monkeypatch)
+    with checkpoint_store(device=RESIDENT, policy="linears") as store:
+        _, kept = with_linears(store)
+        q, up = (linear.entry for linear in LINEARS)
+        top = kept[-1]
+        top.expect(top.entries("input", q, "out", up, "lse", chunks=reversed(CHUNKS)))
+        for chunk in reversed(CHUNKS):
+            top.take("input", chunk)
+            top.take("out", chunk)  # q was not asked for
+            top.forget_linears(chunk)
+            top.take("lse", chunk)
+        assert len(begun) == len(set(map(id, begun))) <= 15 and not store._reads

@@ -11,7 +11,7 @@ import pytest
 
 from hf_fpdt.plan.checkpointing import KeptLayers, candidates, forward_bytes, least_bytes, peak_bytes, segmented
 from hf_fpdt.plan.sizes import LayerBytes
-from tests.helpers.stores import random_kept, sizes_of
+from tests.helpers.stores import random_kept, sizes_of, with_linears
 from tests.helpers.support import assert_rejects
 
 UNIT = LayerBytes(inputs=(1,), outs=(1,), lses=(0,))
@@ -22,13 +22,17 @@ Peak = Callable[[KeptLayers, LayerBytes], int]
 def simulated_peak(kept: KeptLayers, sizes: LayerBytes) -> int:
     """A step played with a dict of live entries, one layer after the other, as the executor goes."""
     weight = {"input": sum(sizes.inputs), "row": sum(sizes.outs) + sum(sizes.lses)}
+    linears = [0] * kept.layers
+    for layer, counts in enumerate(kept.linears):
+        for count, linear in zip(counts, sizes.linears[layer], strict=True):
+            linears[layer] += sum(size for i, size in enumerate(reversed(linear.chunks)) if i < count.kept)
     live: dict[tuple[str, int], int] = {}
     most = 0
 
     def put(name: str, layer: int) -> None:
         nonlocal most
         assert (name, layer) not in live, "kept twice"
-        live[name, layer] = weight[name]
+        live[name, layer] = linears[layer] if name == "linears" else weight[name]
         most = max(most, sum(live.values()))
 
     for layer in range(kept.layers):
@@ -36,6 +40,7 @@ def simulated_peak(kept: KeptLayers, sizes: LayerBytes) -> int:
             put("input", layer)
         if kept.attentions[layer]:
             put("row", layer)
+        put("linears", layer)
     for layer in reversed(range(kept.layers)):
         base = max(index for index in range(layer + 1) if ("input", index) in live)
         for below in range(base, layer):
@@ -44,6 +49,7 @@ def simulated_peak(kept: KeptLayers, sizes: LayerBytes) -> int:
             put("input", below + 1)
         del live["input", layer]
         live.pop(("row", layer), None)
+        del live["linears", layer]
     assert not live
     return most
 
@@ -51,7 +57,9 @@ def simulated_peak(kept: KeptLayers, sizes: LayerBytes) -> int:
 def cases() -> Iterator[tuple[KeptLayers, LayerBytes]]:
     rng = random.Random(0)
     for _ in range(400):
-        yield random_kept(rng, rng.randrange(1, 14)), sizes_of(rng, rng.randrange(1, 4))
+        kept, chunks = random_kept(rng, rng.randrange(1, 14)), rng.randrange(1, 4)
+        sizes = sizes_of(rng, chunks)
+        yield with_linears(rng, kept, sizes, list(sizes.lses)) if rng.random() < 0.5 else (kept, sizes)
 
 
 def assert_peaks(peak: Peak) -> None:
@@ -73,6 +81,7 @@ def test_the_peak_is_that_of_a_step_played_entry_by_entry() -> None:
             "forward alone": forward_bytes,
             "rebuilt rows forgotten": forgets_rebuilt_rows,
             "lse forgotten": lambda kept, sizes: peak_bytes(kept, replace(sizes, lses=(0,) * len(sizes.lses))),
+            "linears forgotten": lambda kept, sizes: peak_bytes(replace(kept, linears=()), sizes),
             "nothing is freed": lambda kept, sizes: forward_bytes(kept, sizes) + kept.rebuilt * sizes.input_total,
         },
     )

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from hf_fpdt.plan.checkpointing import KeptLayers
+from hf_fpdt.plan.checkpointing import KeptLayers, linear_bytes
 from hf_fpdt.plan.rehearsal import Forecast, Rehearsal, forecast
 from hf_fpdt.plan.sizes import KVBytes, LayerBytes
 from hf_fpdt.plan.tiers import Budgets, BufferPool, ExistingBuffers, ForwardOrder, TierAllocator
 from hf_fpdt.units import PAGE, page_rounded
 from tests.helpers.replay import replayed
-from tests.helpers.stores import NO_LIMIT, random_kept
+from tests.helpers.stores import NO_LIMIT, random_kept, with_linears
 from tests.helpers.support import assert_rejects
 
 NONE = ExistingBuffers()
@@ -148,7 +148,9 @@ def random_step(rng: random.Random) -> tuple[KeptLayers, LayerBytes, KVBytes, Bu
         sizes = replace(sizes, attends=attends, states=states)
         attentions = tuple(out or not each for out, each in zip(kept.attentions, attends, strict=True))
         kept = replace(kept, attentions=attentions)
-    total = layers * (sizes.input_total + sizes.attention_total) + sizes.all_states
+    if rng.random() < 0.5:
+        kept, sizes = with_linears(rng, kept, sizes, list(scaled[2]))
+    total = layers * (sizes.input_total + sizes.attention_total) + sizes.all_states + linear_bytes(kept, sizes).total
     budgets = Budgets(rng.randrange(total), rng.randrange(3 * total // 2) + 4 * PAGE, rng.choice((0, total)))
     have = {page_rounded(rng.choice(lengths)): rng.randrange(4) for _ in range(rng.randrange(3))}
     return kept, sizes, kv, budgets, have
@@ -177,11 +179,19 @@ def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.Monke
             "lse forgotten": lambda k, s, *a: forecast(k, replace(s, lses=(0,) * len(s.lses)), *a),
             "states forgotten": lambda k, s, *a: forecast(k, replace(s, states=()), *a),
             "every layer attends": lambda k, s, *a: forecast(k, replace(s, attends=()), *a),
+            "linears forgotten": lambda k, s, *a: forecast(replace(k, linears=()), s, *a),
+            "linears half as long": lambda k, s, *a: forecast(k, half_as_long(s), *a),
             "buffers that exist forgotten": lambda k, s, kv, budgets, _: forecast(k, s, kv, budgets, NONE),
         },
     )
     monkeypatch.setattr(Rehearsal, "_close", lambda step, held: None)
     assert_rejects(assert_predicted, {"K, V never given back": forecast})
+
+
+def half_as_long(sizes: LayerBytes) -> LayerBytes:
+    """Outputs of linears half as long."""
+    half = (tuple(each._replace(chunks=tuple(n // 2 for n in each.chunks)) for each in kind) for kind in sizes.linears)
+    return replace(sizes, linears=tuple(half))
 
 
 def total(counts: Mapping[int, int]) -> int:

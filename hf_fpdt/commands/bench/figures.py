@@ -26,10 +26,13 @@ strict MFU: S · (4·N + 6·L·S·H) operations with LoRA, S · (6·N + 6·L·S�
 half), over seconds and the GPU's data-sheet peak in bfloat16.
 MFU with recompute (the habit of papers): the same and one more forward pass of all layers, S · (2·N' + 2·L·S·H) with
 N' the layers' weights alone, whatever the stack really does twice.
-of ceiling: the least seconds a step can take, over those it took. Attention forward once and backward once (2.5 times
-the operations) at the kernel's rates, linears at the rate of large matrix products: forward, forward again and
-gradients of inputs, with weights trained their gradients too; all rates measured in the same run. Scans of recurrent
-layers: 6 operations a token and element of their states, forward, at the rate of products, which no kernel reaches.
+of ceiling: the least seconds a step can take that makes what linears give once more for its backward pass, over those
+it took. Attention forward once and backward once (2.5 times the operations) at the kernel's rates, linears at the rate
+of large matrix products: forward, forward again and gradients of inputs, with weights trained their gradients too; all
+rates measured in the same run. Scans of recurrent layers: 6 operations a token and element of their states, forward,
+at the rate of products, which no kernel reaches.
+of ceiling, nothing twice: the same with each linear forward once, S · 2·N' operations less: what a step could reach
+that keeps all that linears give. Where much of that is kept, a step may be above the first and is below the second.
 Of several GPUs: tokens of all together, over the peaks and rates of as many; what they send each other is not in the
 ceiling. GPU GiB: the fullest; pinned and process GiB: all processes.
 With --documents pairs of a query and a key of one document alone count, and attention's rates are of such rows."""
@@ -73,10 +76,14 @@ class Trained:
         again = n_tokens * sum(2 * mix.linear_weights + mix.scan_operations for mix in self.sizes.all_mixes)
         return self.strict(n_tokens) + again + self._attention(n_tokens)
 
-    def ceiling_seconds(self, n_tokens: int, rates: Rates) -> float:
-        """The least that a step can take at these rates."""
+    def ceiling_seconds(self, n_tokens: int, rates: Rates, *, twice: bool = True) -> float:
+        """The least that a step can take at these rates.
+
+        Args:
+            twice: whether it makes what linears give once more for its backward pass.
+        """
         attention = self._attention(n_tokens)
-        products = LINEAR_PASSES[self.full] * sum(mix.linear_weights for mix in self.sizes.all_mixes)
+        products = (LINEAR_PASSES[self.full] - (not twice)) * sum(mix.linear_weights for mix in self.sizes.all_mixes)
         # Forward, forward again and twice that backward, as if matrix units did nothing else.
         products += 2 * sum(mix.scan_operations for mix in self.sizes.mixes)
         products += HEAD_PASSES[self.full] * self.vocabulary * self.sizes.hidden
@@ -98,6 +105,8 @@ class Trained:
         if rates is not None:
             found["ceiling_s"] = self.ceiling_seconds(n_tokens, rates) / gpus
             found["of_ceiling"] = found["ceiling_s"] / seconds
+            found["ceiling_once_s"] = self.ceiling_seconds(n_tokens, rates, twice=False) / gpus
+            found["of_ceiling_once"] = found["ceiling_once_s"] / seconds
         return found
 
 

@@ -18,6 +18,7 @@ TABLE = (
     ("strict_mfu", "strict MFU", ".3f"),
     ("mfu_with_recompute", "MFU with recompute", ".3f"),
     ("of_ceiling", "of ceiling", ".0%"),
+    ("of_ceiling_once", "nothing twice", ".0%"),
     ("peak_device_gib", "GPU GiB", ".1f"),
     ("pinned_host_gib", "pinned GiB", ".1f"),
     ("peak_rss_gib", "process GiB", ".1f"),
@@ -30,7 +31,17 @@ COLUMNS = (
     ("stack", "tokens", "result", "next")
     + tuple(key for key, _, _ in TABLE)
     + ("predicted_s", "predicted_device_gib", "predicted_pinned_gib")
-    + ("steps_s", "pinning_s", "loss", "ceiling_s", "kernel", "attention_forward", "attention_backward", "matmul")
+    + (
+        "steps_s",
+        "pinning_s",
+        "loss",
+        "ceiling_s",
+        "ceiling_once_s",
+        "kernel",
+        "attention_forward",
+        "attention_backward",
+        "matmul",
+    )
     + ("peak", "model", "layers", "trained", "dtype", "chunk_tokens", "held_gib", "documents", "gpu", "gpus")
     + ("host_memory_gib", "versions", "commit", "date")
 )

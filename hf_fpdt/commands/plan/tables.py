@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ...forecast import Machines, More, PlannedStep, Use, machine_bytes
 from ...layout import seen_pairs
-from ...plan import KeptLayers, described_windows
+from ...plan import KeptLayers, StepSizes, described_windows, linear_bytes, linear_share
 from ...units import GIB
 
 
@@ -37,6 +37,8 @@ def as_json(found: PlannedStep, helps: Mapping[More, int], least: PlannedStep | 
         "disk_bytes": forecast.disk_bytes * found.step.plan.sp_size,
         "inputs_kept": kept.inputs.count(True),
         "attention_outputs_kept": kept.attentions.count(True),
+        "linear_outputs_kept": linear_share(kept, found.step, range(kept.layers)),
+        "linear_output_bytes": linear_bytes(kept, found.step.layer_bytes(kept.layers)).total,
         "layers": kept.layers,
         "resident_chunks": kv.backward_resident,
         "windows": list(found.step.windows) if any(found.step.windows) else [],
@@ -54,6 +56,7 @@ def as_json(found: PlannedStep, helps: Mapping[More, int], least: PlannedStep | 
 WIDTH = 80
 # Less is not worth a line.
 SHOWN = 0.05 * GIB
+ALL = 0.9999
 # What people read of each.
 USE_NAMES = MappingProxyType(
     {
@@ -98,7 +101,7 @@ def plan_tables(
         yield from _between_gpus(found)
     yield from map(Text, heads_lines(found))
     yield Text(machines.gpu.source, style="italic")
-    yield from ("", _memory(found, machines), "", _layers(found.plan.kept))
+    yield from ("", _memory(found, machines), "", _layers(found.plan.kept, found.step))
     if least is not None:
         yield from ("", _least(least, found, machines))
     if helps:
@@ -206,20 +209,28 @@ def _gib(size: int) -> str:
     return f"{size / GIB:,.1f}" if size >= SHOWN else "-"
 
 
-def _layers(kept: KeptLayers) -> Table:
-    """Layers of one policy are one row, whatever lies between them."""
-    alike: dict[tuple[bool, bool], list[int]] = {}
-    for layer, policy in enumerate(zip(kept.inputs, kept.attentions, strict=True)):
+def _layers(kept: KeptLayers, step: StepSizes) -> Table:
+    """Layers of one policy are one row, whatever lies between them; linears where some of their outputs are kept."""
+    alike: dict[tuple[bool, bool, str], list[int]] = {}
+    for layer, (has_input, has_attention) in enumerate(zip(kept.inputs, kept.attentions, strict=True)):
+        policy = has_input, has_attention, _share(linear_share(kept, step, [layer]))
         alike.setdefault(policy, []).append(layer)
-    table = _table("layers", "how many", "input", "attention output")
-    for (has_input, has_attention), layers in alike.items():
+    column = ("linears",) if kept.linears else ()
+    table = _table("layers", "how many", "input", "attention output", *column)
+    for (has_input, has_attention, share), layers in alike.items():
         words = "kept" if has_input else "rebuilt", "kept" if has_attention else "run again"
-        table.add_row(_runs(layers), str(len(layers)), *words)
+        table.add_row(_runs(layers), str(len(layers)), *words, *(share for _ in column))
     if len(alike) > 1:
         inputs = f"{kept.inputs.count(True)} kept, {kept.rebuilt} rebuilt"
         attentions = f"{kept.attentions.count(True)} kept, {kept.attention_reruns} run again"
-        table.add_row("together", str(kept.layers), inputs, attentions, style="bold")
+        shares = (_share(linear_share(kept, step, range(kept.layers))) for _ in column)
+        table.add_row("together", str(kept.layers), inputs, attentions, *shares, style="bold")
     return table
+
+
+def _share(part: float) -> str:
+    """Of what the linears of some layers compute again where nothing is kept of them, by operations."""
+    return "run again" if not part else "kept" if part > ALL else f"{100 * part:.0f} % kept"
 
 
 def _runs(layers: Sequence[int]) -> str:

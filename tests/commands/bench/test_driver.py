@@ -164,6 +164,8 @@ def test_a_row_has_the_figures_of_the_formulas() -> None:
     least = forward / 650e12 + 2.5 * forward / 600e12 + 2 * n_tokens * (3 * layers + 2 * 128_256 * 4096) / 670e12
     assert row["ceiling_s"] == pytest.approx(least) and row["of_ceiling"] == pytest.approx(least / seconds)
     assert least < seconds
+    once = least - 2 * n_tokens * layers / 670e12
+    assert row["ceiling_once_s"] == pytest.approx(once) and row["of_ceiling_once"] == pytest.approx(once / seconds)
 
 
 def test_training_every_weight_raises_the_ceiling_by_their_gradients() -> None:

@@ -12,10 +12,11 @@ from rich.console import Console, Group, RenderableType
 from hf_fpdt.commands.plan.command import _console
 from hf_fpdt.commands.plan.tables import USE_NAMES, _layers, _limit, _runs, _time, as_json, plan_tables
 from hf_fpdt.forecast.fit import Machines, More, PlannedStep, fit
-from hf_fpdt.plan.checkpointing import KeptLayers
-from hf_fpdt.plan.model_sizes import LayerMix, StateSize
+from hf_fpdt.plan.checkpointing import KeptChunks, KeptLayers
+from hf_fpdt.plan.model_sizes import LayerMix, LinearSize, StateSize
 from hf_fpdt.units import GIB
 from tests.forecast.test_curves import CASES
+from tests.helpers.stores import TINY, step_of
 
 HELPS = {More.HOST_MEMORY: 1_048_576, More.GPU_MEMORY: 3_000_000}
 
@@ -151,15 +152,29 @@ def test_json_keeps_its_keys_whatever_the_tables_say() -> None:
 
 def test_layers_of_one_policy_are_a_row() -> None:
     inputs, attentions = (True, False, True, True, False, True), (False, False, False, False, True, True)
-    assert rows_of(text_of(_layers(KeptLayers(inputs, attentions))))[2:] == [
+    step = step_of(20, 8)
+    assert rows_of(text_of(_layers(KeptLayers(inputs, attentions), step)))[2:] == [
         ["0, 2-3", "3", "kept", "run again"],
         ["1", "1", "rebuilt", "run again"],
         ["4", "1", "rebuilt", "kept"],
         ["5", "1", "kept", "kept"],
         ["together", "6", "4 kept, 2 rebuilt", "2 kept, 4 run again"],
     ]
-    assert rows_of(text_of(_layers(KeptLayers((True,) * 9, (True,) * 9))))[2:] == [["0-8", "9", "kept", "kept"]]
+    every = KeptLayers((True,) * 9, (True,) * 9)
+    assert rows_of(text_of(_layers(every, step)))[2:] == [["0-8", "9", "kept", "kept"]]
     assert _runs([0, 2, 3, 4, 6, 7]) == "0, 2-4, 6-7"
+
+
+def test_outputs_of_linears_have_a_column_by_what_they_save() -> None:
+    linears = (LinearSize("q", 32, 32), LinearSize("up", 32, 96, late=True))
+    step = step_of(32, 8, model=replace(TINY, linears=(linears,) * 4))
+    every, none, half = KeptChunks(4, 4), KeptChunks(), KeptChunks(2, 1)
+    there = (True,) * 4
+    kept = KeptLayers(there, there, linears=((none, none), (every, none), (half, half), (every, every)))
+    rows = rows_of(text_of(_layers(kept, step)))
+    assert rows[0] == ["layers", "how many", "input", "attention output", "linears"]
+    assert [row[-1] for row in rows[2:]] == ["run again", "25 % kept", "50 % kept", "kept", "44 % kept"]
+    assert "linears" not in text_of(_layers(replace(kept, linears=()), step))
 
 
 def test_what_ends_the_growth_and_what_would_be_longer() -> None:
