@@ -116,7 +116,16 @@ def test_the_recipe_for_agents_trains(text_and_model: Path, tmp_path: Path) -> N
     assert (
         len(rows) == 12 and calls[:2] == ["search", "read"] and "is defined in" in rows[0]["messages"][-1]["content"]
     )
-    options = ["--config", recipe / "train.yaml", "--model", model, "--data", data, "--output_dir", out]
+    options: list[str | Path] = [
+        "--config",
+        recipe / "train.yaml",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--output_dir",
+        out,
+    ]
     small = ["--max_length", "8K", "--gradient_accumulation_steps", "1", "--eval_docs", "2", "--use_cpu"]
     done = run_python("-m", "hf_fpdt.commands.finetune", *options, *small)
     assert done.returncode == 0, done.stderr
