@@ -382,7 +382,7 @@ MISTAKES = [
         for number in ("nan", "inf", "-1")
     ),
     (["--report_to", "bogus"], ["bogus", "tensorboard"]),
-    (["--optim", "adamw_8bit"], ["bitsandbytes"]),
+    (["--optim", "lomo"], ["lomo"]),
     (["--torch_compile"], ["cannot run under this Accelerator", "torch.compile"]),
     (["--resume_from_checkpoint", "nowhere"], ["nowhere is no checkpoint", "checkpoint-N"]),
     (["--lr", "0"], ["--learning_rate", "allowed: a number above 0"]),
