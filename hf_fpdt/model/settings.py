@@ -142,6 +142,11 @@ class Settings:
             fused_experts=self.fused_experts,
         )
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layer carries a state."""
+        return any(mix.states for mix in self.sizes.mixes)
+
     def plan(self, hidden_BSD: Tensor) -> ChunkPlan:
         """The cut of the sequence of which this rank holds `hidden_BSD`."""
         plan = self.plan_of(hidden_BSD.shape[1], on_gpu=hidden_BSD.is_cuda)
@@ -150,7 +155,7 @@ class Settings:
     def plan_of(self, rank_tokens: int, *, on_gpu: bool) -> ChunkPlan:
         """The cut of the sequence of which each rank holds `rank_tokens`."""
         chunk_tokens, n_tokens = resolve_chunk_tokens(self.plugin, on_gpu=on_gpu), rank_tokens * self.group.size
-        if any(mix.states for mix in self.sizes.mixes):
+        if self.recurrent:
             # Kernels of scans go through blocks; borders that are theirs too give the numbers of the whole.
             alone = on_gpu and self.group.size == 1 and chunk_tokens > KERNEL_BLOCK
             chunk_tokens -= chunk_tokens % KERNEL_BLOCK if alone else 0

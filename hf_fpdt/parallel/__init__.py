@@ -36,7 +36,7 @@ from .packed_scans import (
     scan_marks,
     scan_of_documents,
 )
-from .rows import JoinedRows, Packing, Rows, batch_shape, marks_of, pack_arguments
+from .rows import JoinedRows, Packing, Rows, batch_shape, lengths_under, marks_of, pack_arguments
 from .scans import STATES, heads_of_scan, inputs_before, over_ranks, why_not_scan_heads
 from .sharding import (
     PADDING_KEY,
@@ -75,6 +75,7 @@ __all__ = [
     "ignore_first_tokens",
     "inputs_before",
     "kernel_behind",
+    "lengths_under",
     "marked_documents",
     "marks_of",
     "over_ranks",

@@ -97,7 +97,7 @@ def own_positions(own: Tensor, documents: Documents | None) -> Tensor:
 
 def without_ends(labels_BS: Tensor, documents: Documents, ignore_index: int) -> Tensor:
     """Labels of next tokens of one row, none of which is that of the next document's first token."""
-    ends = torch.tensor([start - 1 for start in documents.starts[1:]], device=labels_BS.device)
+    ends = torch.tensor([start - 1 for start in documents.starts[1:]], dtype=torch.long, device=labels_BS.device)
     return labels_BS.index_fill(1, ends, ignore_index)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -25,30 +26,38 @@ class Rows:
         kept: of the batch's tokens [B·S] those that are in the row, [T].
         shape: (B, S).
         documents: of the packed row.
+        marked: those of them that the batch marks itself, as if its rows went on as one another.
     """
 
     kept: Tensor
     shape: tuple[int, int]
     documents: Documents
+    marked: Documents
 
     @classmethod
-    def of(cls, lengths: list[int], n_tokens: int, breaks: tuple[int, ...], device: torch.device) -> Rows:
-        """Of rows of so many tokens each, padded on the right to `n_tokens`; `breaks` are documents' starts in B·S."""
+    def of(cls, lengths: list[int], n_tokens: int, device: torch.device, breaks: tuple[int, ...] = ()) -> Rows:
+        """Of rows of so many tokens each, padded on the right to `n_tokens`.
+
+        Args:
+            breaks: where documents begin within rows, counted over all of them; of rows without padding.
+        """
         places = torch.arange(n_tokens, device=device)
         kept = (places < torch.tensor(lengths, device=device)[:, None]).view(-1).nonzero().view(-1)
-        lost, at, starts = 0, 0, set[int]()
-        for row, length in enumerate(lengths):
-            first = row * n_tokens
-            starts.add(first - lost)
-            while at < len(breaks) and breaks[at] < first + n_tokens:
-                starts |= {breaks[at] - lost} if breaks[at] < first + length else set()
-                at += 1
-            lost += n_tokens - length
-        return cls(kept, (len(lengths), n_tokens), Documents(tuple(sorted(starts)), len(kept)))
+        firsts = accumulate(lengths[:-1], initial=0)
+        documents, marked = (Documents(tuple(sorted({*each, *breaks})), len(kept)) for each in (firsts, (0,)))
+        return cls(kept, (len(lengths), n_tokens), documents, marked)
 
     def flat(self, value: Tensor) -> Tensor:
         """[B, S, …] as [1, T, …]."""
         return value.flatten(0, 1)[self.kept.to(value.device)][None]
+
+    def packed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch as the packed row: what goes by tokens, and where its documents begin; a mask is left out."""
+        by_token = {name: self.flat(value) for name, value in batch.items() if _shape(value)[:2] == self.shape}
+        edges = torch.tensor([*self.documents.starts, self.documents.n_tokens], dtype=torch.int32)
+        packed = {**batch, **by_token, "cu_seq_lens_q": edges.to(self.kept.device)}
+        packed.pop("attention_mask", None)
+        return packed
 
     def padded(self, value_1T: Tensor) -> Tensor:
         """[1, T, …] as [B, S, …], zeros where there is padding; differentiable."""
@@ -68,7 +77,8 @@ class JoinedRows:
     """Collates rows of several lengths as one packed row, so that no padding is computed.
 
     For `ShardingCollator`, which cuts the row over ranks. A batch without padding stays as it is, and so does one with
-    marks or positions of its own, or with something that goes by rows and not by tokens.
+    marks, positions or `shift_labels` of its own (a row's last one would be taken for the next row's first token), or
+    with something that goes by rows and not by tokens.
 
     Attributes:
         inner: makes a batch with `input_ids` [B, S] and `attention_mask` [B, S] that marks padding on the right.
@@ -81,16 +91,10 @@ class JoinedRows:
         lengths = _lengths_of_padded(batch)
         if lengths is None:
             return batch
-        ids = batch["input_ids"]
-        labels = batch.get("labels") if batch.get("shift_labels") is None else batch["shift_labels"]
+        ids, labels = batch["input_ids"], batch.get("labels")
         if isinstance(labels, Tensor) and labels.shape == ids.shape:
             check_padding("hf_fpdt.JoinedRows", batch["attention_mask"] == 0, labels)
-        rows = Rows.of(lengths, ids.shape[1], (), ids.device)
-        del batch["attention_mask"]
-        documents = rows.documents
-        edges = torch.tensor([*documents.starts, documents.n_tokens], dtype=torch.int32, device=ids.device)
-        by_token = {name: rows.flat(value) for name, value in batch.items() if _shape(value)[:2] == rows.shape}
-        return {**batch, **by_token, "cu_seq_lens_q": edges}
+        return Rows.of(lengths, ids.shape[1], ids.device).packed(batch)
 
 
 def _lengths_of_padded(batch: Mapping[str, Any]) -> list[int] | None:
@@ -98,13 +102,19 @@ def _lengths_of_padded(batch: Mapping[str, Any]) -> list[int] | None:
     mask, shape = batch.get("attention_mask"), _shape(batch.get("input_ids"))
     if not isinstance(mask, Tensor) or len(shape) != 2 or shape[0] < 2 or mask.shape != shape:
         return None
-    if any(batch.get(name) is not None for name in (*MARKS, "position_ids")):
+    if any(batch.get(name) is not None for name in (*MARKS, "position_ids", "shift_labels")):
         return None
     by_rows = (_shape(value) for value in batch.values())
     if any(each[:1] == shape[:1] and each[:2] != shape for each in by_rows):
         return None
-    lengths, on_the_right = mask.sum(1).tolist(), bool((mask[:, 1:] <= mask[:, :-1]).all())
-    return lengths if on_the_right and 0 < min(lengths) < shape[1] else None
+    return lengths_under(mask)
+
+
+def lengths_under(mask_BS: Tensor) -> list[int] | None:
+    """Tokens of each row; None where there is no padding, or some that is not on the right of a token."""
+    on_the_right = (mask_BS[:, 1:] <= mask_BS[:, :-1]).all() & mask_BS[:, 0].all()
+    *lengths, right = torch.cat([(mask_BS != 0).sum(1), on_the_right[None]]).tolist()  # the host waits once
+    return lengths if right and min(lengths) < mask_BS.shape[1] else None
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -206,11 +216,10 @@ def _pack_masked(arguments: dict[str, Any], marks: dict[str, Any], *, may_join: 
         )
     if not may_join or not plain or mask.dim() != 2 or mask.shape[1] < 2:
         return Packing()
-    lengths, right = (mask != 0).sum(1), (mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all()
-    *numbers, on_the_right = torch.cat([lengths, right[None]]).tolist()  # the host waits once
-    if not on_the_right or min(numbers) == mask.shape[1]:
+    lengths = lengths_under(mask)
+    if lengths is None:
         return Packing()
-    rows = Rows.of(numbers, mask.shape[1], (), mask.device)
+    rows = Rows.of(lengths, mask.shape[1], mask.device)
     _join(arguments, rows)
     return Packing(rows.documents if len(rows.documents.starts) > 1 else None, rows)
 
@@ -238,7 +247,7 @@ def _pack_several(arguments: dict[str, Any], marks: dict[str, Any], *, may_join:
         raise NotImplementedError(
             "hf_fpdt: packed documents in a batch of several rows are not supported for this model; give one row."
         )
-    rows = Rows.of([length] * batch, length, tuple(row * length + at + 1 for row, at in places), tokens.device)
+    rows = Rows.of([length] * batch, length, tokens.device, tuple(row * length + at + 1 for row, at in places))
     _join(arguments, rows)
     return Packing(rows.documents, rows)
 

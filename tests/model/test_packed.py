@@ -237,6 +237,26 @@ def test_padding_is_neither_counted_nor_computed(name: str, monkeypatch: pytest.
         widths.clear()
 
 
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_what_the_caller_says_of_a_rows_last_token_counts(rows: str) -> None:
+    """Rows are cut out of longer texts, say, and their next tokens known: that another row follows ends nothing."""
+    model, applied, batch = tiny(), tiny(), padded_batch((9, 20))
+    apply_fpdt(applied, PLUGIN)
+    following = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    following[:, [8, -1]] = torch.tensor([[7, -100], [7, 7]])
+    if rows == "packed":
+        del batch["attention_mask"]
+        batch |= {"position_ids": torch.arange(20).repeat(2, 1) % torch.tensor([[20], [13]])}
+        following[:, [12, -1]] = torch.tensor([[7, 7], [-100, 7]])
+    ids, given = batch.pop("input_ids"), {**batch, "use_cache": False, "shift_labels": following}
+    given.pop("labels")
+    truth = train_step(model, ids, following, **given)
+    assert_same_step(train_step(applied, ids, following, **given), truth)
+    given["shift_labels"] = following.index_fill(1, torch.tensor([8, 19]), -100)
+    broken = {"last tokens predict nothing": train_step(model, ids, following, **given)}
+    assert_rejects(lambda step: assert_same_step(step, truth), broken)
+
+
 def test_hidden_states_of_a_padded_batch_come_back_as_rows() -> None:
     model = tiny()
     applied = copy.deepcopy(model)

@@ -243,6 +243,7 @@ def test_what_cannot_be_joined_stays_as_it_is() -> None:
         left,
         {**batch, "position_ids": torch.arange(9)[None]},
         {**batch, "pixel_values": torch.zeros(2, 3)},
+        {**batch, "shift_labels": batch["labels"].clone()},
         {"input_ids": batch["input_ids"]},
         padded((4,)),
     ):

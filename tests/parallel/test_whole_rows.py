@@ -64,7 +64,11 @@ def rows(kind: str, n_tokens: int, index: int) -> dict[str, Tensor]:
     if kind == "left":
         mask[1, : n_tokens // 3] = 0
         labels[1, n_tokens // 3] = -100
-    return {"input_ids": ids, "labels": labels.masked_fill(mask == 0, -100), "attention_mask": mask}
+    labels = labels.masked_fill(mask == 0, -100)
+    if kind == "told":  # what comes after the end of a row that another one follows
+        mask[0, -n_tokens // 3 :], labels[0, -n_tokens // 3 :] = 0, -100
+        labels[0, -n_tokens // 3] = 7
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
 def loss_of(found: dict[str, Tensor], aux_loss: Tensor | None) -> Tensor:
@@ -135,7 +139,8 @@ def step(case: Case, sp: int, rank: int, wrap: str, device: str = "cpu") -> None
     answer: Any = chunked_log_probs(wrapped, temperature=TEMPERATURE, outputs=asked, **batch)  # type: ignore[arg-type]
     assert not answer.mean_logits.requires_grad and answer.is_top1.dtype == torch.bool
     assert torch.equal(answer.label_mask, batch["labels"][:, 1:] != -100)
-    if case[0] in MODELS:  # of padding none is computed but what fills up ranks; recurrent layers compute it
+    # Of padding none is computed but what fills up ranks; recurrent layers compute it.
+    if case[0] in MODELS and case[1] != "told":
         real = int(batch.get("attention_mask", torch.ones_like(batch["labels"])).sum())
         assert embedded[-1] == -(-real // sp)
     loss_of(answer, answer.aux_loss).backward()
@@ -149,7 +154,7 @@ def _steps(rank: int, world: int, sp: int, wrap: str, cases: list[Case]) -> None
 
 CASES: list[Case] = [
     *(("llama", "right", n_tokens) for n_tokens in LENGTHS),
-    *(("llama", kind, 43) for kind in ("left", "packed")),
+    *(("llama", kind, 43) for kind in ("left", "packed", "told")),
     *(("qwen3_moe", kind, 43) for kind in ("right", "left", "packed")),
     *(("gemma2", kind, 43) for kind in ("right", "packed")),
     *(("qwen3_5_text", kind, n_tokens) for kind, n_tokens in (("right", 43), ("right", 34))),

@@ -191,7 +191,10 @@ def _not_fsdps(hooks: Any) -> Any:
 
 
 def targets_of(packing: Packing, ignore_index: int, mask: Tensor | None, given: Mapping[str, Any]) -> Tensor:
-    """The next token of each position that the hidden states are of; none at the end of a document."""
+    """The next token of each position that the hidden states are of; none at the end of a document.
+
+    Whether a row's last token has a label is the caller's to say, as in transformers, though another row follows now.
+    """
     labels, shift_labels = given["labels"], given["shift_labels"]
     targets = shifted(labels, ignore_index) if shift_labels is None else shift_labels
     if mask is not None and mask.shape == targets.shape:
@@ -200,7 +203,7 @@ def targets_of(packing: Packing, ignore_index: int, mask: Tensor | None, given: 
         check_padding("hf_fpdt", (mask == 0) & (mask.cumsum(1) > 0), targets, ignore_index)
     if packing.rows is not None:
         targets = packing.rows.flat(targets)
-    documents = packing.documents
+    documents = packing.documents if packing.rows is None else packing.rows.marked
     if documents is None or targets.shape != (1, documents.n_tokens):
         return targets  # a rank's part of a row has no end that the collator has not seen
     return without_ends(targets, documents, ignore_index)

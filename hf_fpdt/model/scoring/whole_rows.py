@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...config import resolve_chunk_tokens
-from ...labels import check_padding
+from ...labels import IGNORE_INDEX, check_padding
 from ...layout import ChunkPlan
-from ...parallel import MARKS, Rows, SequenceParallelGroup, ShardingCollator, gathered
+from ...parallel import MARKS, Rows, SequenceParallelGroup, ShardingCollator, gathered, lengths_under
 from ..settings import Settings
 
 # By tokens, or read by the cut.
@@ -74,9 +73,9 @@ def cut_rows(
         )
     joined = _joined(arguments, targets_BS) if may_join else None
     rows, whole = (None, {**arguments, "shift_labels": targets_BS}) if joined is None else joined
-    on_gpu, recurrent = arguments["input_ids"].is_cuda, any(mix.states for mix in settings.sizes.mixes)
+    on_gpu = arguments["input_ids"].is_cuda
     chunk_tokens, n_tokens = resolve_chunk_tokens(settings.plugin, on_gpu=on_gpu), whole["input_ids"].shape[1]
-    own = ShardingCollator(dict, group.size, group.rank, chunk_tokens, two_each=recurrent).cut(whole)
+    own = ShardingCollator(dict, group.size, group.rank, chunk_tokens, two_each=settings.recurrent).cut(whole)
     targets, _ = own.pop("shift_labels"), own.pop("labels")
     return Cut(group, settings.plan_of(targets.shape[1], on_gpu=on_gpu), n_tokens, rows), own, targets
 
@@ -86,16 +85,13 @@ def _joined(arguments: dict[str, Any], targets_BS: Tensor) -> tuple[Rows, dict[s
     mask = arguments.get("attention_mask")
     if mask is None or mask.shape != targets_BS.shape or any(arguments.get(name) is not None for name in _MARKS):
         return None
-    right = (mask[:, 1:] <= mask[:, :-1]).all() & mask[:, 0].all()
-    *lengths, on_the_right = torch.cat([(mask != 0).sum(1), right[None]]).tolist()  # the host waits once
-    if not on_the_right or min(lengths) == mask.shape[1]:
+    lengths = lengths_under(mask)
+    if lengths is None:
         return None
     check_padding("hf_fpdt", mask == 0, targets_BS)
-    rows = Rows.of(lengths, mask.shape[1], (), mask.device)
-    named = {**arguments, "shift_labels": targets_BS, "attention_mask": None}
-    whole = {
-        name: rows.flat(value) if isinstance(value, Tensor) and value.shape[:2] == rows.shape else value
-        for name, value in named.items()
-    }
-    edges = [*rows.documents.starts, rows.documents.n_tokens]
-    return rows, whole | {"cu_seq_lens_q": torch.tensor(edges, dtype=torch.int32, device=mask.device)}
+    rows = Rows.of(lengths, mask.shape[1], mask.device)
+    packed = rows.packed({**arguments, "shift_labels": targets_BS})
+    ends = packed["cu_seq_lens_q"][1:].long() - 1
+    # No label at a document's end counts in a packed row; as rows they do.
+    ended = bool((packed["shift_labels"][0, ends] == IGNORE_INDEX).all())
+    return (rows, packed) if ended else None
