@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ..config import FPDTPlugin
-from ..model import FPDTHandle, apply_fpdt, has_fpdt, train_with
+from ..model import FPDTHandle, applied_settings, apply_fpdt, has_fpdt, train_with
 from .loaders import agreed_seeds, join_group, leave_to_host, sharding_collator
 from .saying import say_what_is_done
 
@@ -43,6 +43,7 @@ class FPDTAccelerator(Accelerator):
         self.fpdt_plugin = FPDTPlugin() if fpdt_plugin is None else fpdt_plugin
         self.fpdt_group = join_group(self, self.fpdt_plugin)
         self.fpdt_handles: list[FPDTHandle] = []
+        self._recurrent = False
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """As `Accelerator.prepare`; models get FPDT first."""
@@ -69,6 +70,8 @@ class FPDTAccelerator(Accelerator):
     def _apply(self, model: nn.Module) -> None:
         if not has_fpdt(model, self.fpdt_plugin, self.fpdt_group):
             self.fpdt_handles.append(apply_fpdt(model, self.fpdt_plugin, self.fpdt_group))
+        settings = applied_settings(model)
+        self._recurrent |= settings is not None and settings.recurrent
 
     def free_memory(self, *objects: Any) -> Any:
         """As `Accelerator.free_memory`; the handles are let go of."""
@@ -97,7 +100,9 @@ class FPDTAccelerator(Accelerator):
     def _cutting(self, data_loader: DataLoader) -> Iterator[None]:
         """The loader with our collator, which the prepared one copies; the caller's is as before afterwards."""
         inner = data_loader.collate_fn
-        data_loader.collate_fn = sharding_collator(inner, self.fpdt_plugin, self.fpdt_group, on_gpu=self._on_gpu)
+        data_loader.collate_fn = sharding_collator(
+            inner, self.fpdt_plugin, self.fpdt_group, on_gpu=self._on_gpu, two_each=self._recurrent
+        )
         try:
             yield
         finally:

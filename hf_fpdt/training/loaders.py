@@ -106,7 +106,7 @@ def sharding_collator(inner: Any, plugin: FPDTPlugin, group: SequenceParallelGro
     """`inner` followed by the cut for this rank; `inner` itself where there is nothing to cut or it cuts already.
 
     Args:
-        more: `on_gpu` (which "auto" chunk size holds), `pad_token_id`.
+        more: `on_gpu` (which "auto" chunk size holds); `pad_token_id`, `two_each` of `ShardingCollator`.
 
     Raises:
         ValueError: `inner` is a `ShardingCollator` of another cut than the model's.

@@ -70,12 +70,14 @@ class FPDTTrainerMixin:
             _check_whole(trainer.data_collator)
             share_random_state(self.fpdt_group)  # TRL seeds processes apart
             return
+        settings = applied_settings(trainer.model)
         trainer.data_collator = sharding_collator(
             trainer.data_collator,
             self.fpdt_plugin,
             self.fpdt_group,
             on_gpu=trainer.args.device.type == "cuda",
             pad_token_id=_pad_token_id(trainer),
+            two_each=settings is not None and settings.recurrent,
         )
 
     def _fpdt_processes(self) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ import torch.distributed as dist
 from accelerate import skip_first_batches
 from accelerate.utils import set_seed
 from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
+from transformers import TrainingArguments
 
-from hf_fpdt import ShardingCollator
+from hf_fpdt import FPDTTrainer, ShardingCollator
 from hf_fpdt.model.apply import applied_settings
+from tests.helpers.recurrent import recurrent
 from tests.helpers.support import assert_rejects, relative_error, spawn
 from tests.parallel.test_sequence_parallel import CHUNK, model_of, sample, stacked
-from tests.training.test_accelerator import Samples, accelerator, without_number
+from tests.training.test_accelerator import Samples, accelerator, plugin, without_number
 
 
 def everyones(values: list[int]) -> list[list[int]]:
@@ -96,6 +99,24 @@ def _batches_that_are_batched_already(rank: int, world: int) -> None:
 
 def test_batches_made_by_the_caller_are_cut_once() -> None:
     spawn(_batches_that_are_batched_already, 2)
+
+
+def _no_single_tokens(rank: int, world: int, folder: Path) -> None:
+    """Of a chunk and two tokens each rank would have one of the last chunk."""
+    data = [sample(0, CHUNK + 2)]
+    sizes: dict[str, Any] = {"vocab_size": 97, "tie_word_embeddings": False}
+    caller: Any = DataLoader(data, collate_fn=stacked)  # type: ignore[arg-type]
+    model, loader = accelerator(2).prepare(recurrent("lfm2", **sizes), caller)
+    args = TrainingArguments(str(folder), use_cpu=True, report_to="none")
+    trainer = FPDTTrainer(recurrent("lfm2", **sizes), args, stacked, data, fpdt_plugin=plugin(2))
+    for batches in (loader, trainer.get_train_dataloader()):
+        (batch,) = batches
+        assert batch["input_ids"].shape == (1, CHUNK // 2 + 2)
+        assert model(**batch).loss.isfinite()
+
+
+def test_no_rank_has_a_single_token_of_a_recurrent_layers_chunk(tmp_path: Path) -> None:
+    spawn(_no_single_tokens, 2, tmp_path)
 
 
 def test_one_process_keeps_its_loader_and_trains_as_with_apply_fpdt() -> None:
