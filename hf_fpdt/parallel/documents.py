@@ -107,10 +107,12 @@ def ignore_first_tokens(batch: Mapping[str, Any], ignore_index: int) -> None:
     On the device alone: the host does not wait.
 
     Args:
-        batch: with `labels` [1, T], and `cu_seq_lens_q`, `seq_idx` or `position_ids`; of another nothing happens.
+        batch: with `labels` [1, T], and `cu_seq_lens_q`, `seq_idx` or `position_ids`; of another nothing happens, nor
+            of a rank's part, whose labels are those of next tokens already.
     """
     labels, positions = batch.get("labels"), text_positions(batch.get("position_ids"))
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or batch.get("attention_mask") is not None:
+    others = any(batch.get(name) is not None for name in ("attention_mask", "shift_labels"))
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or others:
         return
     edges, ids = batch.get("cu_seq_lens_q"), batch.get("seq_idx")
     if edges is not None and len(labels) == 1:

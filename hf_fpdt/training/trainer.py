@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from ..config import FPDTPlugin
 from ..labels import IGNORE_INDEX
 from ..model import applied_settings, apply_fpdt, has_fpdt, may_get_fpdt, train_with
-from ..parallel import SequenceParallelGroup, ShardingCollator, ignore_first_tokens
+from ..parallel import PADDING_KEY, SAMPLE_KEY, SequenceParallelGroup, ShardingCollator, ignore_first_tokens
 from .evaluation import Evaluation, filled, first_rows
 from .groups import count_groups, generation_shared, groups_count, share_random_state, takes_whole_rows
 from .loaders import join_group, leave_to_host, rows_joined, sharding_collator
@@ -177,6 +177,13 @@ class FPDTTrainerMixin:
             if isinstance(batch, Mapping):
                 ignore_first_tokens(batch, IGNORE_INDEX)
         return super()._get_num_items_in_batch(batch_samples, device)  # type: ignore[misc]
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        # Trainer tells padding by a mask, which a rank's part has none of.
+        if isinstance(inputs, Mapping) and SAMPLE_KEY in inputs:
+            padding = inputs.get(PADDING_KEY, torch.zeros_like(inputs["input_ids"]))
+            inputs = {**inputs, "attention_mask": padding == 0}
+        super()._track_num_input_tokens(inputs)  # type: ignore[misc]
 
     def _get_dataloader(self, dataset: Dataset, description: str, batch_size: int, **kwargs: Any) -> DataLoader:
         """Evaluation sets are filled up to whole batches on every rank; `prediction_step` leaves the filling out."""

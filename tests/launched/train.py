@@ -124,6 +124,7 @@ def arguments(run: Run, output: Path, name: str) -> TrainingArguments:
         save_steps=run.save_steps or 500,
         dataloader_num_workers=run.workers,
         train_sampling_strategy=run.sampling,
+        include_num_input_tokens_seen="non_padding",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -178,6 +179,7 @@ def execute(run: Run, output: Path, name: str) -> FPDTTrainer:
     result["label_rows"] = None if prediction.label_ids is None else len(prediction.label_ids)
     result["batch_size"] = trainer.get_total_train_batch_size(trainer.args)
     result["steps"], result["tokens"] = trainer.state.global_step, trainer.state.total_flos
+    result["seen"] = trainer.state.num_input_tokens_seen
     if trainer.args.process_index == 0:
         (output / f"{name}.json").write_text(json.dumps(result))
         torch.save({n: p.detach() for n, p in trainer.model.named_parameters()}, output / f"{name}.pt")

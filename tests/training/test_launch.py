@@ -59,7 +59,7 @@ def assert_same(ours: Result, truth: Result) -> None:
         assert error <= WEIGHTS, f"{name}: {error:.1e}"
     for name in ("loss", "grad_norm", "epoch"):
         assert_near(ours.numbers[name], truth.numbers[name], name)
-    for name in ("eval_loss by 1", "eval_loss by 2", "test_loss", "batch_size", "steps"):
+    for name in ("eval_loss by 1", "eval_loss by 2", "test_loss", "batch_size", "steps", "seen"):
         assert_near([ours.numbers[name]], [truth.numbers[name]], name)
 
 
