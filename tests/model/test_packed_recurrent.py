@@ -52,10 +52,13 @@ def assert_exact(step: Step, truth: Step) -> None:
 
 # Of its documents one begins just before the border of a chunk of 8 and goes on, another one begins at a border.
 HARD = (7, 4, 1, 1, 19, 3, 5)
-ROWS = (HARD, *PACKINGS[4:6], (1, 39), *(random_lengths(seed, 40) for seed in (1, 2)))
+ROWS = (HARD, PACKINGS[4], random_lengths(1, 40))
+# What may leak is looked at in one family of each kind of mixer.
+BROKEN = ("qwen3_5_text", "kimi_linear", "falcon_h1", "lfm2")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# The mixers of qwen3_5_moe_text are those of qwen3_5_text.
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen3_5_moe_text"])
 def test_recurrent_layers_start_afresh_at_each_document(name: str) -> None:
     """Of length 1, ending on borders of chunks, longer than several; beside attention in one layer (Falcon-H1) too."""
     model = recurrent(name)
@@ -63,9 +66,14 @@ def test_recurrent_layers_start_afresh_at_each_document(name: str) -> None:
     for lengths in ROWS:
         documents = Documents.of_lengths(lengths)
         assert_exact(packed(ours, documents), alone(model, documents))
+    if name in BROKEN:
+        assert_nothing_leaks(ours, model, scans=name != "lfm2")
+
+
+def assert_nothing_leaks(ours: nn.Module, model: nn.Module, *, scans: bool) -> None:
+    """What would let documents see one another is rejected."""
     documents = Documents.of_lengths(HARD)
-    truth = alone(model, documents)
-    broken = {}
+    truth, broken = alone(model, documents), {}
     for what, each in {"off by one": moved(documents), "none": Documents((0,), 40)}.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hf_fpdt.model.layers, "documents_of_batch", lambda each=each: each)
@@ -73,7 +81,7 @@ def test_recurrent_layers_start_afresh_at_each_document(name: str) -> None:
     for bug in (Forgets, CutOff):
         with cache(bug):
             broken[bug.__name__] = packed(ours, documents)
-    for what in LEAKS if name != "lfm2" else ("inputs before the chunk", "convolutions"):
+    for what in LEAKS if scans else ("inputs before the chunk", "convolutions"):
         with leaking(what):
             broken[f"leaking {what}"] = packed(ours, documents)
     assert_rejects(lambda step: assert_exact(step, truth), broken)
@@ -95,8 +103,7 @@ def leaking(what: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("place", [{}, HOST], ids=["device", "host"])
-@pytest.mark.parametrize("checkpoints", ["attention", "input", "segment"])
+@pytest.mark.parametrize(("checkpoints", "place"), [("attention", HOST), ("input", {}), ("segment", HOST)], ids=str)
 @pytest.mark.parametrize("name", ["qwen3_5_text", "nemotron_h", "falcon_h1"])
 def test_checkpoints_of_packed_rows_are_exact(name: str, checkpoints: str, place: dict[str, Any]) -> None:
     more: dict[str, Any] = {"num_hidden_layers": 4}
@@ -127,7 +134,7 @@ def test_layers_that_hide_their_convolutions_run_document_by_document(
     by_layer(monkeypatch)
     model = recurrent(name)
     ours: Any = applied(model)
-    for lengths in (PACKINGS[4], HARD, random_lengths(1, 40)):
+    for lengths in (PACKINGS[4], HARD):
         documents = Documents.of_lengths(lengths)
         assert_exact(packed(ours, documents), alone(model, documents))
     assert ours.model.layers[0]._fpdt_traits.by_documents == "layer"
