@@ -289,12 +289,18 @@ class LayerRun:
 
 def tokens_of(value: Any, chunk: Chunk, plan: ChunkPlan) -> Any:
     """The chunk's part of one layer argument: tensors with a token axis (dimension 1, or the only one) are sliced."""
+    own = chunk.rank_slice
+    return along_tokens(value, plan.n_tokens // plan.sp_size, lambda part, axis: part[:, own] if axis else part[own])
+
+
+def along_tokens(value: Any, tokens: int, change: Callable[[Tensor, int], Tensor]) -> Any:
+    """Arguments of a layer, changed where they have a token axis: `change` gets each with its axis."""
+    if isinstance(value, Mapping):
+        return {name: along_tokens(item, tokens, change) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(tokens_of(item, chunk, plan) for item in value)
-    n_tokens = plan.n_tokens // plan.sp_size
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[min(1, value.dim() - 1)] != n_tokens:
-        return value
-    return value[chunk.rank_slice] if value.dim() == 1 else value[:, chunk.rank_slice]
+        return type(value)(along_tokens(item, tokens, change) for item in value)
+    axis = min(1, value.dim() - 1) if isinstance(value, Tensor) and value.dim() else None
+    return value if axis is None or value.shape[axis] != tokens else change(value, axis)
 
 
 def _reading(value: Tensor) -> tuple[object, ...]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 # Of PEFT's layers, and of what it wraps around modules that are saved with adapters.
 _ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters")
+DROPOUTS = frozenset(
+    (functional.dropout, functional.alpha_dropout, functional.feature_alpha_dropout, torch.dropout, torch.dropout_)
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,17 @@ def untouched_random_state(device: torch.device) -> Iterator[None]:
         yield
     finally:
         before.restore()
+
+
+class NoDropout(TorchFunctionMode):
+    """Inside, nothing is dropped: whole and in chunks it would be otherwise. That it acts on tokens alone is known."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in DROPOUTS:
+            return args[0] if args else (kwargs or {})["input"]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from ..layout import Chunk, ChunkPlan, Documents
 from ..parallel import ChunkDocuments
 from .gradients import GradientSums, mean_size
-from .layer_run import tokens_of
+from .layer_run import along_tokens, tokens_of
 from .layer_state import build_of
 from .recurrent import ByDocuments, LayerTraits, StandInCache, kernels_of, plain_kernels, takes_marks
-from .replay_state import Autocast, untouched_random_state
+from .replay_state import Autocast, NoDropout, untouched_random_state
 from .trial_run import (
     LEAST_TRIAL_TOKENS,
     NARROW_SUMS,
@@ -33,9 +33,7 @@ from .trial_run import (
     TRIAL_TOKENS,
     UNITS,
     LayerTrial,
-    NoDropout,
     Outcome,
-    along_tokens,
     token_errors,
     unit_of,
 )

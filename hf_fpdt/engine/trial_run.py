@@ -15,7 +15,7 @@ and of every layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -23,14 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from ..layout import Chunk, ChunkPlan
 from ..parallel import SequenceParallelGroup
 from .calls import TrialCall, calling
 from .gradients import GradientSums, mean_size, norm_of
-from .layer_run import tokens_of
+from .layer_run import along_tokens, tokens_of
 from .layer_state import Buffers, LinearsSeen
 from .recurrent import LayerTraits, StandInCache, hidden_states_of, scans_over, scans_seen
 from .replay_state import RandomState
@@ -60,34 +58,10 @@ SMALL = 1e-2
 # Models of wider weights have parts in fp32, and long sums.
 FP32_UNIT = 2.5e-5
 INPUT_SIZE, ADAPTER_SIZE = 0.3, 0.02
-DROPOUTS = frozenset(
-    (functional.dropout, functional.alpha_dropout, functional.feature_alpha_dropout, torch.dropout, torch.dropout_)
-)
 
 
 # Outputs, gradients of inputs, and of weights by their ids.
 Outcome = tuple[Tensor, Tensor, Mapping[int, Tensor]]
-
-
-class NoDropout(TorchFunctionMode):
-    """Whole and in chunks it would draw otherwise; that it acts on each token alone is known."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in DROPOUTS:
-            return args[0] if args else (kwargs or {})["input"]
-        return func(*args, **(kwargs or {}))
-
-
-def along_tokens(value: Any, tokens: int, change: Callable[[Tensor, int], Tensor]) -> Any:
-    """Arguments, those that `tokens_of` would cut changed: `change` gets each with its token axis."""
-    if isinstance(value, Mapping):
-        return {name: along_tokens(item, tokens, change) for name, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(along_tokens(item, tokens, change) for item in value)
-    axis = min(1, value.dim() - 1) if isinstance(value, Tensor) and value.dim() else None
-    return value if axis is None or value.shape[axis] != tokens else change(value, axis)
 
 
 class LayerTrial:
