@@ -182,7 +182,7 @@ def no_single_token(n_tokens: int, chunk_tokens: int, sp_size: int = 1) -> int:
         raise ValueError(
             f"hf_fpdt: of {n_tokens:,} tokens in chunks of {chunk_tokens:,} the last chunk leaves each of {sp_size} "
             "ranks a single token, which recurrent layers take as one to be decoded: pad the sequence by "
-            f"{sp_size} tokens (label -100), or choose another chunk_tokens."
+            f"{sp_size} tokens (ShardingCollator(two_each=True) does), or choose another chunk_tokens."
         )
     while n_tokens > chunk_tokens > 2 and n_tokens % chunk_tokens == 1:
         chunk_tokens -= KERNEL_BLOCK if chunk_tokens % KERNEL_BLOCK == 0 < chunk_tokens - KERNEL_BLOCK else 1
