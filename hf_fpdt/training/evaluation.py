@@ -38,7 +38,9 @@ class Evaluation:
     def next_rows(self, inputs: Any) -> int:
         """Rows of this rank's next batch that are no filling; the labels of filling are switched off."""
         batch = find_batch_size(inputs) or len(inputs)  # of samples that are not collated: their number
-        if self.samples is not None and batch != self.batch_size:
+        # Rows are samples only where that many were filled up: the last batch of DPO, whose pairs are two rows each,
+        # may have as many rows as a whole batch has samples.
+        if self.samples is not None and (self.rows is None or batch != self.batch_size):
             return self._next_samples(batch)
         first = (self.steps * self.ranks + self.rank) * batch
         self.steps += 1

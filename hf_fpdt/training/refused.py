@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
+
 from ..model import applied_settings, asks_for_log_probs, why_not_moved
+from .groups import takes_whole_rows
 
 # Of a sampler's first ones, rows whose prompts are looked at.
 SAMPLES = 256
@@ -112,6 +116,33 @@ def refused_prompts(trainer: Any) -> list[str]:
     prompts = _unequal_prompts(trainer)
     why = None if prompts is None else why_not_moved(trainer.model)
     return [] if prompts is None or why is None else [prompts.format(why)]
+
+
+def refused_evaluation(trainer: Any, ranks: int) -> list[str]:
+    """Evaluation sets of a TRL trainer that do not divide, where what fills them up could not be left out of the loss.
+
+    It can where a batch has a row with labels for each sample: DPO's has two, KTO's no labels, a packed one fewer.
+
+    Args:
+        ranks: data-parallel ones, which must all be given as many batches.
+    """
+    sets, batch_size = getattr(trainer, "eval_dataset", None), trainer.args.per_device_eval_batch_size
+    never = str(trainer.args.eval_strategy.value) == "no" or not takes_whole_rows(type(trainer))
+    if ranks == 1 or never or type(trainer)._get_eval_sampler is not Trainer._get_eval_sampler:
+        return []
+    each: Any
+    for each in sets.values() if isinstance(sets, dict) else [sets]:
+        if not hasattr(each, "__len__") or len(each) % (batch_size * ranks) == 0:
+            continue
+        samples = [each[row] for row in range(min(2, batch_size, len(each)))]
+        batch = _collator(trainer)(samples)
+        if "labels" not in batch or find_batch_size(batch) != len(samples):
+            return [
+                f"{len(each)} samples of eval_dataset do not divide into batches of {batch_size} on {ranks} ranks "
+                "(those of a group count as one), and what fills the last one up cannot be left out of this "
+                f"trainer's loss: give a multiple of {batch_size * ranks}, or another per_device_eval_batch_size"
+            ]
+    return []
 
 
 def _unequal_prompts(trainer: Any) -> str | None:

@@ -17,10 +17,16 @@ from ..labels import IGNORE_INDEX
 from ..model import applied_settings, apply_fpdt, has_fpdt, may_get_fpdt, train_with
 from ..parallel import PADDING_KEY, SAMPLE_KEY, SequenceParallelGroup, ShardingCollator, ignore_first_tokens
 from .evaluation import Evaluation, filled, first_rows
-from .groups import count_groups, generation_shared, groups_count, share_random_state, takes_whole_rows
+from .groups import (
+    count_groups,
+    generation_shared,
+    groups_count,
+    share_random_state,
+    takes_whole_rows,
+)
 from .loaders import join_group, leave_to_host, rows_joined, sharding_collator
 from .packing import LENGTHS, PackingCollator
-from .refused import refused_options, refused_prompts, refused_sharing
+from .refused import refused_evaluation, refused_options, refused_prompts, refused_sharing
 from .saying import say_what_is_done
 from .speed import TrainingSpeed
 
@@ -59,7 +65,8 @@ class FPDTTrainerMixin:
             super().__init__(*args, **kwargs)
         trainer: Any = self
         whole_rows = refused_sharing(trainer) if self._fpdt_whole_rows else []
-        _refuse([*refused_options(trainer, self.fpdt_group.size), *whole_rows])
+        evaluated = refused_evaluation(trainer, self._data_parallel_size())
+        _refuse([*refused_options(trainer, self.fpdt_group.size), *whole_rows, *evaluated])
         if not has_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group):
             self.fpdt_handle = apply_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group)
         _refuse(refused_prompts(trainer))

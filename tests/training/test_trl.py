@@ -325,6 +325,13 @@ def test_an_evaluation_counts_the_samples_of_a_packed_row() -> None:
         evaluation.next_rows(row)
 
 
+def test_an_evaluation_counts_pairs_of_preferences() -> None:
+    """Two rows each: the one pair of the last batch has as many rows as there are pairs in a whole one."""
+    evaluation = Evaluation(rows=None, rank=0, ranks=1, finite_only=True, samples=3, batch_size=2)
+    batches = [{"input_ids": torch.zeros(rows, 5, dtype=torch.long)} for rows in (4, 2)]
+    assert [evaluation.next_rows(batch) for batch in batches] == [2, 1]
+
+
 def test_a_forward_of_another_release_is_refused_where_ranks_share_sequences(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from tests.helpers.support import assert_rejects, spawn
 from tests.helpers.trl_steps import (
     Trained,
     assert_same,
+    judged,
     preferences,
     prompts,
     texts,
@@ -162,6 +163,14 @@ class Sft(FPDTTrainerMixin, trl.SFTTrainer):
     """Given a model that FPDT was applied to already, or rows that are cut already."""
 
 
+class Dpo(FPDTTrainerMixin, trl.DPOTrainer):
+    """Given sets for evaluation that do not divide."""
+
+
+class Kto(FPDTTrainerMixin, trl.KTOTrainer):
+    """Likewise."""
+
+
 class Grpo(FPDTTrainerMixin, trl.GRPOTrainer):
     """Given a generation that is shared by all ranks."""
 
@@ -182,6 +191,14 @@ def _refused(rank: int, world: int, checkpoint: Path, folder: Path) -> None:
     args = trl.GRPOConfig(str(folder), per_device_train_batch_size=3, num_generations=2, **often)
     with pytest.raises(ValueError, match="3 samples at a time, which 2 completions of a prompt do not divide"):
         Grpo(model=str(checkpoint), args=args, train_dataset=prompts(), reward_funcs=variety, **common)
+    often |= {"eval_strategy": "steps", "per_device_eval_batch_size": 2}
+    kinds: tuple[tuple[Any, Any, Any], ...] = (Dpo, trl.DPOConfig, preferences()), (Kto, trl.KTOConfig, judged())
+    for kind, config, data in kinds:
+        few = {"args": config(str(folder), **often), "eval_dataset": data.select(range(3))}
+        given = {**common, **few, "model": str(checkpoint), "train_dataset": data}
+        with pytest.raises(NotImplementedError, match="3 samples of eval_dataset do not divide .* on 2 ranks"):
+            kind(**{**given, "fpdt_plugin": FPDTPlugin(chunk_tokens=32)})
+        kind(**given)  # one group of two takes the last one as it is
 
 
 def test_what_cannot_be_right_is_refused_when_the_trainer_is_made(checkpoints: Path, tmp_path: Path) -> None:
