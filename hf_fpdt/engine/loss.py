@@ -130,7 +130,14 @@ class _ChunkedNorm(torch.autograd.Function):
         ctx.chunk_forward, ctx.size, ctx.autocast = forward, size, Autocast.now(hidden.device)
         ctx.save_for_backward(hidden, *parameters)
         with torch.cuda.device_of(hidden), ctx.autocast.again():
-            return torch.cat([forward(x) for x in hidden.split(size, dim=1)], dim=1)
+            normed = None
+            for start in range(0, max(1, hidden.shape[1]), size):
+                part = forward(hidden[:, start : start + size])
+                # Written in place: pieces beside their whole would be the states of a sequence once more.
+                normed = part.new_empty(hidden.shape) if normed is None else normed
+                normed[:, start : start + size] = part
+            assert normed is not None
+            return normed
 
     @staticmethod
     @once_differentiable

@@ -41,6 +41,8 @@ class Settings:
         trials: which layers were tried.
         chunks: tokens of a chunk that "auto" came to, by rows and tokens of hidden states and by their dtype.
         fused_experts: whether chosen experts run as one operation.
+        between: whether a pass that scores tokens may have another one (a reference's) before its backward pass.
+        awaited: whether there was such a pass: from then on there is room for both.
         packed: of the last batch with gradients its shape and the documents of its packed row; None: it had none.
         padding_tried: whether a head that is no language model's was found not to read padding.
         asked: what layers ask of attention, each kind once; () where that is not known before the first step.
@@ -56,6 +58,8 @@ class Settings:
     liger: Liger | None = None
     progress: StepProgress | None = None
     fused_experts: bool = False
+    between: bool = True
+    awaited: bool = False
     trials: LayerTrials = field(default_factory=LayerTrials)
     chunks: dict[tuple[object, ...], int] = field(default_factory=dict)
     padding_tried: bool = False
@@ -140,6 +144,7 @@ class Settings:
             fused=self.liger is not None and hidden_BSD.is_cuda,
             score_bytes=SCORE_BYTES * is_plain,
             fused_experts=self.fused_experts,
+            awaited=self.awaited,
         )
 
     @property

@@ -88,6 +88,7 @@ class StepSizes:
         fused: whether a GPU runs Liger's kernels in the layers.
         score_bytes: of attention's scores, where plain PyTorch computes it.
         fused_experts: whether chosen experts run as one operation.
+        awaited: whether it may run while another one of its size awaits its backward pass, as a reference does.
         documents: of a packed row: operations are counted by them, while memory is planned for one document, which
             takes the most; so steps that differ in them alone are planned once.
     """
@@ -102,6 +103,7 @@ class StepSizes:
     fused: bool = False
     score_bytes: int = 0
     fused_experts: bool = False
+    awaited: bool = False
     documents: Documents | None = field(default=None, compare=False)
 
     @property
@@ -257,6 +259,9 @@ class StepSizes:
         yield DeviceItem("hidden", "a layer's input and output", ("forward",), 2 * unit, True)
         yield DeviceItem("resident_kv", "K, V of one layer, resident chunks", ("forward",), resident.forward, True)
         yield DeviceItem("hidden", "last hidden states, normed, and their gradient", ("loss",), 3 * unit, True)
+        if self.awaited:  # those three with its cos, sin and ids; in a loss between, normed ones are there beside them
+            yield DeviceItem("hidden", "kept by the pass that waits", ("forward",), 2 * unit + self.entry_bytes, True)
+            yield DeviceItem("hidden", "kept by the pass that waits, and normed", ("loss",), self.entry_bytes, True)
         yield DeviceItem("hidden", "gradients of a layer's output and input", ("backward",), 2 * unit, True)
         yield DeviceItem("resident_kv", "K, V of one layer, resident chunks", ("backward",), resident.backward, True)
         yield DeviceItem("resident_kv", "dK, dV of one layer, resident chunks", ("backward",), resident.grads, True)

@@ -30,6 +30,15 @@ def takes_whole_rows(trainer: type) -> bool:
     return any(base.__module__.startswith("trl.") for base in trainer.__mro__)
 
 
+def scores_between(trainer: Any) -> bool:
+    """Whether a reference may be scored between a pass and its backward pass.
+
+    Of TRL's trainers DPO's and KTO's do so, unless they did before training; the others do so beforehand, or never.
+    """
+    own = any(base.__module__.startswith("trl.trainer.") for base in type(trainer).__mro__)
+    return not own or not getattr(trainer.args, "precompute_ref_log_probs", True)
+
+
 @contextmanager
 def groups_count(ranks: int) -> Iterator[None]:
     """Inside, what accelerate gathers has that of the first of each so many ranks; 1: of every process."""

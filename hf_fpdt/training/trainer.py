@@ -21,6 +21,7 @@ from .groups import (
     count_groups,
     generation_shared,
     groups_count,
+    scores_between,
     share_random_state,
     takes_whole_rows,
 )
@@ -69,6 +70,8 @@ class FPDTTrainerMixin:
         _refuse([*refused_options(trainer, self.fpdt_group.size), *whole_rows, *evaluated])
         if not has_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group):
             self.fpdt_handle = apply_fpdt(trainer.model, self.fpdt_plugin, self.fpdt_group)
+        if (settings := applied_settings(trainer.model)) is not None:
+            settings.between = scores_between(trainer)
         _refuse(refused_prompts(trainer))
         reference = getattr(trainer, "ref_model", None)  # TRL's, where it is no adapter of the model
         if isinstance(reference, nn.Module) and may_get_fpdt(reference):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt import FPDTPlugin, apply_fpdt, chunked_log_probs
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.model.shapes import build_random, llama_8b, neox_6_9b, with_layers
 from hf_fpdt.plan.sizes import PHASES, ModelSizes, StepSizes
@@ -70,6 +71,68 @@ def test_the_peak_grows_with_the_sequence_as_the_table_says(
     unit = 8 * CHUNK * 256 * 4
     check(long_growth - short_growth)
     assert_rejects(check, {"a tensor of hidden states more": long_growth - short_growth + unit})
+
+
+@dataclass(frozen=True)
+class Between:
+    """A reference's pass between a policy's and its backward pass; bytes, without the device's checkpoints.
+
+    Attributes:
+        kept: there when the reference begins.
+        peak: the most while it runs.
+        ids: of what is made of token ids not all is kept: so many at most.
+        table: what the table says grows then, of what is kept, and of all.
+    """
+
+    kept: int
+    peak: int
+    ids: int
+    table: tuple[int, int]
+
+
+def scored(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    log_probs = chunked_log_probs(model, input_ids=ids, labels=ids).log_probs
+    assert log_probs is not None
+    return log_probs.sum()
+
+
+def reference_between(n_tokens: int, place: dict[str, Any]) -> Between:
+    model, ids = narrow("llama"), torch.randint(0, 128, (1, n_tokens))
+    handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, loss_chunk_tokens=64, **place))
+    with live_bytes() as counter:
+        policy = scored(model, ids)
+        kept = counter.peak = counter.now
+        with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
+            reference = scored(model, ids)
+        peak = counter.peak
+        (policy - reference).backward()
+    sizes, plan = next((step, plan) for (step, _), plan in handle.store.plans.items())
+    rows = [row for row in sizes.device_rows(plan.kv) if row.grows and "forward" in row.phases]
+    waits, on_device = next(row.nbytes for row in rows if "waits" in row.name), plan.forecast.device_bytes
+    handle.remove()
+    return Between(kept - on_device, peak - on_device, 32 * n_tokens, (waits, sum(row.nbytes for row in rows)))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_reference_is_planned_beside_what_the_policy_keeps(place: str) -> None:
+    short, long = (reference_between(n_tokens, PLACES[place]) for n_tokens in (6 * CHUNK, 14 * CHUNK))
+    measured, unit = long.peak - short.peak, 8 * CHUNK * 256 * 4
+
+    def check(predicted: tuple[int, int]) -> None:
+        waits, grown = predicted
+        assert waits - long.ids <= long.kept <= waits
+        assert measured == pytest.approx(grown - short.table[1], rel=0.03), f"{measured / unit:.3f} units"
+
+    waits, grown = long.table
+    check((waits, grown))
+    assert_rejects(
+        check,
+        {
+            "its gradient left out": (waits - 14 * CHUNK * 256 * 4, grown),
+            "nothing waits": (waits, grown - 3 * unit),
+            "a unit more": (waits, grown + unit),
+        },
+    )
 
 
 @pytest.mark.parametrize("shape", ["llama", "neox"])

@@ -20,6 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import hf_fpdt.model.layers
 from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.model import applied_settings
 from hf_fpdt.model.scoring import log_probs
 from hf_fpdt.parallel.group import SequenceParallelGroup
 from hf_fpdt.training.evaluation import Evaluation
@@ -330,6 +331,25 @@ def test_an_evaluation_counts_pairs_of_preferences() -> None:
     evaluation = Evaluation(rows=None, rank=0, ranks=1, finite_only=True, samples=3, batch_size=2)
     batches = [{"input_ids": torch.zeros(rows, 5, dtype=torch.long)} for rows in (4, 2)]
     assert [evaluation.next_rows(batch) for batch in batches] == [2, 1]
+
+
+def test_room_is_left_for_a_reference_that_is_scored_between_a_pass_and_its_backward_pass(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    cases: tuple[tuple[Any, Any, Dataset, dict[str, Any], bool], ...] = (
+        (FpdtDpo, DPOConfig, preferences(), {}, True),
+        (FpdtDpo, DPOConfig, preferences(), {"precompute_ref_log_probs": True}, False),
+        (FpdtSft, SFTConfig, texts(), {}, False),
+    )
+    for made, config, data, options, expected in cases:
+        args = config(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", **options)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        trainer = made(model=str(checkpoint), args=args, train_dataset=data, processing_class=tokenizer)
+        settings = applied_settings(trainer.model)
+        assert settings is not None and not settings.awaited
+        trainer.train()
+        assert settings.awaited is expected
+        assert {step.awaited for step, _ in trainer.fpdt_handle.store.plans} == {expected}
 
 
 def test_a_forward_of_another_release_is_refused_where_ranks_share_sequences(

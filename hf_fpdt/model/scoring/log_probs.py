@@ -182,7 +182,10 @@ def answer(model: Any, request: Request, *args: Any, **kwargs: Any) -> Any:
         targets = move_rows(moved, arguments, targets)
     else:
         moved = None  # a mask, where nothing is trained; where something is, the base model refuses it
-    if model._fpdt.settings.group.size == 1:
+    settings = model._fpdt.settings
+    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        settings.awaited = settings.awaited or settings.between
+    if settings.group.size == 1:
         in_batch, router_loss = _scored(model, request, arguments, targets)
     else:
         in_batch, router_loss = _scored_by_ranks(model, request, arguments, targets)
