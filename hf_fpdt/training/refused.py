@@ -45,7 +45,8 @@ def refused_options(trainer: Any, sp_size: int) -> list[str]:
         ),
         (
             callable(trainer.compute_loss_func),  # TRL has a string there, for old releases of transformers
-            f"compute_loss_func needs {_LOGITS}: leave it out; {_WHERE_THEY_FIT}",
+            f"compute_loss_func needs {_LOGITS}: leave it out; a loss of log-probabilities is a compute_loss of your "
+            f"own that calls hf_fpdt.chunked_log_probs (sp_size=1); {_WHERE_THEY_FIT}",
         ),
         (
             args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True),

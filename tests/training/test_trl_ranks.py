@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 pytest.importorskip("trl")  # a machine with a GPU may have none; what it runs is not in here
@@ -153,6 +155,50 @@ def _broken(rank: int, world: int, checkpoint: Path, folder: Path, truth: Traine
 def test_what_is_wrong_between_ranks_shows(checkpoints: Path, tmp_path: Path) -> None:
     truth = trained("GRPO accumulated", checkpoints / "llama", tmp_path, fpdt=False, max_steps=3)
     spawn(_broken, 2, checkpoints / "llama", tmp_path, truth)
+
+
+def _resumed(rank: int, world: int, checkpoint: Path, folder: Path) -> None:
+    """Six steps, and the last two of them again from a checkpoint: adapters with dropout, Adam, evaluation."""
+    args = trl.SFTConfig(
+        str(folder),
+        max_steps=6,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        save_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        logging_steps=1,
+        learning_rate=0.003,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+
+    def trained_sft(resume: bool) -> tuple[list[tuple[int, float]], dict[str, torch.Tensor]]:
+        made = Sft(
+            model=str(checkpoint),
+            args=args,
+            train_dataset=texts(),
+            eval_dataset=texts().select(range(3)),
+            peft_config=LoraConfig(target_modules="all-linear", r=4, lora_dropout=0.2),
+            processing_class=AutoTokenizer.from_pretrained(checkpoint),
+            fpdt_plugin=PLUGIN,
+        )
+        made.train(resume_from_checkpoint=str(folder / "checkpoint-4") if resume else None)
+        rows = [row for row in made.state.log_history if row["step"] > 4]
+        losses = [(row["step"], row[name]) for row in rows for name in ("loss", "eval_loss") if name in row]
+        return losses, get_peft_model_state_dict(made.model)
+
+    (losses, weights), (again, found) = trained_sft(resume=False), trained_sft(resume=True)
+    assert len(losses) == 3 and again == losses
+    assert all(torch.equal(weight, found[name]) for name, weight in weights.items())
+    saved = [load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (4, 6)]
+    assert all(torch.equal(weight, saved[1][name]) for name, weight in weights.items())
+    assert not any(torch.equal(weight, saved[0][name]) for name, weight in weights.items() if "lora_B" in name)
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_ended(checkpoints: Path, tmp_path: Path) -> None:
+    spawn(_resumed, 2, checkpoints / "llama", tmp_path)
 
 
 class Reward(FPDTTrainerMixin, trl.RewardTrainer):
