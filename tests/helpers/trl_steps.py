@@ -160,6 +160,7 @@ CASES = {
     "DPO ipo": Case("DPO", preferences, {"loss_type": ["ipo"]}),
     # At five times the rate rounding grows threefold a step, in whatever way it is summed.
     "DPO LoRA": Case("DPO", preferences, {"learning_rate": 0.01}, LORA),
+    "DPO padding free": Case("DPO", preferences, {"padding_free": True}),
     "DPO precomputed": Case("DPO", preferences, {"precompute_ref_log_probs": True}),
     "KTO": Case("KTO", judged),
     "KTO apo": Case("KTO", judged, {"loss_type": "apo_zero_unpaired"}),

@@ -69,7 +69,7 @@ TWO = (
 )
 TWICE = {"per_device_train_batch_size": 4}
 FOUR = (
-    *(Run("llama", case, TWICE) for case in ("SFT padding free", "DPO", "KTO apo")),
+    *(Run("llama", case, TWICE) for case in ("SFT padding free", "DPO padding free", "KTO apo")),
     *(Run("llama", case, {"per_device_train_batch_size": 8}) for case in ("GRPO written", "RLOO written")),
 )
 

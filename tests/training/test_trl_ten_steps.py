@@ -24,6 +24,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Every case, and every family with several.
 PAIRS = [
     *(("llama", case) for case in ("SFT", "SFT completion only", "SFT LoRA", "DPO", "DPO LoRA", "DPO precomputed")),
+    ("llama", "DPO padding free"),
     *(("gpt_neox", case) for case in ("SFT dft", "DPO ipo", "GRPO")),
     *(("qwen3_moe", case) for case in ("SFT", "DPO", "GRPO beta")),  # with its auxiliary loss, TRL's default
     *(("gemma2", case) for case in ("SFT assistant only", "GRPO beta")),
