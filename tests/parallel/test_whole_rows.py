@@ -139,10 +139,10 @@ def step(case: Case, sp: int, rank: int, wrap: str, device: str = "cpu") -> None
     answer: Any = chunked_log_probs(wrapped, temperature=TEMPERATURE, outputs=asked, **batch)  # type: ignore[arg-type]
     assert not answer.mean_logits.requires_grad and answer.is_top1.dtype == torch.bool
     assert torch.equal(answer.label_mask, batch["labels"][:, 1:] != -100)
-    # Of padding none is computed but what fills up ranks; recurrent layers compute it.
-    if case[0] in MODELS and case[1] != "told":
+    # Of padding none is computed but what fills up ranks, and pairs of a recurrent layer's tokens.
+    if case[1] != "told":
         real = int(batch.get("attention_mask", torch.ones_like(batch["labels"])).sum())
-        assert embedded[-1] == -(-real // sp)
+        assert embedded[-1] - -(-real // sp) in ((0,) if case[0] in MODELS else (0, 1))
     loss_of(answer, answer.aux_loss).backward()
     check(case, dist.get_world_size() // sp, wrapped, answer, rank // sp)
 
@@ -157,7 +157,7 @@ CASES: list[Case] = [
     *(("llama", kind, 43) for kind in ("left", "packed", "told")),
     *(("qwen3_moe", kind, 43) for kind in ("right", "left", "packed")),
     *(("gemma2", kind, 43) for kind in ("right", "packed")),
-    *(("qwen3_5_text", kind, n_tokens) for kind, n_tokens in (("right", 43), ("right", 34))),
+    *(("qwen3_5_text", kind, n_tokens) for kind, n_tokens in (("right", 43), ("packed", 34))),
 ]
 
 
