@@ -1,4 +1,4 @@
-"""Which rotary parameters an adapter was trained with, kept in its own configuration.
+"""What PEFT's adapters are in a model; which rotary parameters one was trained with, kept in its own configuration.
 
 A PEFT model does not know the folder that its adapter came from, and PEFT drops what it has no field for. Its field
 `auto_mapping` (the class of the base model, read where there is no task type) is a dictionary that it keeps.
@@ -6,6 +6,7 @@ A PEFT model does not know the folder that its adapter came from, and PEFT drops
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from typing import Any
@@ -30,6 +31,16 @@ def without_adapters(model: nn.Module) -> list[str]:
     Its fused kernel takes the weight past the module.
     """
     return [f"{name}.out_proj" for name, m in model.named_modules() if hasattr(m, "A_log") and hasattr(m, "D")]
+
+
+def adapter_weights(module: nn.Module) -> set[int]:
+    """Weights of PEFT's adapters, by id, whether they act and train now or not; modules saved with them too."""
+    held = [
+        functools.reduce(getattr, name.split("."), each)
+        for each in module.modules()
+        for name in getattr(each, "adapter_layer_names", ())
+    ]
+    return {id(weight) for each in held if isinstance(each, nn.Module) for weight in each.parameters()}
 
 
 def warn_of_another_rope(model: PreTrainedModel) -> None:

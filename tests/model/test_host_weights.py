@@ -16,6 +16,7 @@ from torch import Tensor
 import hf_fpdt.model.weights.host as host
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.memory import Transfers
+from hf_fpdt.model import waiting_names
 from hf_fpdt.model.weights.quantised import packed_bytes
 from tests.helpers.models import CHUNK, Step, assert_same_step, tokens, train_step
 from tests.helpers.quantised import linears, tiny_plain, tiny_quantised
@@ -180,6 +181,23 @@ def test_a_model_that_is_moved_leaves_its_weights_on_the_host() -> None:
     assert stayed == frozen and len(linears(model)) == 14
 
 
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+def test_torch_saves_each_weight_by_itself(kind: str | None, tmp_path: Path) -> None:
+    """A layer's buffer has weights of several dtypes, and a file has each of them alone."""
+    sizes = []
+    for plugin in (RESIDENT, PLUGIN):
+        model = made("llama", kind)
+        layers_of(model)[0].input_layernorm.double()
+        apply_fpdt(model, plugin)
+        torch.save(model.state_dict(), tmp_path / "all")
+        torch.save(layers_of(model)[1].input_layernorm.weight, tmp_path / "one")
+        sizes.append([(tmp_path / name).stat().st_size for name in ("all", "one")])
+    (all_resident, one_resident), (all_waiting, one_waiting) = sizes
+    assert abs(all_waiting - all_resident) < 1000 and one_waiting < one_resident + 200
+    saved = torch.load(tmp_path / "all")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
 def test_states_are_saved_and_loaded_as_ever(tmp_path: Path) -> None:
     model = made()
     before = copy.deepcopy(model.state_dict())
@@ -204,6 +222,61 @@ def test_evaluation_and_generation_have_the_bits_too() -> None:
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, resident(IDS).logits)
         assert torch.equal(model.generate(IDS, **how), resident.generate(IDS, **how))
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_adapters_come_and_go_and_never_wait(kind: str | None, tmp_path: Path) -> None:
+    """A disabled one, as a reference in DPO, and one that is not active are frozen, and train again later."""
+    resident, model = made("llama", kind), made("llama", kind)
+    apply_fpdt(resident, RESIDENT)
+    handle = apply_fpdt(model, PLUGIN)
+    resident, model = with_lora(resident), with_lora(model)
+    weights: Any = handle._settings.host_weights
+    model.save_pretrained(tmp_path)
+    before = train_step(resident, IDS)
+    same_bits(train_step(model, IDS), before)
+    waiting = weights.nbytes
+    for each in (resident, model):
+        with each.disable_adapter(), torch.no_grad():
+            each(input_ids=IDS, labels=IDS)
+    same_bits(train_step(model, IDS), before)
+    for each in (resident, model):
+        each.load_adapter(tmp_path, "second", is_trainable=True)
+    same_bits(train_step(model, IDS), before)
+    for each in (resident, model):
+        each.set_adapter("second")
+    same_bits(train_step(model, IDS), train_step(resident, IDS))
+    for each in (resident, model):
+        each.set_adapter("default")
+    same_bits(train_step(model, IDS), before)
+    assert weights.nbytes == waiting and not any("lora" in name for name in waiting_names(model))
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_norms_that_train_later_go_where_the_model_goes(kind: str | None) -> None:
+    resident, model = made("llama", kind), made("llama", kind)
+    apply_fpdt(resident, RESIDENT)
+    handle = apply_fpdt(model, PLUGIN)
+    resident, model = with_lora(resident), with_lora(model)
+    train_step(model, IDS)
+    for each in (resident, model):
+        for layer in layers_of(each):
+            layer.input_layernorm.weight.requires_grad_(True)
+    step = train_step(model, IDS)
+    same_bits(step, train_step(resident, IDS))
+    assert sum("input_layernorm" in name for name in step.grads) == 2
+    assert not any("input_layernorm" in name for name in waiting_names(model))
+    weights: Any = handle._settings.host_weights
+    first = layers_of(model)[0]
+    buffers = [layer.buffer for layer in weights._layers.values()]
+    assert not any(_lies_in(first.input_layernorm.weight, buffer) for buffer in buffers)
+    assert any(_lies_in(first.post_attention_layernorm.weight, buffer) for buffer in buffers)
+    model._apply(lambda tensor: tensor.to("meta"))
+    assert first.input_layernorm.weight.is_meta and not first.post_attention_layernorm.weight.is_meta
+
+
+def _lies_in(tensor: Tensor, buffer: Tensor) -> bool:
+    return buffer.data_ptr() <= tensor.data_ptr() < buffer.data_ptr() + buffer.numel()
 
 
 def test_weights_that_train_are_refused() -> None:

@@ -1,9 +1,9 @@
 """Frozen weights of layers in pinned host memory: fetched one layer ahead of use, forward and backward, never back.
 
 A layer's weights lie side by side in one buffer, so a layer is one copy, on a stream of its own. While the layer is
-entered its modules have the copy; what travels of quantised weights is packed. Weights that train stay on the device:
-adapters, and modules that are saved with them. To everybody else a layer's weights are tensors of the CPU, which can
-be saved, merged into and counted as ever.
+entered its modules have the copy; what travels of quantised weights is packed. Weights that train stay on the device,
+and so do adapters and modules that are saved with them, whether or not they train now: PEFT freezes those that do not
+act. To everybody else a layer's weights are tensors of the CPU, which can be saved, merged into and counted as ever.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...memory import PinnedMemory, Transfers, host_bytes_available
 from ...units import GIB
+from ..adapters import adapter_weights
 from .quantised import is_packed, parts_of, with_parts
 
 ALIGNED = 256  # bytes; what every kernel may ask of a matrix
@@ -46,7 +47,7 @@ class HostLayer:
 
     Args:
         layer: a decoder layer.
-        everything: take what trains too.
+        everything: take what trains too, as long as nothing of it is frozen and it has no adapters.
     """
 
     def __init__(self, layer: nn.Module, *, everything: bool) -> None:
@@ -54,15 +55,13 @@ class HostLayer:
         self.memory = PinnedMemory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self.places: list[_Place] = []
         self.nbytes = 0
-        for module in layer.modules():
-            for name, weight in module._parameters.items():
-                if weight is not None and (everything or not weight.requires_grad):
-                    self._add(module, name, weight)
+        for module, name, weight in self._waiting():
+            self._add(module, name, weight)
         self.buffer = self.memory.buffer(max(1, self.nbytes))
         with torch.no_grad():
             for place in self.places:
                 parts = parts_of(place.module, place.weight)
-                views = [self._view(self.buffer, start, part) for start, part in zip(place.starts, parts, strict=True)]
+                views = [_lasting(self.buffer, start, part) for start, part in zip(place.starts, parts, strict=True)]
                 for view, part in zip(views, parts, strict=True):
                     view.copy_(part)
                 with_parts(place.module, place.weight, views, inplace=True)
@@ -74,29 +73,42 @@ class HostLayer:
             self.nbytes += aligned(part.numel() * part.element_size())
         self.places.append(_Place(module, name, weight, starts))
 
-    @staticmethod
-    def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
-        stop = start + like.numel() * like.element_size()
-        # `.data`: views share a count of writes, and one weight that is written says nothing of the others.
-        return buffer[start:stop].view(like.dtype).view(like.shape).data
+    def _waiting(self) -> list[tuple[nn.Module, str, Any]]:
+        """What waits of the layer as it is now: a module, the name of a weight in it, the weight."""
+        adapters = adapter_weights(self.layer)
+        own = [
+            (module, name, weight)
+            for module in self.layer.modules()
+            for name, weight in module._parameters.items()
+            if weight is not None and id(weight) not in adapters
+        ]
+        if self.everything and not adapters and all(w.requires_grad or is_packed(w) for _, _, w in own):
+            return own
+        return [place for place in own if not place[2].requires_grad]
+
+    def waiting(self) -> list[_Place]:
+        """Of its places those whose weight still waits: it is there, and does not train beside others that do not."""
+        there = {(id(module), name): weight for module, name, weight in self._waiting()}
+        return [place for place in self.places if there.get((id(place.module), place.name)) is place.weight]
 
     def is_current(self) -> bool:
-        """Whether the layer has these weights, where they were put; PEFT and casts put others there."""
-        found = {
-            id(weight): weight
-            for module in self.layer.modules()
-            for weight in module._parameters.values()
-            if weight is not None and (not weight.requires_grad)
-        }
-        own = {id(place.weight) for place in self.places}
-        if not found.keys() <= own:
+        """Whether the weights that wait are these, where they were put; PEFT and casts put others there."""
+        own, there = [(place.module, place.name, place.weight) for place in self.places], self._waiting()
+        if [list(map(id, place)) for place in own] != [list(map(id, place)) for place in there]:
             return False
-        return all(place.module._parameters[place.name] is place.weight for place in self.places) and all(
+        return all(
             part.data_ptr() == self.buffer.data_ptr() + start
             for place in self.places
             for part, start in zip(parts_of(place.module, place.weight), place.starts, strict=True)
             if part.numel()
         )
+
+    def give_back(self) -> None:
+        """Give weights that train now memory of their own, so that the buffer can go; a model that is moved has."""
+        for place in self.places:
+            weight, start = place.weight, self.buffer.data_ptr() + place.starts[0]
+            if weight.requires_grad and weight.data_ptr() == start:
+                weight.data = weight.data.clone()
 
     def versions(self) -> tuple[int, ...]:
         """How often each weight was written."""
@@ -113,7 +125,7 @@ class HostLayer:
         try:
             for place in self.places:
                 parts = parts_of(place.module, place.weight)
-                views = [self._view(filled, start, part) for start, part in zip(place.starts, parts, strict=True)]
+                views = [_part(filled, start, part) for start, part in zip(place.starts, parts, strict=True)]
                 place.module._parameters[place.name] = with_parts(place.module, place.weight, views, inplace=False)
             yield
         finally:
@@ -244,9 +256,9 @@ class HostWeights:
         layer = self._layers[index]
         if not layer.is_current():
             self._fetched.pop(index, None)
-            everything = layer.everything and all(weight.requires_grad for weight in layer.layer.parameters())
-            layer = self._layers[index] = HostLayer(layer.layer, everything=everything)
-        return layer
+            self._layers[index] = HostLayer(layer.layer, everything=layer.everything)
+            layer.give_back()
+        return self._layers[index]
 
     def _fetch(self, index: int, device: torch.device) -> None:
         if self._transfers is None or self._transfers.device != device:
@@ -261,8 +273,7 @@ class HostWeights:
     def left_alone(self, layer: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Around `Module._apply`: weights stay on the host where a model is moved, and are cast where it is cast."""
         own = next((each for each in self._layers.values() if each.layer is layer), None)
-        places = [] if own is None else own.places
-        kept = [place for place in places if place.module._parameters[place.name] is place.weight]
+        kept = [] if own is None else own.waiting()
         for place in kept:
             place.module._parameters[place.name] = None  # in its place: parameters keep their order
         try:
@@ -281,6 +292,19 @@ class HostWeights:
         self._transfers = None
         for layer in self._layers.values():
             layer.memory.release()
+
+
+def _part(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+    """Of a buffer's bytes a tensor."""
+    stop = start + like.numel() * like.element_size()
+    # `.data`: views share a count of writes, and one weight that is written says nothing of the others.
+    return buffer[start:stop].view(like.dtype).view(like.shape).data
+
+
+def _lasting(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+    """The same of a buffer of the host, and with a storage of its own: torch saves storages, and whole ones."""
+    own = torch.from_numpy(buffer[start : start + like.numel() * like.element_size()].numpy())
+    return _part(own, 0, like)
 
 
 def aligned(nbytes: int) -> int:
