@@ -158,7 +158,7 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base, down, up = self.base_layer, self.lora_A[name], self.lora_B[name]
     tensors = _in_autocast_dtype(x, base.weight, down.weight, up.weight, *_present(base.bias))
     if len({tensor.dtype for tensor in tensors}) > 1:
-        _say_not_fused(down.weight.dtype, x.dtype)
+        _say_not_fused(down.weight.dtype, x.dtype, base.weight.dtype if is_quantised(base) else x.dtype)
         return self._fpdt.forward(x)  # PEFT computes wider adapters in their own dtype
     dropout, (x, *weights) = self.lora_dropout[name], tensors
     active = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
@@ -175,12 +175,15 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @functools.cache
-def _say_not_fused(adapters: torch.dtype, inputs: torch.dtype) -> None:
-    """Once for each case."""
+def _say_not_fused(adapters: torch.dtype, inputs: torch.dtype, quantised: torch.dtype) -> None:
+    """Once for each case; of a quantised base it also takes the dtype that its products are in."""
+    base, way = "", "make them with get_peft_model(..., autocast_adapter_dtype=False)"
+    if quantised != inputs:
+        base, way = f", quantised weights compute in {quantised}", f"load them with bnb_4bit_compute_dtype={inputs}"
     logger.warning(
-        "hf_fpdt: adapters are %s, a layer's input is %s, so PEFT's own slower code runs in place of fused LoRA: "
-        "train with bf16=True (autocast), or make them with get_peft_model(..., autocast_adapter_dtype=False).",
-        *(str(dtype).removeprefix("torch.") for dtype in (adapters, inputs)),
+        "hf_fpdt: adapters are %s, a layer's input is %s%s, so PEFT's own slower code runs in place of fused LoRA: "
+        "train with bf16=True (autocast), or %s.",
+        *(str(part).replace("torch.", "") for part in (adapters, inputs, base, way)),
     )
 
 

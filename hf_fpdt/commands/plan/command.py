@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console, Group
 from transformers import PreTrainedConfig
+from transformers.utils import logging as of_transformers
 
 from ...config import CHECKPOINT_POLICIES, auto_chunk_tokens
 from ...forecast import (
@@ -148,7 +151,9 @@ def plan(options: argparse.Namespace) -> None:
         check_picture("--plot", options.plot)
     _check_weights(options)
     config = config_of(options, layers=None)
-    training, machines = _training(options, config), _machines(options)
+    with _errors_alone():
+        training = _training(options, config)
+    machines = _machines(options)
     _check_gpus(options, training)
     least, helps = None, {}
     with mistakes(MemoryError):
@@ -218,6 +223,17 @@ def _beyond_positions(config: PreTrainedConfig, n_tokens: int) -> str | None:
         advice = "it has no rotary embedding to stretch; see how it reads beyond them (hf-fpdt eval)"
     ends = f"{n_tokens:,} tokens fit in memory, but this model's configuration ends at {reach:,} positions"
     return f"note: {ends}: {advice}"
+
+
+@contextmanager
+def _errors_alone() -> Iterator[None]:
+    """No warnings of transformers inside: which kernels this machine lacks says nothing of the one planned for."""
+    before = of_transformers.get_verbosity()
+    of_transformers.set_verbosity_error()
+    try:
+        yield
+    finally:
+        of_transformers.set_verbosity(before)
 
 
 def _training(options: argparse.Namespace, config: PreTrainedConfig) -> Training:
