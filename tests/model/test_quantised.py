@@ -61,8 +61,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3_moe", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", "nf4"), ("llama", "int8"), ("gpt_neox", "int8"), ("qwen3_moe", "nf4"), ("qwen3_5_text", "nf4")],
+)
 def test_a_step_is_the_dequantised_models(family: str, kind: str, calls: list[Any]) -> None:
     """Whether or not LoRA is fused; each weight is dequantised once forward and once backward, whatever the chunks."""
     model = tiny_quantised(family, kind)
@@ -155,14 +157,14 @@ def test_tied_embeddings_are_not_quantised() -> None:
 
 
 def test_a_rebuilt_layer_is_dequantised_once_more(calls: list[Any]) -> None:
-    model = tiny_quantised("llama", "nf4", num_hidden_layers=6)
+    model = tiny_quantised("llama", "nf4", num_hidden_layers=4)
     truth = train_step(with_lora(dequantised_twin(model)), IDS)
     model = with_lora(model)
     handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, loss_chunk_tokens=6, checkpoints="segment"))
     calls.clear()
     assert_same_step(train_step(model, IDS), truth)
     (plan,) = handle.store._tiers.plans.values()
-    assert plan.kept.rebuilt > 0 and len(calls) == 7 * (2 * 6 + plan.kept.rebuilt)
+    assert plan.kept.rebuilt > 0 and len(calls) == 7 * (2 * 4 + plan.kept.rebuilt)
 
 
 def test_one_layer_is_whole_at_a_time_and_nothing_after(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +291,17 @@ def test_as_accurate_as_plain_peft_in_bf16(autocast: bool, prepared: bool) -> No
 
     check(ours)
     assert_rejects(check, {"scaled": Step(ours.loss, {name: 1.1 * grad for name, grad in ours.grads.items()})})
+
+
+def test_other_dtypes_of_products_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """A `BitsAndBytesConfig` that says nothing of it computes in fp32."""
+    hf_fpdt.model.fused_linear._say_not_fused.cache_clear()
+    model = with_lora(tiny_quantised("llama", "nf4", torch.bfloat16, torch.float32), torch.bfloat16)
+    apply_fpdt(model, PLUGIN)
+    train_step(model, IDS)
+    (said,) = (record.getMessage() for record in caplog.records if "slower code" in record.getMessage())
+    assert "adapters are bfloat16, a layer's input is bfloat16, quantised weights compute in float32, so" in said
+    assert "(autocast), or load them with bnb_4bit_compute_dtype=bfloat16." in said
 
 
 def _tensors(step: Step) -> dict[str, Tensor]:
