@@ -228,7 +228,7 @@ def _fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
     if host < 0:
         raise MemoryError(
             f"the weights of the layers need {training.waiting / GIB:.1f} GiB of host memory for each GPU, "
-            f"{-host / GIB:.1f} GiB more than there is."
+            f"{-host / GIB:.1f} GiB more than there is. Ways out: quantised weights, or more host memory."
         )
     ring = step.kv_bytes(0).device_bytes
     if room < ring:
