@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_fpdt.commands.main import main
+from hf_fpdt.config import CHECKPOINT_POLICIES
 
 # Calls what the script registered as bash does on TAB: with the words so far, the last one unfinished.
 ON_TAB = """
@@ -44,8 +45,8 @@ def tab(folder: Path, *words: str) -> set[str]:
 def test_commands_options_and_choices_are_completed(folder: Path) -> None:
     assert tab(folder, "") == {"check", "plan", "trace", "bench", "finetune", "eval"}
     assert tab(folder, "pl") == {"plan"}
-    assert tab(folder, "plan", "--host") == {"--host-mem"}
-    assert tab(folder, "plan", "--host-mem", "128", "--checkpoints", "") == {"auto", "attention", "input", "segment"}
+    assert tab(folder, "plan", "--host") == {"--host-mem", "--host-weights"}
+    assert tab(folder, "plan", "--host-mem", "128", "--checkpoints", "") == set(CHECKPOINT_POLICIES)
     assert "--host-mem" not in tab(folder, "bench", "--")
     assert {"--max_length", "--learning_rate", "--lr_scheduler_type"} <= tab(folder, "finetune", "--")
     assert tab(folder, "eval", "--dtype", "") == {"float32", "bfloat16"}
