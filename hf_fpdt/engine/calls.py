@@ -40,12 +40,14 @@ class Call:
     """What the registered attention function does inside a layer's forward.
 
     Attributes:
+        layer: its place among the model's; None: none that is trained.
         unread: of "q", "k", "v" and "rest" (what the layer computes after attention) those whose values nobody reads.
         n_tokens: of the whole sequence, where the attention function sees a part of it.
         window: keys that a query of this layer sees, its own among them, where they are fewer; by the model's mask.
         documents: of a packed row.
     """
 
+    layer: int | None = None
     unread: frozenset[str] = frozenset()
     n_tokens: int | None = None
     window: int | None = None
@@ -118,7 +120,7 @@ class AttentionCall(Call):
     sinks_N: Tensor | None = None
 
     def __init__(self, run: LayerRun, chunk: Chunk, store: LayerKV) -> None:
-        self.run, self.chunk, self.store = run, chunk, store
+        self.run, self.chunk, self.store, self.layer = run, chunk, store, run.index
         self.n_tokens, self.window, self.documents = run.plan.n_tokens, run.window, run.documents
 
     def attend(
@@ -144,8 +146,8 @@ class AttentionCall(Call):
             return self._attend(q, *kv)
 
     def keep_output(self, name: str, output: Tensor) -> None:
-        # A recurrent layer goes through a packed row's documents one by one.
-        if self.run.checkpoint is not None and (self.documents is None or not self.run.state_names):
+        # Where a layer goes through a packed row's documents one by one, this is of one of them.
+        if self.run.checkpoint is not None and self.run.one_by_one is None:
             self.run.checkpoint.put_linear(name, self.chunk, output)
 
     def keeps_outputs(self) -> bool:

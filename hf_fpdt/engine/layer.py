@@ -129,8 +129,8 @@ def _on_chunk(run: LayerRun, chunk: Chunk, x_BSD: Tensor, call: AttentionCall, c
     if part is not None and not run.state_names:
         cache.before = part.before_own(x_BSD.device)
     with calling(call), scans:
-        if run.documents is not None and run.state_names and part is None:
-            y_BSD = _by_document(run, run.documents, chunk, x_BSD, cache)
+        if run.one_by_one is not None:
+            y_BSD = _by_document(run, run.one_by_one, chunk, x_BSD, cache)
         else:
             y_BSD = hidden_states_of(run.layer.forward(x_BSD, **run.arguments_of(chunk, cache)))
     did, usual = (call.qkv is not None, list(cache.finals)), (run.traits.attends, run.state_names)

@@ -201,6 +201,11 @@ class LayerRun:
         part = self.documents_of(chunk)
         return StandInCache(own.start, states, leaves=leaves, group=self.layer.group, part=part)
 
+    @property
+    def one_by_one(self) -> Documents | None:
+        """The documents of a packed row, where the layer runs on each by itself, since it has states to begin anew."""
+        return self.documents if self.state_names and self.traits.by_documents in (None, "layer") else None
+
     def documents_of(self, chunk: Chunk) -> ChunkDocuments | None:
         """The documents of a chunk of a packed row, where a layer that asks for its cache runs on them at once."""
         if self.documents is None or self.traits.by_documents in (None, "layer"):

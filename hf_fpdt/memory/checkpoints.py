@@ -278,6 +278,7 @@ class LayerCheckpoint:
         self._entries: dict[tuple[str, int], Entry] = {}
         self._unsettled: list[Entry] = []
         self._leaving: list[tuple[tuple[str, int], Tensor, int]] = []
+        self._called: set[str] = set()  # linears, for the chunk that runs
         self._linears: dict[str, tuple[LinearBytes, KeptChunks]] = {}
         sizes, kept = model_pass.sizes, model_pass.plan.kept
         for linear, chunks in zip(sizes.linears_of(index), kept.linears_of(index), strict=False):
@@ -306,8 +307,12 @@ class LayerCheckpoint:
 
     def put_linear(self, name: str, chunk: Chunk, value: Tensor) -> None:
         """Keep the output of a linear, if the plan has it and there is room."""
-        if name not in self._linears or self.holds(name, chunk):
+        if name not in self._linears:
             return
+        if name in self._called:  # twice for a chunk, other than in the trial: of which call it is nobody could say
+            self._store.forget(self.drop_linears(chunk, name))
+            return
+        self._called.add(name)
         linear, chunks = self._linears[name]
         tier = chunks.tier(chunk.index, len(linear.chunks))
         if tier is None or value.numel() * value.element_size() != linear.chunks[chunk.index]:
@@ -317,10 +322,11 @@ class LayerCheckpoint:
             self._entries[name, chunk.index] = entry
             self._leaving.append(((name, chunk.index), value, value._version))
 
-    def drop_linears(self, chunk: Chunk | None = None) -> list[Entry]:
-        """Forget the outputs of linears, of one chunk or of all; the entries that there were."""
+    def drop_linears(self, chunk: Chunk | None = None, *names: str) -> list[Entry]:
+        """Forget the outputs of linears, of one chunk or of all, of some or of all; the entries that there were."""
         chunks = range(len(self._pass.sizes.inputs)) if chunk is None else (chunk.index,)
-        keys = [(name, index) for name in self._linears for index in chunks if (name, index) in self._entries]
+        keys = [(name, index) for name in names or self._linears for index in chunks]
+        keys = [key for key in keys if key in self._entries]
         dropped = [self._entries.pop(key) for key in keys]
         for entry in dropped:
             entry.free()
@@ -344,6 +350,7 @@ class LayerCheckpoint:
                 self._entries.pop(key).free()
         self._pass.settle([self._entries[key] for key, _, _ in self._leaving if key in self._entries])
         self._leaving = []
+        self._called.clear()
 
     def holds(self, name: str, chunk: Chunk) -> bool:
         """Whether `take` would find (name, chunk)."""

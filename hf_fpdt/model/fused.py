@@ -78,7 +78,7 @@ def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings
         return
     values = {id(value.readers[0]): value for value in _known_values(layer, forward)} if fused else {}
     for name, module in list(layer.named_modules()):
-        patch_linear(module, settings, values.get(id(module)), entries.get(name.removesuffix(BASE)))
+        patch_linear(module, settings, index, values.get(id(module)), entries.get(name.removesuffix(BASE)))
         if not fused:
             continue
         replace_experts(module, settings)

@@ -55,30 +55,27 @@ class OutputUse:
 
 
 def patch_linear(
-    module: nn.Module, settings: Settings, value: OutputUse | None = None, entry: str | None = None
+    module: nn.Module, settings: Settings, layer: int = 0, value: OutputUse | None = None, entry: str | None = None
 ) -> None:
     """Patch a PEFT LoRA linear; and any linear of whose output it is known what becomes of it, or that may be kept.
 
     Again it says what that is now: a linear may have become the base of a wrapper, which reads all of it.
 
     Args:
+        layer: the place of the layer whose module it is; of each that has it what follows is another.
         entry: the name under which the output may be kept.
     """
     if not is_patched(module):
         if is_plain_lora(module) and settings.plugin.fused:
             patch(module, _lora_forward, settings)
-        elif type(module) is nn.Linear and (value is not None or _may_be_kept(module, entry)):
+        elif type(module) is nn.Linear and (value is not None or entry is not None) and "forward" not in vars(module):
+            # A forward that was put on the instance (by accelerate, …) may compute something else.
             patch(module, _linear_forward, settings)
         elif value is not None and is_quantised(module):
             patch_quantised(module, settings)
     if is_patched(module):
         patched: Any = module
-        patched._fpdt.value, patched._fpdt.entry = value, entry
-
-
-def _may_be_kept(module: nn.Module, entry: str | None) -> bool:
-    """Whether the module's own forward is that of a linear."""
-    return entry is not None and "forward" not in vars(module)
+        patched._fpdt.values[layer], patched._fpdt.entries[layer] = value, entry
 
 
 def patch_quantised(module: nn.Module, settings: Settings) -> None:
@@ -108,13 +105,15 @@ def _peft_layers() -> Any:
     return sys.modules.get("peft.tuners.lora.layer")
 
 
-def _unread(module: Any) -> bool:
-    value: OutputUse | None = module._fpdt.value
+def is_unread(module: Any) -> bool:
+    """Whether nobody reads what a patched module gives in the layer that runs now."""
+    call = current_call()
+    value: OutputUse | None = None if call is None else module._fpdt.values.get(call.layer)
     return value is not None and value.unread
 
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:
-    unread = _unread(self)
+    unread = is_unread(self)
     kept = None if unread else _kept_output(self, x)
     if not unread and kept is None:
         y: Tensor = self._fpdt.forward(x)
@@ -131,7 +130,7 @@ def _linear_forward(self: Any, x: Tensor) -> Tensor:
 def _quantised_forward(self: Any, x: Tensor) -> Tensor:
     if not is_whole(self):
         return self._fpdt.forward(x)
-    if not _unread(self):
+    if not is_unread(self):
         return whole_product(self, x)
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(self.weight.dtype)
@@ -140,13 +139,21 @@ def _quantised_forward(self: Any, x: Tensor) -> Tensor:
 
 def _kept_output(module: Any, x: Tensor) -> Tensor | None:
     """What the module gave for these tokens in the forward pass, if that was kept."""
-    call, entry = current_call(), module._fpdt.entry
-    kept = None if call is None or entry is None else call.kept_output(entry)
+    call, entry = current_call(), _entry(module)
+    # Who hooks what autograd saves, as checkpoints inside of a layer, may compare it with that of a second run.
+    hooked = torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    kept = None if call is None or entry is None or hooked else call.kept_output(entry)
     return None if kept is None or kept.shape[:-1] != x.shape[:-1] else kept
 
 
+def _entry(module: Any) -> str | None:
+    """The name under which the layer that runs now may keep the module's output."""
+    call = current_call()
+    return None if call is None else module._fpdt.entries.get(call.layer)
+
+
 def _keep_output(module: Any, y: Tensor) -> None:
-    call, entry = current_call(), module._fpdt.entry
+    call, entry = current_call(), _entry(module)
     if call is not None and entry is not None:
         call.keep_output(entry, y)
 
@@ -163,7 +170,7 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     dropout, (x, *weights) = self.lora_dropout[name], tensors
     active = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     x_adapter = dropout(x) if active else None  # drawn whether or not it is used: what follows draws after it
-    unread = _unread(self)
+    unread = is_unread(self)
     kept = None if unread else _kept_output(self, x)
     if (unread or kept is not None) and not torch.is_grad_enabled():
         return _unwritten(x, weights[0]) if kept is None else kept

@@ -17,18 +17,19 @@ class Patch:
     """Left on a patched module as `_fpdt`: what its new forward needs, and what was there before.
 
     Attributes:
-        value: what becomes of the module's output (`fused_linear.OutputUse`), where that is known now.
+        values: by layer, for layers may share a module, what becomes of its output (`fused_linear.OutputUse`), where
+            that is known now.
+        entries: of a linear, by layer, the name under which its output may be kept for the backward pass.
         found: what its new forward found out, by what that depends on.
-        entry: of a linear the name under which its output may be kept for the backward pass.
     """
 
     settings: Settings
     forward: Callable[..., Any]
     signature: inspect.Signature
     instance_forward: Callable[..., Any] | None
-    value: Any = None
+    values: dict[int, Any] = field(default_factory=dict)
+    entries: dict[int, str | None] = field(default_factory=dict)
     found: dict[Any, Any] = field(default_factory=dict)
-    entry: str | None = None
 
 
 def patch(module: Any, forward: Callable[..., Any], settings: Settings) -> None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import hf_fpdt.engine.trial
 import hf_fpdt.model.apply
 import hf_fpdt.model.fused
 import hf_fpdt.model.fused_linear
@@ -249,8 +251,11 @@ def test_every_kind_of_layer_has_the_same_bits() -> None:
         assert_same_bits(with_linears, without)
 
 
-def test_packed_rows_have_the_same_bits() -> None:
-    """A recurrent layer goes through its documents one by one: nothing of it is kept, and nothing is wrong."""
+@pytest.mark.parametrize("way", ["layer", "scans"])
+def test_packed_rows_have_the_same_bits(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a recurrent layer that goes through documents one by one nothing is kept; of one that runs on all, all."""
+    if way == "layer":
+        monkeypatch.setattr(hf_fpdt.engine.trial, "by_documents_of", lambda trial: "layer")
     ids, documents = tokens(1, 40), Documents.of_lengths((3, 25, 4, 8))
     for name in ("llama", "mamba2"):
         model = tiny("llama") if name == "llama" else any_tiny(name, attention="eager", **recurrent.FAMILIES[name])
@@ -258,6 +263,11 @@ def test_packed_rows_have_the_same_bits() -> None:
         inputs = inputs if name == "llama" else inputs | {"seq_idx": seq_idx(documents)}
         without, with_linears = both_ways(model, 8, **inputs)
         assert_same_bits(with_linears, without)
+        apply_fpdt(model, FPDTPlugin(chunk_tokens=8, checkpoints="linears"))
+        once = partial(lambda model, inputs: model(**inputs).loss.backward(), model, inputs)
+        once()  # documents are tried
+        rows = set(rows_multiplied(model, once).values())
+        assert rows == {40} if name == "llama" or way == "scans" else min(rows) > 40
 
 
 def seq_idx(documents: Documents) -> Tensor:

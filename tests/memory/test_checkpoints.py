@@ -333,9 +333,13 @@ def test_what_is_not_of_the_plan_is_not_kept() -> None:
         kept.put_linear("linear of no plan", CHUNKS[0], linear_of(q, CHUNKS[0], 1.0))
         kept.put_linear(q, CHUNKS[0], torch.zeros(1, 3, 256))  # of some tokens, as of an expert's
         assert not store.used_bytes()["device"]
-        for number in (1.0, 2.0):  # called twice: the first call is the one that takes it
+        kept.settle()
+        for number in (1.0, 2.0, 3.0):  # of which call it is nobody could say
             kept.put_linear(q, CHUNKS[0], linear_of(q, CHUNKS[0], number))
-        assert torch.equal(kept.peek(q, CHUNKS[0]), linear_of(q, CHUNKS[0], 1.0))
+            assert kept.holds(q, CHUNKS[0]) == (number == 1.0)
+        kept.settle()
+        kept.put_linear(q, CHUNKS[0], linear_of(q, CHUNKS[0], 4.0))
+        assert torch.equal(kept.peek(q, CHUNKS[0]), linear_of(q, CHUNKS[0], 4.0))
         kept.forget_linears(CHUNKS[1])
         assert kept.holds(q, CHUNKS[0])
         kept.forget_linears(CHUNKS[0])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
+from ..fused_linear import is_unread
 from ..patch import is_patched, patch
 from ..settings import Settings
 from .gates import OwnGate, gate_of
@@ -108,7 +109,7 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     if not self.is_transposed:
         first, second = first.transpose(-2, -1), second.transpose(-2, -1)
     biases = (getattr(self, f"{name}{BIAS}") if self.has_bias else None for name in (_first_name(self), SECOND))
-    unread = self._fpdt.value is not None and self._fpdt.value.unread
+    unread = is_unread(self)
     if unread and not torch.is_grad_enabled():
         return torch.empty_like(hidden_states)
     routes = Routes.of(top_k_index, self.num_experts)
