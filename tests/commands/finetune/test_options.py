@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import TrainingArguments
 
 import hf_fpdt
 from hf_fpdt import FPDTPlugin
+from hf_fpdt.commands.conditions import version_of
 from hf_fpdt.commands.finetune.command import add_finetune
 from hf_fpdt.commands.finetune.options import Options, read_options
 from hf_fpdt.commands.finetune.trainer_options import intervals_line
@@ -331,7 +331,7 @@ def test_a_wheel_runs_the_commands_that_the_readme_prints(tmp_path: Path) -> Non
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    assert f"hf-fpdt {hf_fpdt.__version__} (torch {torch.__version__}, transformers " in done.stdout
+    assert f"hf-fpdt {hf_fpdt.__version__} (torch {version_of('torch')}, transformers " in done.stdout
     said = done.stderr.partition("command finetune")[2].partition("command")[0]
     # Of one document, which is evaluated, and of several, which are trained on.
     kernels = [line for line in said.splitlines() if "attention kernel 'cpu'" in line]
