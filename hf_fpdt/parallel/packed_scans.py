@@ -128,7 +128,8 @@ def scan_of_documents(scan: Callable[..., Any], part: ChunkDocuments, *, marked:
                 piece |= {name: None for name in STATES if name in piece}
             result = scan(*(piece[place] for place in range(len(args))), **{name: piece[name] for name in kwargs})
             output, *rest_of_it = result if isinstance(result, tuple) else (result,)
-            outputs, rest = [*outputs, output], tuple(rest_of_it)
+            outputs.append(output)
+            rest = tuple(rest_of_it)
         whole = torch.cat(outputs, dim=1)
         return (whole, *rest) if rest else whole
 
