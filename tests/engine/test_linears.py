@@ -30,6 +30,7 @@ from hf_fpdt.plan.placement import described, linear_share, plan_pass
 from hf_fpdt.plan.tiers import Budgets
 from tests.engine.test_layer import assert_equal, batch, with_lora
 from tests.helpers import kinds, recurrent
+from tests.helpers.linears import rows_through
 from tests.helpers.models import tiny as any_tiny
 from tests.helpers.models import tokens
 from tests.helpers.offloaded import (
@@ -65,18 +66,7 @@ def rows_multiplied(model: nn.Module, run: Callable[[], object]) -> dict[str, in
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and "layers." in name and "lora_" not in name
     }
-    original, rows = nn.functional.linear, dict[str, int](dict.fromkeys(names.values(), 0))
-
-    def counted(x: Tensor, weight: Tensor, *bias: Any) -> Tensor:
-        if id(weight) in names:
-            rows[names[id(weight)]] += x.shape[:-1].numel()
-        return original(x, weight, *bias)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.functional, "linear", counted)
-        patch.setattr(hf_fpdt.model.fused_linear, "linear", counted)
-        run()
-    return rows
+    return rows_through(names, run)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,6 +16,7 @@ from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.plan.sizes import ModelSizes, StepSizes
 from tests.engine.test_layer import assert_equal, batch, with_fpdt, with_lora
+from tests.helpers.linears import rows_through
 from tests.helpers.offloaded import least_host_bytes
 from tests.helpers.support import assert_as_accurate, assert_rejects
 from tests.helpers.truth import in_double, loss_and_gradients, tiny, truth
@@ -199,22 +200,10 @@ def test_a_replay_leaves_out_what_nobody_reads(family: str, lora: bool, fused_ca
         assert fused_calls == ["_UnreadLinear"] * (UNREAD[family] * chunks * layers)
 
 
-def rows_through(model: Any, names: tuple[str, ...], step: Callable[[], object]) -> dict[str, int]:
-    """How many tokens the frozen weights of LoRA linears are multiplied with during a step, by name."""
-    original, rows = nn.functional.linear, dict.fromkeys(names, 0)
+def rows_of(model: Any, names: tuple[str, ...], step: Callable[[], object]) -> dict[str, int]:
+    """How many tokens the frozen weights of the first layer's LoRA linears are multiplied with during a step."""
     layer = model.base_model.model.model.layers[0]
-    weights = {id(layer.get_submodule(name).base_layer.weight): name for name in names}
-
-    def counted(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
-        if id(weight) in weights:
-            rows[weights[id(weight)]] += x.shape[:-1].numel()
-        return original(x, weight, *bias)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.functional, "linear", counted)
-        patch.setattr(hf_fpdt.model.fused_linear, "linear", counted)
-        step()
-    return rows
+    return rows_through({id(layer.get_submodule(name).base_layer.weight): name for name in names}, step)
 
 
 @pytest.mark.parametrize("rebuilt", [False, True])
@@ -226,7 +215,7 @@ def test_unread_products_are_really_left_out(rebuilt: bool) -> None:
     found = {}
     for fused in (False, True):
         handle = applied(model, fused=fused, checkpoints="attention", **room if rebuilt else {})
-        found[fused] = rows_through(model, names, lambda: model(input_ids=ids, labels=labels).loss.backward())
+        found[fused] = rows_of(model, names, lambda: model(input_ids=ids, labels=labels).loss.backward())
         (plan,) = handle.store.plans.values()
         assert plan.kept.rebuilt == rebuilt
         handle.remove()
