@@ -1,6 +1,6 @@
 """TRL's own trainers on very long rows: seconds and memory of a step with FPDT, and how far they go without it.
 
-    python scripts/bench/trl_step.py --loss dpo --seq-len 128K --plain 8K 16K 24K 32K --out out/dpo.json
+    python scripts/bench/trl_step.py --loss dpo --seq-len 128K --plain 64K 80K 96K --out out/dpo.json
     python scripts/bench/trl_step.py --loss sft --seq-len 128K --steps 2 --out out/sft.json
     python scripts/bench/trl_step.py --loss grpo --seq-len 256K --out out/grpo.json
 
@@ -159,6 +159,8 @@ def trainer_of(options: argparse.Namespace, model: Any, folder: str, plugin: FPD
     )
     for parameter in trainer.model.parameters() if options.no_autocast else ():
         parameter.data = parameter.data.to(torch.bfloat16)
+    if loss == "GRPO":  # which is not trained by Trainer's loop here, that does this
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     return trainer
 
 

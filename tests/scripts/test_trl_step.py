@@ -78,7 +78,16 @@ def test_sft_is_timed_beside_fpdttrainer_on_the_same_rows(
 def test_grpo_scores_and_makes_its_loss_as_trl_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[str]
 ) -> None:
+    scores_of, checkpointing = trl_step.scores_of, []
+
+    def noted(trainer: Any, *rest: Any) -> Any:
+        rows = scores_of(trainer, *rest)
+        checkpointing.append(trainer.model.get_base_model().is_gradient_checkpointing)
+        return rows
+
+    monkeypatch.setattr(trl_step, "scores_of", noted)
     found = measured(monkeypatch, tmp_path / "grpo.json", *sizes, "--loss", "grpo", "--plain", "512")
+    assert checkpointing == [True] * 4, "TRL alone takes more memory than in its own steps"
     what = [row["what"] for row in found["rows"]]
     assert what == ["old policy", "reference", "loss and gradients"] * 4
     # One completion with an advantage of one, and a policy that is the old one and its reference.
