@@ -188,6 +188,13 @@ def refusing(*arguments: Any, **options: Any) -> Any:
     raise RuntimeError("Triton < 3.7.1 on Hopper GPUs produces incorrect results")
 
 
+@wraps(PLAIN)
+def without_a_part(*arguments: Any, **options: Any) -> Any:
+    """Mamba-ssm where causal-conv1d is not installed."""
+    part: Any = None
+    return part(*arguments, **options)
+
+
 @pytest.mark.parametrize("over_kernels", [False, True])
 def test_a_trial_has_a_border_between_chunks_however_few_tokens_a_step_has(over_kernels: bool) -> None:
     """One chunk of all of them would say nothing of states."""
@@ -206,6 +213,7 @@ def test_a_trial_has_a_border_between_chunks_however_few_tokens_a_step_has(over_
         (kernel, None),
         (without_gradient_of_g, r"gradient of its input|A_log|dt_bias"),
         (refusing, r"fails on this machine \(Triton < 3.7.1"),
+        (without_a_part, r"fails on this machine \('NoneType' object is not callable\).*mamba-ssm with causal-conv1d"),
     ],
 )
 def test_a_kernel_with_other_gradients_than_pytorchs_is_refused(
