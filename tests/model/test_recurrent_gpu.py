@@ -31,8 +31,11 @@ WIDE: Mapping[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096,
 }  # fmt: skip
 _DELTA: Mapping[str, Any] = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
-# The same heads in all of them, so that kernels are tuned once.
-_MAMBA: Mapping[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_chunk_size": 128}
+# The same heads in all of them, so that kernels are tuned once. One group, as large ones have: of several mamba-ssm's
+# fused whole has a norm each, and transformers' PyTorch path one over all of them, but for Nemotron-H.
+_MAMBA: Mapping[str, Any] = {
+    "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_chunk_size": 128, "mamba_n_groups": 1,
+}  # fmt: skip
 # Of each family the packages that must be there, and the heads that their kernels take.
 KERNELS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "qwen3_5_text": (("fla",), _DELTA),
@@ -44,7 +47,7 @@ KERNELS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "falcon_h1": (("mamba_ssm", "causal_conv1d"), {**_MAMBA, "mamba_d_ssm": 512}),
     "mamba2": (
         ("mamba_ssm", "causal_conv1d"),
-        {"num_heads": 8, "head_dim": 64, "state_size": 64, "chunk_size": 128},
+        {"num_heads": 8, "head_dim": 64, "state_size": 64, "chunk_size": 128, "n_groups": 1},
     ),
     "nemotron_h": (
         ("mamba_ssm", "causal_conv1d"),
