@@ -36,7 +36,8 @@ _DELTA: Mapping[str, Any] = {"linear_key_head_dim": 64, "linear_value_head_dim":
 _MAMBA: Mapping[str, Any] = {
     "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_chunk_size": 128, "mamba_n_groups": 1,
 }  # fmt: skip
-# Of each family the packages that must be there, and the heads that their kernels take.
+# Of each family the packages that must be there, and the heads that their kernels take. Not Mamba-2 itself: to import
+# flash-linear-attention registers a model of its own under that name.
 KERNELS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "qwen3_5_text": (("fla",), _DELTA),
     "kimi_linear": (
@@ -45,10 +46,6 @@ KERNELS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     ),
     "bamba": (("mamba_ssm", "causal_conv1d"), _MAMBA),
     "falcon_h1": (("mamba_ssm", "causal_conv1d"), {**_MAMBA, "mamba_d_ssm": 512}),
-    "mamba2": (
-        ("mamba_ssm", "causal_conv1d"),
-        {"num_heads": 8, "head_dim": 64, "state_size": 64, "chunk_size": 128, "n_groups": 1},
-    ),
     "nemotron_h": (
         ("mamba_ssm", "causal_conv1d"),
         {
