@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from where_time_goes import by_kind, profiled
 
 import hf_fpdt.model.fused
 from hf_fpdt import FPDTPlugin, apply_fpdt
@@ -37,17 +36,6 @@ from hf_fpdt.units import GIB
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-KINDS = (
-    ("attention", r"flash|fmha|cudnn.*sdpa|efficient_attention|cutlass_kernel_flash|Attention"),
-    ("grouped products", r"GemmUniversal|grouped|Grouped|cutlass.*gemm"),
-    ("other products", r"nvjet|gemm|gemv|splitK|cublas"),
-    ("rows of experts", r"_gather_row|_sum_rows|_gate_row|_add_rows"),
-    ("loss", r"cross_entropy"),
-    ("index, sort", r"index|gather|scatter|sort|Sort|cub|radix|arange|histogram"),
-    ("reductions", r"reduce"),
-    ("copies, casts", r"[Cc]opy|Memcpy|Memset"),
-    ("elementwise", r"elementwise"),
-)
 
 
 def parse() -> argparse.Namespace:
@@ -237,23 +225,14 @@ def print_step(name: str, model: Any, options: argparse.Namespace) -> None:
 
 
 def profile(name: str, step: Callable[[], None], options: argparse.Namespace) -> None:
-    activities = [torch.profiler.ProfilerActivity.CUDA if ON_GPU else torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as recorded:
-        step()
-        finish()
-    kernels, calls = Counter[str](), Counter[str]()
-    for event in recorded.key_averages():
-        kernels[event.key] += (event.self_device_time_total if ON_GPU else event.self_cpu_time_total) / 1e3
-        calls[event.key] += event.count
-    kinds = Counter[str]()
-    for kernel, milliseconds in kernels.items():
-        kinds[next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), "other")] += milliseconds
-    lines = [f"{kernels.total():10.1f} ms"]
-    lines += [f"{ms:10.1f} {calls[kernel]:6d} {kernel[:160]}" for kernel, ms in kernels.most_common(60)]
+    kernels, calls, _ = profiled(step)
+    lines = [f"{sum(kernels.values()):10.1f} ms"]
+    lines += [f"{ms:10.1f} {calls[kernel]:6d} {kernel[:160]}" for kernel, ms in list(kernels.items())[:60]]
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"kernels-{name.replace(' ', '-')}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("  " + ", ".join(f"{kind} {ms:.0f}" for kind, ms in kinds.most_common()) + f"; all {kernels.total():.0f} ms")
+    kinds = ", ".join(f"{kind} {ms:.0f}" for kind, ms in by_kind(kernels).items())
+    print(f"  {kinds}; all {sum(kernels.values()):.0f} ms")
 
 
 def main() -> None:

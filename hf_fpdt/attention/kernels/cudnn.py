@@ -10,12 +10,15 @@ from torch import Tensor
 
 from ..spec import AttentionSpec
 from .contract import NVIDIA_ALONE, Kernel, aten, why_not_half_on_gpu, why_not_kind
+from .math import MATH
 from .padding import with_one_width
 
 WIDE_HEADS_FROM = 91_900  # the version of torch 2.11
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    if _is_one_pair(q, k):
+        return MATH.forward(q, k, v, causal=causal, spec=spec)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=spec.scale)
     return out.transpose(1, 2), lse.view(q.shape[:3])
@@ -24,6 +27,8 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, spec: Atten
 def _cudnn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if _is_one_pair(q, k):
+        return MATH.backward(dout, q, k, v, out, lse, causal=causal, spec=spec)
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout, q, k, v, out))
     no_rng = torch.zeros((), dtype=torch.int64, device=q.device)
     lengths = (q.shape[2], k.shape[2])
@@ -46,6 +51,11 @@ def _cudnn_backward(
     )
     dq, dk, dv = (x.transpose(1, 2) for x in grads)
     return dq, dk, dv
+
+
+def _is_one_pair(q: Tensor, k: Tensor) -> bool:
+    """Whether one query sees one key, as in a document of one token; cuDNN refuses that."""
+    return q.shape[1] == k.shape[1] == 1
 
 
 def _cudnn_why_not(device: torch.device, dtype: torch.dtype, spec: AttentionSpec) -> str | None:
