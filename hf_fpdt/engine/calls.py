@@ -240,7 +240,7 @@ class _AgainCall(AttentionCall):
 
 
 class CaptureCall(_AgainCall):
-    unread = frozenset({"q"})
+    unread = frozenset({"q", "rest"})
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.store.put(self.chunk, *self.run.layer.group.seq_to_heads(k, v))
@@ -269,6 +269,11 @@ class ReplayCall(_AgainCall):
 
     leaf: Tensor
     row: tuple[Tensor, Tensor]
+
+    def __init__(self, run: LayerRun, chunk: Chunk, store: LayerKV) -> None:
+        super().__init__(run, chunk, store)
+        if not run.traits.attends:
+            self.unread = frozenset({"rest"})
 
     def kept_output(self, name: str) -> Tensor | None:
         return self.run.kept.take(name, self.chunk) if self.run.kept.holds(name, self.chunk) else None

@@ -128,13 +128,14 @@ def step_seconds(step: StepSizes, kept: KeptLayers, gpu: GPU, *, full: bool) -> 
     """
     m, tokens = step.model, step.batch * step.plan.n_tokens / step.plan.sp_size
     rest = tokens * _traffic(step, full=full) * step.element_bytes / gpu.memory
-    passes = (FULL_PASSES if full else ADAPTER_PASSES) - _unread_share(m)
+    every = FULL_PASSES if full else ADAPTER_PASSES
+    passes = [every + _passes_beside(m, layer) for layer in range(m.layers)]
     rates = gpu.attention_rates(m.head_dim, m.value_dim)
     attention = {window: _attention(step, window) for window in set(step.windows)}
     seconds = 0.0
-    for (window, mix), layers in Counter(zip(step.windows, m.all_mixes, strict=True)).items():
+    for (window, mix, passed), layers in Counter(zip(step.windows, m.all_mixes, passes, strict=True)).items():
         forward, backward = (operations / rate for operations, rate in zip(attention[window], rates, strict=True))
-        token_wise = passes * _linear_seconds(m, mix, tokens, gpu) + STEP_TRAFFIC * rest
+        token_wise = passed * _linear_seconds(m, mix, tokens, gpu) + STEP_TRAFFIC * rest
         scans = tokens * SCAN_PASSES * _scan_seconds(mix, step, gpu)
         seconds += layers * ((forward + backward) * mix.attends + token_wise + scans)
     windows, mixes = step.windows_of_last(kept.layers), step.mixes_of_last(kept.layers)
@@ -199,10 +200,19 @@ def _attention(step: StepSizes, window: int | None) -> tuple[float, float]:
     return m.attention_forward(forward), m.attention_backward(backward)
 
 
-def _unread_share(m: ModelSizes) -> float:
-    """Of a layer's weights, those of the products that a replay leaves out (see `linear`), for Llama and GPT-NeoX."""
-    unread = m.hidden * m.intermediate + (0 if m.gated else m.hidden**2)
-    return unread / max(unread, m.met_parameters)
+def _passes_beside(m: ModelSizes, layer: int) -> float:
+    """In passes of the layer's products: what a step makes beside q, with K and V, less what a replay leaves out.
+
+    By the layer's linears, where they are known and are all that it multiplies by; else as Llama and GPT-NeoX do.
+    """
+    linears, weights = m.linears_of(layer), m.all_mixes[layer].linear_weights if m.mixes else m.met_parameters
+    if not linears or m.experts:
+        unread = m.hidden * m.intermediate + (0 if m.gated else m.hidden**2)
+        return -unread / max(unread, m.met_parameters)
+    again = sum(linear.inputs * linear.outputs for linear in linears)
+    captured = sum(linear.inputs * linear.outputs for linear in linears if linear.captured)
+    beside_kv = max(0, captured - m.hidden * m.kv_heads * (m.head_dim + m.value_dim))
+    return (beside_kv - max(0, weights - again)) / weights
 
 
 def _head_seconds(step: StepSizes, tokens: float, gpu: GPU, *, full: bool) -> float:

@@ -7,26 +7,34 @@ says all. So every copy of Llama's norm, MLP or rotary embedding (Mistral, Qwen,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from types import CodeType, FunctionType
-from typing import Any
+from types import CodeType, FunctionType, MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.models.cohere2 import modeling_cohere2 as cohere2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
+from transformers.models.granite import modeling_granite as granite
+from transformers.models.kimi_linear import modeling_kimi_linear as kimi_linear
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.mixtral import modeling_mixtral as mixtral
+from transformers.models.olmo2 import modeling_olmo2 as olmo2
+from transformers.models.olmo3 import modeling_olmo3 as olmo3
 from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from ..engine import current_call
 from ..plan import LinearSize
@@ -44,13 +52,28 @@ ATTENTIONS: tuple[tuple[Callable[..., Any], Any, str], ...] = (
     (qwen2.Qwen2Attention.forward, qwen2, "rotate_half"),
     (qwen3.Qwen3Attention.forward, qwen3, "rotate_half"),
     (neox.GPTNeoXAttention.forward, neox, "rotate_half"),
+    (gemma2.Gemma2Attention.forward, gemma2, "rotate_half"),
+    (gemma3.Gemma3Attention.forward, gemma3, "rotate_half"),
+    (olmo2.Olmo2Attention.forward, olmo2, "rotate_half"),
+    (olmo3.Olmo3Attention.forward, olmo3, "rotate_half"),
     (gpt_oss.GptOssAttention.forward, gpt_oss, "_apply_rotary_emb"),
+)
+# Attention whose projection of q also gives a gate of what attention gives.
+GATED_ATTENTIONS: tuple[Callable[..., Any], ...] = (
+    qwen3_5.Qwen3_5Attention.forward,
+    qwen3_next.Qwen3NextAttention.forward,
 )
 # Rotates as the others do, by cos and sin that are not written twice.
 SINGLE = "_apply_rotary_emb"
-# Layers that add what their MLP gives to what went in, and blocks of experts that only add to what those give.
+# Layers that add what their MLP gives to what went in, as it is or times a number, and blocks of experts that only add
+# to what those give.
 RESIDUAL_LAYERS: tuple[Callable[..., Any], ...] = (
+    cohere2.Cohere2DecoderLayer.forward,
+    granite.GraniteDecoderLayer.forward,
+    kimi_linear.KimiLinearDecoderLayer.forward,
     llama.LlamaDecoderLayer.forward,
+    qwen3_5.Qwen3_5DecoderLayer.forward,
+    qwen3_next.Qwen3NextDecoderLayer.forward,
     mixtral.MixtralDecoderLayer.forward,
     gpt_oss.GptOssDecoderLayer.forward,
 )
@@ -64,6 +87,7 @@ EXPERT_BLOCKS: tuple[Callable[..., Any], ...] = (
 )
 PROJECTIONS = ("q_proj", "k_proj", "query_key_value")
 REST = frozenset({"rest"})
+BESIDE_KV, OTHERS = frozenset({"q", "rest"}), frozenset({"k", "v"})
 BASE = ".base_layer"  # what PEFT calls the linear inside of an adapter's
 
 
@@ -101,9 +125,8 @@ def linears_run_again(
     names = {id(module): name for name, module in layer.named_modules()}
     values = _known_values(layer, forward) if fused else ()
     uses: dict[str, frozenset[str]] = {names[id(value.readers[0])]: value.names for value in values}
-    query = frozenset({"q"})
     return tuple(
-        linear._replace(captured=attends and not linear.late and uses.get(linear.name) != query)
+        linear._replace(captured=attends and not linear.late and not uses.get(linear.name, OTHERS) <= BESIDE_KV)
         for linear in seen
         if uses.get(linear.name) != REST
     )
@@ -123,6 +146,8 @@ def _known_values(layer: Any, forward: Callable[..., Any]) -> Iterator[OutputUse
         attention = getattr(layer, name, None)
         if any(_runs(attention, known) for known, _, _ in ATTENTIONS):
             yield from _projections(attention)
+        if any(_runs(attention, known) for known in GATED_ATTENTIONS):
+            yield from _projections(attention, gated=True)
 
 
 def _summed(mlp: Any) -> Iterator[OutputUse]:
@@ -137,14 +162,15 @@ def _summed(mlp: Any) -> Iterator[OutputUse]:
         yield OutputUse(REST, (shared.down_proj, shared, mlp))
 
 
-def _projections(attention: Any) -> Iterator[OutputUse]:
-    """q, k and v, read by attention alone, after a norm of theirs in some."""
+def _projections(attention: Any, *, gated: bool = False) -> Iterator[OutputUse]:
+    """q, k and v, read by attention alone, after a norm of theirs in some; with q a gate, where there is one."""
     norms = tuple(getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name))
     if hasattr(attention, "query_key_value"):
         yield OutputUse(frozenset({"q", "k", "v"}), (attention.query_key_value, attention))
         return
     for name in ("q", "k", "v"):
-        yield OutputUse(frozenset({name}), (getattr(attention, f"{name}_proj"), attention, *norms))
+        names = BESIDE_KV if gated and name == "q" else frozenset({name})
+        yield OutputUse(names, (getattr(attention, f"{name}_proj"), attention, *norms))
 
 
 def _twin_of(module: Any) -> Callable[..., Any] | None:
@@ -157,9 +183,9 @@ def _twin_of(module: Any) -> Callable[..., Any] | None:
     if _runs(module, gpt_oss.GptOssRMSNorm.forward):
         return _wide_rms_norm_forward
     if _runs(module, llama.LlamaMLP.forward):
-        return _swiglu_forward if type(module.act_fn) is type(ACT2FN["silu"]) else None
+        return GATED.get(type(module.act_fn))
     rotary = None if _replaced(module) else _rotary_of(kind)
-    return None if rotary is None else _with_rotary(inspect.unwrap(kind.forward), *rotary)
+    return None if rotary is None else _with_rotary(inspect.unwrap(kind.forward), rotary)
 
 
 def _rms_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -186,12 +212,42 @@ def _swiglu_forward(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(self._fpdt.settings.liger.silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
+def _geglu_forward(self: Any, x: Tensor) -> Tensor:
+    if not (x.is_cuda and _is_sum(self.gate_proj) and _is_sum(self.up_proj)):
+        return self._fpdt.forward(x)
+    return self.down_proj(self._fpdt.settings.liger.gelu_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+# By the activation of the gate.
+GATED: Mapping[type, Callable[..., Any]] = MappingProxyType(
+    {type(ACT2FN["silu"]): _swiglu_forward, type(ACT2FN["gelu_pytorch_tanh"]): _geglu_forward}
+)
+
+
 def _is_sum(module: nn.Module) -> bool:
     """Whether nothing needs the values of the module's output for its gradient, so that they may be overwritten."""
     return isinstance(module, nn.Linear) or is_lora(module)
 
 
-def _with_rotary(forward: FunctionType, rotary: Callable[..., Any], once: bool) -> Callable[..., Any]:
+class Rotary(NamedTuple):
+    """A rotary embedding that is known.
+
+    Attributes:
+        function: q, k, cos and sin to q and k.
+        once: whether cos and sin are written once for both halves of a head.
+        narrows: whether it computes in the dtype of cos and sin, and gives that of q and k.
+    """
+
+    function: Callable[..., Any]
+    once: bool
+    narrows: bool
+
+    def serves(self, q: Tensor, cos: Tensor) -> bool:
+        """Whether the kernel gives what the function gives: it too gives the dtype of q."""
+        return q.is_cuda and (q.dtype == cos.dtype or self.narrows)
+
+
+def _with_rotary(forward: FunctionType, rotary: Rotary) -> Callable[..., Any]:
     """An attention's forward over a rotary embedding of ours; the module that defines it is left alone."""
 
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -200,11 +256,11 @@ def _with_rotary(forward: FunctionType, rotary: Callable[..., Any], once: bool) 
             return forward(self, *args, **kwargs)
 
         def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
-            if others or not _is_served(q, cos):
-                return rotary(q, k, cos, sin, **others)
+            if others or not rotary.serves(q, cos):
+                return rotary.function(q, k, cos, sin, **others)
             if _are_kept():
                 q, k = q.clone(), k.clone()  # they are overwritten, and the backward pass will read them
-            if once:
+            if rotary.once:
                 cos, sin = (torch.cat((half, half), -1) for half in (cos, sin))
             return liger.rotary(q, k, cos, sin)
 
@@ -216,10 +272,6 @@ def _with_rotary(forward: FunctionType, rotary: Callable[..., Any], once: bool) 
     return patched
 
 
-def _is_served(q: Tensor, cos: Tensor) -> bool:
-    return q.is_cuda and q.dtype == cos.dtype
-
-
 def _are_kept() -> bool:
     """Whether outputs of linears are those that the backward pass finds, so that nobody may write to them."""
     call = current_call()
@@ -227,8 +279,8 @@ def _are_kept() -> bool:
 
 
 @lru_cache
-def _rotary_of(kind: Any) -> tuple[Callable[..., Any], bool] | None:
-    """The rotary embedding of a class of attention, if both are known, and whether cos and sin are written once."""
+def _rotary_of(kind: Any) -> Rotary | None:
+    """The rotary embedding of a class of attention, if both are known."""
     forward: Any = inspect.unwrap(kind.forward)  # transformers wraps forwards whose arguments have new names
     for attention, module, helper in ATTENTIONS:
         if isinstance(forward, FunctionType) and _same_code(forward, attention):
@@ -236,7 +288,8 @@ def _rotary_of(kind: Any) -> tuple[Callable[..., Any], bool] | None:
             if rotary is None or not _same_code(rotary, known):
                 return None
             called = getattr(inspect.unwrap(rotary), "__globals__", {}).get(helper)
-            return (rotary, helper == SINGLE) if _same_code(called, getattr(module, helper)) else None
+            narrows = _same_code(rotary, olmo2.apply_rotary_pos_emb)
+            return Rotary(rotary, helper == SINGLE, narrows) if _same_code(called, getattr(module, helper)) else None
     return None
 
 

@@ -1,4 +1,4 @@
-"""Liger's Triton kernels, where the package `liger-kernel` is installed: norm, SwiGLU and RoPE in one pass each."""
+"""Liger's Triton kernels, where the package `liger-kernel` is installed: norms, gates and RoPE in one pass each."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class Liger:
 
     _rms_norm: Callable[..., Any]
     _silu_mul: Callable[..., Any]
+    _gelu_mul: Callable[..., Any]
     _rotary: Callable[..., Any]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,8 +36,15 @@ class Liger:
         """silu(gate) · up. Backward leaves the gradients in `gate` and `up`, so nothing else may need their values."""
         return self._silu_mul(gate, up)
 
+    def gelu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The same with GELU, approximated by tanh."""
+        return self._gelu_mul(gate, up)
+
     def rotary(self, q_BNSH: Tensor, k_BGSH: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary embedding of the first `cos.shape[-1]` elements of each head; q and k may be overwritten."""
+        """Rotary embedding of the first `cos.shape[-1]` elements of each head; q and k may be overwritten.
+
+        It computes in the dtype of cos and sin.
+        """
         return self._rotary(q_BNSH, k_BGSH, cos, sin)
 
 
@@ -52,8 +60,10 @@ def load_liger() -> Liger | None:
     """The kernels; None where `why_not_liger` says why."""
     if why_not_liger() is not None:
         return None
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.rope import LigerRopeFunction
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-    return Liger(LigerRMSNormFunction.apply, LigerSiLUMulFunction.apply, LigerRopeFunction.apply)
+    gates = LigerSiLUMulFunction.apply, LigerGELUMulFunction.apply
+    return Liger(LigerRMSNormFunction.apply, *gates, LigerRopeFunction.apply)

@@ -351,7 +351,7 @@ class InPlace:
 
 def test_what_is_kept_is_not_overwritten_by_a_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = model_of("llama"), sequences()
-    monkeypatch.setattr(hf_fpdt.model.fused, "_is_served", lambda q, cos: True)
+    monkeypatch.setattr(hf_fpdt.model.fused.Rotary, "serves", lambda rotary, q, cos: True)
     monkeypatch.setattr(hf_fpdt.model.apply, "load_liger", InPlace)
     plain, handle = applied(model, checkpoints="attention")
     exact = step(plain, data)

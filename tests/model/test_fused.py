@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from dataclasses import replace
 from types import FunctionType
@@ -25,6 +26,7 @@ from tests.helpers.support import assert_as_accurate, assert_rejects
 
 # What is found in one layer of an architecture: norms, gated MLP, attention for its rotary embedding, unread linears.
 PROJECTIONS = " self_attn.q_proj self_attn.k_proj self_attn.v_proj"
+OLMO = "post_attention_layernorm post_feedforward_layernorm self_attn.q_norm self_attn.k_norm mlp self_attn"
 GEMMA_NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
 FOUND = {
     "llama": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj" + PROJECTIONS,
@@ -32,12 +34,19 @@ FOUND = {
     "qwen2": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj" + PROJECTIONS,
     "qwen3": "input_layernorm post_attention_layernorm self_attn.q_norm self_attn.k_norm mlp self_attn mlp.down_proj"
     + PROJECTIONS,
-    # Its norm adds one to the weight, which has a kernel of its own; its MLP has another activation.
-    "gemma": "input_layernorm post_attention_layernorm self_attn mlp.down_proj" + PROJECTIONS,
-    # A norm after the MLP reads its value; its attention is none of those known.
-    "gemma2": " ".join(f"{place}_layernorm" for place in GEMMA_NORMS),
-    "qwen3_5_text": "input_layernorm post_attention_layernorm mlp",  # a recurrent layer
-    "granite": "input_layernorm post_attention_layernorm mlp self_attn" + PROJECTIONS,  # scales the MLP's value
+    # Its norm adds one to the weight, which has a kernel of its own.
+    "gemma": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj" + PROJECTIONS,
+    # A norm after the MLP reads its value.
+    "gemma2": " ".join(f"{place}_layernorm" for place in GEMMA_NORMS) + " mlp self_attn" + PROJECTIONS,
+    "gemma3_text": " ".join(f"{place}_layernorm" for place in GEMMA_NORMS)
+    + " self_attn.q_norm self_attn.k_norm mlp self_attn"
+    + PROJECTIONS,
+    "olmo2": OLMO + PROJECTIONS,
+    "olmo3": OLMO + PROJECTIONS,
+    "cohere2": "mlp mlp.down_proj",  # beside attention; its rotary embedding and its norm are others
+    "qwen3_5_text": "input_layernorm post_attention_layernorm mlp mlp.down_proj",  # a recurrent layer
+    # Scales the MLP's value.
+    "granite": "input_layernorm post_attention_layernorm mlp self_attn mlp.down_proj" + PROJECTIONS,
     "gpt_oss": "input_layernorm post_attention_layernorm self_attn mlp.experts" + PROJECTIONS,
     "qwen3_moe": "input_layernorm post_attention_layernorm self_attn.q_norm self_attn.k_norm self_attn mlp.experts"
     + PROJECTIONS,
@@ -127,7 +136,7 @@ def results(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "gemma", "qwen3_5_text", *EVERY_EXPERT])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "gemma3_text", "olmo3", "qwen3_5_text", *EVERY_EXPERT])
 def test_gpu_a_model_of_twins_is_as_accurate_as_its_own_pieces(name: str) -> None:
     """bf16, against the same model in float64; with a broken variant of each kernel rejected."""
     if why_not_liger() is not None:
@@ -164,10 +173,13 @@ def test_gpu_a_model_of_twins_is_as_accurate_as_its_own_pieces(name: str) -> Non
     assert liger is not None
     broken = {
         "norm": {"_rms_norm": lambda x, w, eps, *rest: liger._rms_norm(x, w, eps + 1.0, *rest)},
-        "gate": {"_silu_mul": lambda gate, up: liger._silu_mul(up, gate)},
+        "gate": {
+            "_silu_mul": lambda gate, up: liger._silu_mul(up, gate),
+            "_gelu_mul": lambda gate, up: liger._gelu_mul(up, gate),
+        },
         "rotation": {"_rotary": lambda q, k, cos, sin: liger._rotary(q, k, cos, -sin)},
     }
-    missing = {"gpt_neox": ("norm", "gate"), "gemma": ("gate",), "qwen3_5_text": ("rotation",)}.get(name, ())
+    missing = {"gpt_neox": ("norm", "gate"), "qwen3_5_text": ("rotation",)}.get(name, ())
     missing = ("gate",) if name in EVERY_EXPERT else missing
     broken = {what: change for what, change in broken.items() if what not in missing}
     variants = {}
@@ -189,6 +201,10 @@ def test_gpu_each_kernel_is_as_accurate_as_the_code_it_stands_for() -> None:
     exact = nn.functional.silu(gate.bfloat16().double()) * up.bfloat16().double()
     naive = nn.functional.silu(gate.bfloat16()) * up.bfloat16()
     assert_as_accurate(liger.silu_mul(gate.bfloat16(), up.bfloat16()), naive, exact)
+    gelu = functools.partial(nn.functional.gelu, approximate="tanh")
+    exact = gelu(gate.bfloat16().double()) * up.bfloat16().double()
+    naive = gelu(gate.bfloat16()) * up.bfloat16()
+    assert_as_accurate(liger.gelu_mul(gate.bfloat16(), up.bfloat16()), naive, exact)
     norm = llama.LlamaRMSNorm(1000).cuda().bfloat16()
     x, wide = gate.bfloat16(), copy.deepcopy(norm).double()
     exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + norm.variance_epsilon) * wide.weight

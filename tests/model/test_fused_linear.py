@@ -16,7 +16,10 @@ from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.plan.sizes import ModelSizes, StepSizes
 from tests.engine.test_layer import assert_equal, batch, with_fpdt, with_lora
+from tests.helpers import recurrent
 from tests.helpers.linears import rows_through
+from tests.helpers.models import assert_same_step, tokens, train_step
+from tests.helpers.models import tiny as any_tiny
 from tests.helpers.offloaded import least_host_bytes
 from tests.helpers.support import assert_as_accurate, assert_rejects
 from tests.helpers.truth import in_double, loss_and_gradients, tiny, truth
@@ -198,6 +201,30 @@ def test_a_replay_leaves_out_what_nobody_reads(family: str, lora: bool, fused_ca
     chunks, layers = 4, 2
     if not lora:
         assert fused_calls == ["_UnreadLinear"] * (UNREAD[family] * chunks * layers)
+
+
+# Tokens of 64 in two chunks that q is made of; q of Cohere's own rotary embedding is no known one, KDA has others.
+MADE_Q = {"granite": 128, "cohere2": 160, "qwen3_5_text": 128, "kimi_linear": None}
+
+
+@pytest.mark.parametrize("name", MADE_Q)
+def test_layers_of_many_kinds_leave_it_out(name: str) -> None:
+    """Scaled, beside attention, after a recurrence; q with its gate where K and V alone are made again."""
+    model, ids = any_tiny(name, **recurrent.FAMILIES.get(name, {})), tokens(1, 64)
+    names = {id(layer.mlp.down_proj.weight): f"down {index}" for index, layer in enumerate(model.model.layers)}
+    forward = dict.fromkeys(names.values(), 64)
+    if MADE_Q[name] is not None:
+        names[id(model.model.layers[-1].self_attn.q_proj.weight)] = "q"
+    steps, rows = {}, {}
+    for fused in (False, True):
+        handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=32, fused=fused, checkpoints="attention"))
+        rows[fused] = rows_through(names, lambda: steps.update({fused: train_step(model, ids)}))  # noqa: B023
+        handle.remove()
+    assert_same_step(steps[True], steps[False], 1e-6)
+    # Forward and replay; q also with K, V of the first chunk.
+    q, every = MADE_Q[name], dict.fromkeys(forward, 128)
+    assert rows[False] == (every if q is None else every | {"q": 160})
+    assert rows[True] == (forward if q is None else forward | {"q": q})
 
 
 def rows_of(model: Any, names: tuple[str, ...], step: Callable[[], object]) -> dict[str, int]:
