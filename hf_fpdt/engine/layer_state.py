@@ -93,7 +93,8 @@ def _small_copy(buffer: Tensor) -> Tensor | None:
 class LinearsSeen:
     """What the linears of a layer did in one forward pass over some tokens.
 
-    A linear with an adapter around it (PEFT's `base_layer`) goes by the name of the whole.
+    A linear with an adapter around it (PEFT's `base_layer`) goes by the name of the whole. Every kind of linear is
+    seen that has a plain weight at the time; whether it computes what a linear does is not said.
     """
 
     def __init__(self, layer: nn.Module, like_BSD: Tensor, attends: Callable[[], bool]) -> None:
@@ -107,7 +108,7 @@ class LinearsSeen:
         handles, inside = [], tuple[str, ...]()
         for name, module in self._layer.named_modules():
             base = getattr(module, "base_layer", module)
-            plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter
+            plain = isinstance(base, nn.Linear) and type(base.weight) is nn.Parameter
             if plain and not name.startswith(inside):
                 handles.append(module.register_forward_hook(self._noted(name, base)))
                 inside = inside if base is module else (*inside, f"{name}.")
@@ -121,8 +122,9 @@ class LinearsSeen:
         size = LinearSize(name, linear.in_features, linear.out_features)
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
-            call = size._replace(late=self._attends()), output, output._version, output.detach().clone()
-            self._calls.setdefault(name, []).append(call)
+            if isinstance(output, Tensor):  # some routers are linears by their class, and give more
+                call = size._replace(late=self._attends()), output, output._version, output.detach().clone()
+                self._calls.setdefault(name, []).append(call)
 
         return note
 

@@ -39,7 +39,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 from ..engine import current_call
 from ..plan import LinearSize
 from .experts.replace import replace_experts
-from .fused_linear import OutputUse, is_lora, patch_linear
+from .fused_linear import OutputUse, is_lora, may_be_kept, patch_linear
 from .patch import is_patched, patch
 from .settings import Settings
 
@@ -118,17 +118,18 @@ def linears_run_again(
 
     Args:
         forward: the layer's own.
-        seen: linears, in the order of calls.
+        seen: linears, of whatever kind, in the order of calls.
         attends: whether the layer calls attention.
         fused: whether products that nobody reads are left out.
     """
-    names = {id(module): name for name, module in layer.named_modules()}
+    modules = dict(layer.named_modules())
+    names = {id(module): name for name, module in modules.items()}
     values = _known_values(layer, forward) if fused else ()
     uses: dict[str, frozenset[str]] = {names[id(value.readers[0])]: value.names for value in values}
     return tuple(
         linear._replace(captured=attends and not linear.late and not uses.get(linear.name, OTHERS) <= BESIDE_KV)
         for linear in seen
-        if uses.get(linear.name) != REST
+        if uses.get(linear.name) != REST and may_be_kept(modules[linear.name])
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +69,12 @@ def patch_linear(
     if not is_patched(module):
         if is_plain_lora(module) and settings.plugin.fused:
             patch(module, _lora_forward, settings)
-        elif type(module) is nn.Linear and (value is not None or entry is not None) and "forward" not in vars(module):
+        elif (value is not None or entry is not None) and "forward" not in vars(module):
             # A forward that was put on the instance (by accelerate, …) may compute something else.
-            patch(module, _linear_forward, settings)
-        elif value is not None and is_quantised(module):
-            patch_quantised(module, settings)
+            if type(module) is nn.Linear:
+                patch(module, _linear_forward, settings)
+            elif is_quantised(module):
+                patch_quantised(module, settings)
     if is_patched(module):
         patched: Any = module
         patched._fpdt.values[layer], patched._fpdt.entries[layer] = value, entry
@@ -113,28 +115,37 @@ def is_unread(module: Any) -> bool:
 
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:
-    unread = is_unread(self)
-    kept = None if unread else _kept_output(self, x)
-    if not unread and kept is None:
-        y: Tensor = self._fpdt.forward(x)
-        _keep_output(self, y)
-        return y
-    if kept is not None and not torch.is_grad_enabled():
-        return kept
-    x, weight, *bias = _in_autocast_dtype(x, self.weight, *_present(self.bias))
-    if kept is not None:
-        return _KeptLinear.apply((kept,), x, weight, *bias)
-    return _UnreadLinear.apply(x, weight, *bias) if torch.is_grad_enabled() else _unwritten(x, weight)
+    return _linear_output(self, x, self._fpdt.forward)
 
 
 def _quantised_forward(self: Any, x: Tensor) -> Tensor:
     if not is_whole(self):
         return self._fpdt.forward(x)
-    if not is_unread(self):
-        return whole_product(self, x)
-    if not torch.is_autocast_enabled(x.device.type):
-        x = x.to(self.weight.dtype)
-    return _linear_forward(self, x)
+    return _linear_output(self, x, functools.partial(whole_product, self))
+
+
+def _linear_output(module: Any, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a linear gives: computed by `product`, or of the forward pass, or not computed as nobody reads it."""
+    unread = is_unread(module)
+    kept = None if unread else _kept_output(module, x)
+    if not unread and kept is None:
+        y = product(x)
+        _keep_output(module, y)
+        return y
+    if kept is not None and not torch.is_grad_enabled():
+        return kept
+    x, weight, *bias = _in_dtype_of_product(x, module.weight, *_present(module.bias))
+    if kept is not None:
+        # A quantised linear computes in its weight's dtype, and gives that of its input: both casts are exact.
+        return _KeptLinear.apply((kept.to(x.dtype),), x, weight, *bias).to(kept.dtype)
+    return _UnreadLinear.apply(x, weight, *bias) if torch.is_grad_enabled() else _unwritten(x, weight)
+
+
+def _in_dtype_of_product(x: Tensor, weight: Tensor, *bias: Tensor) -> list[Tensor]:
+    """The factors as a linear takes them: in autocast's dtype, or in the weight's."""
+    if torch.is_autocast_enabled(x.device.type):
+        return _in_autocast_dtype(x, weight, *bias)
+    return [tensor.to(weight.dtype) for tensor in (x, weight, *bias)]
 
 
 def _kept_output(module: Any, x: Tensor) -> Tensor | None:
@@ -214,6 +225,12 @@ def _only_adapter(layer: Any) -> str | None:
 def _is_linear(module: nn.Module) -> bool:
     """Whether it is a linear, its weight whole now."""
     return type(module) is nn.Linear or is_whole(module)
+
+
+def may_be_kept(module: nn.Module) -> bool:
+    """Whether it is a linear, or PEFT's layer around one, whose output `patch_linear` can keep."""
+    base = getattr(module, "base_layer", module)
+    return type(base) is nn.Linear or is_quantised(base)
 
 
 def _hooked(module: nn.Module) -> bool:

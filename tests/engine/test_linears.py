@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_fpdt.engine.trial
@@ -30,7 +30,7 @@ from hf_fpdt.plan.placement import described, linear_share, plan_pass
 from hf_fpdt.plan.tiers import Budgets
 from tests.engine.test_layer import assert_equal, batch, with_lora
 from tests.helpers import kinds, recurrent
-from tests.helpers.linears import rows_through
+from tests.helpers.linears import rows_multiplied
 from tests.helpers.models import tiny as any_tiny
 from tests.helpers.models import tokens
 from tests.helpers.offloaded import (
@@ -57,16 +57,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 def kept_share(handle: FPDTHandle) -> list[float]:
     plans = handle.store.plans.items()
     return [linear_share(plan.kept, sizes, range(plan.kept.layers)) for (sizes, _), plan in plans]
-
-
-def rows_multiplied(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
-    """How often every token is multiplied with each weight of a layer's linears, adapters aside, in a run."""
-    names = {
-        id(module.weight): name.removesuffix(".base_layer").partition("layers.")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "layers." in name and "lora_" not in name
-    }
-    return rows_through(names, run)
 
 
 @pytest.mark.parametrize("case", CASES)

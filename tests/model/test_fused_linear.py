@@ -211,14 +211,14 @@ MADE_Q = {"granite": 128, "cohere2": 160, "qwen3_5_text": 128, "kimi_linear": No
 def test_layers_of_many_kinds_leave_it_out(name: str) -> None:
     """Scaled, beside attention, after a recurrence; q with its gate where K and V alone are made again."""
     model, ids = any_tiny(name, **recurrent.FAMILIES.get(name, {})), tokens(1, 64)
-    names = {id(layer.mlp.down_proj.weight): f"down {index}" for index, layer in enumerate(model.model.layers)}
-    forward = dict.fromkeys(names.values(), 64)
+    modules = {f"down {index}": layer.mlp.down_proj for index, layer in enumerate(model.model.layers)}
+    forward = dict.fromkeys(modules, 64)
     if MADE_Q[name] is not None:
-        names[id(model.model.layers[-1].self_attn.q_proj.weight)] = "q"
+        modules["q"] = model.model.layers[-1].self_attn.q_proj
     steps, rows = {}, {}
     for fused in (False, True):
         handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=32, fused=fused, checkpoints="attention"))
-        rows[fused] = rows_through(names, lambda: steps.update({fused: train_step(model, ids)}))  # noqa: B023
+        rows[fused] = rows_through(modules, lambda: steps.update({fused: train_step(model, ids)}))  # noqa: B023
         handle.remove()
     assert_same_step(steps[True], steps[False], 1e-6)
     # Forward and replay; q also with K, V of the first chunk.
@@ -230,7 +230,7 @@ def test_layers_of_many_kinds_leave_it_out(name: str) -> None:
 def rows_of(model: Any, names: tuple[str, ...], step: Callable[[], object]) -> dict[str, int]:
     """How many tokens the frozen weights of the first layer's LoRA linears are multiplied with during a step."""
     layer = model.base_model.model.model.layers[0]
-    return rows_through({id(layer.get_submodule(name).base_layer.weight): name for name in names}, step)
+    return rows_through({name: layer.get_submodule(name).base_layer for name in names}, step)
 
 
 @pytest.mark.parametrize("rebuilt", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_fused_lora_and_unread_products_run_over_the_whole_weight(monkeypatch: p
         function = getattr(hf_fpdt.model.fused_linear, name)
         monkeypatch.setattr(function, "forward", staticmethod(counting(function.forward, seen)))
     model = with_lora(tiny_quantised("llama", "nf4"))
-    apply_fpdt(model, PLUGIN)
+    apply_fpdt(model, replace(PLUGIN, checkpoints="attention"))
     train_step(model, IDS)
     captured = 2 * 2 * 4  # k and v of each layer and earlier chunk
     assert len(seen) == 14 * 5 * 2 + captured, "each linear in each chunk, forward and replayed"
@@ -113,7 +114,7 @@ def test_fused_lora_and_unread_products_run_over_the_whole_weight(monkeypatch: p
         each.model.norm.weight.requires_grad_(False)
         each.lm_head.requires_grad_(False)
     seen.clear()
-    apply_fpdt(bare, PLUGIN)
+    apply_fpdt(bare, replace(PLUGIN, checkpoints="attention"))
     assert_same_step(train_step(bare, IDS), train_step(truth, IDS))
     assert len(seen) == 2 * 5, "down_proj, of each layer and replayed chunk"
 
@@ -356,21 +357,27 @@ def test_weights_that_fsdp_shards_are_refused() -> None:
 
 
 def test_a_linear_whose_forward_is_somebody_elses_is_left_alone() -> None:
-    """accelerate's hooks replace it: it gets what it always got."""
-    model = tiny_quantised("llama", "nf4", torch.float32)
+    """accelerate's hooks replace it: it gets what it always got, in steps as in the trial, and is asked."""
+    model, asked = tiny_quantised("llama", "nf4", torch.float32), list[bool]()
     twin = dequantised_twin(model, torch.float32)
-    target = _layers(model)[0].mlp.down_proj
-    original, asked = target.forward, list[bool]()
 
-    def forward(x: Tensor) -> Tensor:
-        asked.append(is_packed(target.weight))
-        y: Tensor = original(x)
-        return y
+    def twice(target: Any) -> None:
+        original = target.forward
 
-    target.forward = forward
+        def forward(x: Tensor) -> Tensor:
+            asked.append(not hasattr(target, "quant_state") or is_packed(target.weight))
+            y: Tensor = original(x)
+            return 2 * y
+
+        target.forward = forward
+
+    for each in (model, twin):
+        for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"):
+            twice(_layers(each)[0].get_submodule(name))
     apply_fpdt(model, PLUGIN)
+    asked.clear()
     assert_same_step(train_step(model, IDS), train_step(twin, IDS), 10 * TOLERANCE_FP32)
-    assert asked and all(asked)
+    assert len(asked) > 3 * 5 + 3 and all(asked)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

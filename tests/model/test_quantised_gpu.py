@@ -12,14 +12,17 @@ from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.commands.accuracy import LOSS, Tensors, Worst, in_double, worst_of_run
 from hf_fpdt.model.shapes import build_random, llama_8b, with_layers, with_lora
 from hf_fpdt.model.weights.packing import dequantise, quantise
+from hf_fpdt.plan.linears import under_way_bytes
+from hf_fpdt.plan.placement import linear_share
 from tests.helpers.quantised import linears
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("bitsandbytes")
 TOKENS, CHUNK, VOCABULARY = 3000, 1024, 2048
+ON_HOST: dict[str, Any] = {"device_budget_gib": 0, "host_budget_gib": 8}
 PLACES: dict[str, dict[str, Any]] = {
     "device": {},
-    "host, in segments": {"device_budget_gib": 0, "host_budget_gib": 8, "checkpoints": "segment"},
+    "host, in segments": {**ON_HOST, "checkpoints": "segment"},
 }
 
 
@@ -88,6 +91,32 @@ def test_one_layer_is_dequantised_and_the_peak_is_planned(kind: str) -> None:
     whole = sum(m.in_features * m.out_features for m in linears(model.get_base_model().model.layers[0]).values())
     assert step.whole_bytes == 2 * whole
     assert whole * 2 < peak < 1.2 * step.working_bytes(plan.kv, resident=True) + plan.forecast.device_bytes
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_kept_outputs_of_linears_have_the_bits_and_the_peak_is_planned(kind: str) -> None:
+    """On the device, and on the host, where copies run beside computation."""
+    steps = []
+    places: list[dict[str, Any]] = [
+        {"checkpoints": "attention"},
+        {"checkpoints": "linears"},
+        {"checkpoints": "linears", **ON_HOST},
+    ]
+    for place in places:
+        model = layers_8b(kind)
+        handle = apply_fpdt(model, FPDTPlugin(chunk_tokens=CHUNK, kernel="math", **place))
+        a_step(model)  # kernels compile
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        steps.append(a_step(model))
+        peak = torch.cuda.max_memory_allocated() - before
+        (sizes, _), plan = next(iter(handle.store.plans.items()))
+        assert linear_share(plan.kept, sizes, range(2)) == float(place["checkpoints"] == "linears")
+        predicted = sizes.working_bytes(plan.kv, resident=True) + plan.forecast.device_bytes
+        assert peak < 1.2 * (predicted + under_way_bytes(plan.kept, sizes.layer_bytes()))
+    for kept in steps[1:]:
+        assert kept.keys() == steps[0].keys() and all(torch.equal(kept[name], steps[0][name]) for name in kept)
 
 
 @pytest.mark.parametrize("kind", [None, "nf4", "int8"])
