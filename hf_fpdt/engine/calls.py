@@ -65,14 +65,22 @@ class Call:
         """Attention output [B, S, N, H of V] for the rank's own tokens of the chunk."""
         raise NotImplementedError
 
-    def keep_output(self, name: str, output: Tensor) -> None:
-        """Takes the output of a linear of the layer, which nobody may write to; most calls do not want it."""
+    def keep_output(self, name: str, output: Tensor, stamp: Callable[[], Tensor] | None = None) -> None:
+        """Takes the output of a linear of the layer, which nobody may write to; most calls do not want it.
+
+        Args:
+            stamp: gives a small tensor that says something of it, for `kept_stamp`; it is asked only by who wants it.
+        """
 
     def kept_output(self, name: str) -> Tensor | None:
         """That of the same linear in the forward pass, if it was kept: then it need not be computed again.
 
         In a replay it is handed over; elsewhere others will read it, and nobody may write to it.
         """
+        return None
+
+    def kept_stamp(self, name: str) -> Tensor | None:
+        """What was said of the output in the forward pass."""
         return None
 
     def keeps_outputs(self) -> bool:
@@ -145,10 +153,12 @@ class AttentionCall(Call):
             q, *kv = q_BSNH.detach(), *(repeat_heads(x.detach(), self.repeats) for x in (k_BSGH, v_BSGH))
             return self._attend(q, *kv)
 
-    def keep_output(self, name: str, output: Tensor) -> None:
+    def keep_output(self, name: str, output: Tensor, stamp: Callable[[], Tensor] | None = None) -> None:
         # Where a layer goes through a packed row's documents one by one, this is of one of them.
         if self.run.checkpoint is not None and self.run.one_by_one is None:
             self.run.checkpoint.put_linear(name, self.chunk, output)
+            if stamp is not None and self.run.checkpoint.holds(name, self.chunk):
+                self.run.stamps[name, self.chunk.index] = stamp()
 
     def keeps_outputs(self) -> bool:
         return self.run.checkpoint is not None and bool(self.run.checkpoint.linears)
@@ -232,8 +242,11 @@ def _of_row(row: tuple[Tensor, Tensor], queries: slice) -> tuple[Tensor, Tensor]
 class _AgainCall(AttentionCall):
     """What was kept in the forward pass is there, and stays."""
 
-    def keep_output(self, name: str, output: Tensor) -> None:
+    def keep_output(self, name: str, output: Tensor, stamp: Callable[[], Tensor] | None = None) -> None:
         """It was made once more, for it had not been kept."""
+
+    def kept_stamp(self, name: str) -> Tensor | None:
+        return self.run.stamps.get((name, self.chunk.index))
 
     def kept_output(self, name: str) -> Tensor | None:
         return self.run.kept.peek(name, self.chunk) if self.run.kept.holds(name, self.chunk) else None

@@ -134,6 +134,7 @@ class LayerRun:
     checkpoint: LayerCheckpoint | None = field(init=False, default=None)
     below: LayerRun | None = field(init=False, default=None)
     random_states: list[RandomState] = field(init=False, default_factory=list)
+    stamps: dict[tuple[str, int], Tensor] = field(init=False, default_factory=dict)  # of kept outputs, by chunk
     autocast: Autocast = field(init=False)
     _hidden: tuple[torch.dtype, torch.device] = field(init=False)
     _modes: tuple[object, ...] = field(init=False, default=())

@@ -139,7 +139,7 @@ def _learn(model: PreTrainedModel, layers: list[Any], settings: Settings) -> Non
     windows, traits = tuple(layer._fpdt_window for layer in layers), [layer._fpdt_traits for layer in layers]
     mixes = layer_mixes(layers, traits, settings.sizes.experts)
     settings.sizes = replace(settings.sizes, windows=windows if any(windows) else (), mixes=mixes)
-    settings.sizes = replace(settings.sizes, linears=layer_linears(layers, fused=settings.plugin.fused))
+    settings.sizes = replace(settings.sizes, linears=layer_linears(layers, settings))
     if asked := [each.asked for each in traits if each.asked is not None]:
         # Of layers without attention nobody asks.
         settings.sizes = settings.sizes.with_heads([(each.asked or asked[0]).heads for each in traits])

@@ -38,7 +38,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from ..engine import current_call
 from ..plan import LinearSize
-from .experts.replace import replace_experts
+from .experts.replace import are_experts, first_product, replace_experts
 from .fused_linear import OutputUse, is_lora, may_be_kept, patch_linear
 from .patch import is_patched, patch
 from .settings import Settings
@@ -88,7 +88,7 @@ EXPERT_BLOCKS: tuple[Callable[..., Any], ...] = (
 PROJECTIONS = ("q_proj", "k_proj", "query_key_value")
 REST = frozenset({"rest"})
 BESIDE_KV, OTHERS = frozenset({"q", "rest"}), frozenset({"k", "v"})
-BASE = ".base_layer"  # what PEFT calls the linear inside of an adapter's
+BASE = ".base_layer"  # what PEFT calls what is inside of an adapter; of experts' there may be two
 
 
 def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings, index: int) -> None:
@@ -102,10 +102,11 @@ def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings
         return
     values = {id(value.readers[0]): value for value in _known_values(layer, forward)} if fused else {}
     for name, module in list(layer.named_modules()):
-        patch_linear(module, settings, index, values.get(id(module)), entries.get(name.removesuffix(BASE)))
+        if fused:
+            replace_experts(module, settings)
+        patch_linear(module, settings, index, values.get(id(module)), entries.get(name.replace(BASE, "")))
         if not fused:
             continue
-        replace_experts(module, settings)
         twin = None if settings.liger is None or is_patched(module) else _twin_of(module)
         if twin is not None:
             patch(module, twin, settings)
@@ -131,6 +132,28 @@ def linears_run_again(
         for linear in seen
         if uses.get(linear.name) != REST and may_be_kept(modules[linear.name])
     )
+
+
+def products_of_experts(layer: nn.Module, forward: Callable[..., Any], visited: int) -> Iterator[LinearSize]:
+    """Of experts as one operation, whose block is known, the first product: it is as a linear's, which may be kept.
+
+    Args:
+        visited: experts of a token.
+    """
+    names = {id(module): name for name, module in layer.named_modules()}
+    for value in _known_values(layer, forward):
+        experts, name = _without_wrappers(value.readers[0]), names[id(value.readers[0])]
+        if are_experts(experts):
+            inputs, outputs, itemsize = first_product(experts)
+            yield LinearSize(name, inputs, visited * outputs, late=True, itemsize=itemsize)
+
+
+def _without_wrappers(module: Any) -> nn.Module:
+    """What PEFT's adapters, of parameters too, are around."""
+    inner: nn.Module = module
+    while (base := getattr(inner, "base_layer", None)) is not None:
+        inner = base
+    return inner
 
 
 def _known_values(layer: Any, forward: Callable[..., Any]) -> Iterator[OutputUse]:

@@ -127,10 +127,10 @@ def _quantised_forward(self: Any, x: Tensor) -> Tensor:
 def _linear_output(module: Any, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
     """What a linear gives: computed by `product`, or of the forward pass, or not computed as nobody reads it."""
     unread = is_unread(module)
-    kept = None if unread else _kept_output(module, x)
+    kept = None if unread else kept_output(module, x.shape[:-1])
     if not unread and kept is None:
         y = product(x)
-        _keep_output(module, y)
+        keep_output(module, y)
         return y
     if kept is not None and not torch.is_grad_enabled():
         return kept
@@ -148,25 +148,32 @@ def _in_dtype_of_product(x: Tensor, weight: Tensor, *bias: Tensor) -> list[Tenso
     return [tensor.to(weight.dtype) for tensor in (x, weight, *bias)]
 
 
-def _kept_output(module: Any, x: Tensor) -> Tensor | None:
-    """What the module gave for these tokens in the forward pass, if that was kept."""
-    call, entry = current_call(), _entry(module)
+def kept_output(module: Any, rows: torch.Size) -> Tensor | None:
+    """What a patched module gave for so many rows of the same tokens in the forward pass, if that was kept."""
+    call, entry = current_call(), entry_of(module)
     # Who hooks what autograd saves, as checkpoints inside of a layer, may compare it with that of a second run.
     hooked = torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     kept = None if call is None or entry is None or hooked else call.kept_output(entry)
-    return None if kept is None or kept.shape[:-1] != x.shape[:-1] else kept
+    return None if kept is None or kept.shape[:-1] != rows else kept
 
 
-def _entry(module: Any) -> str | None:
+def kept_stamp(module: Any) -> Tensor | None:
+    """What was said of that output."""
+    call, entry = current_call(), entry_of(module)
+    return None if call is None or entry is None else call.kept_stamp(entry)
+
+
+def entry_of(module: Any) -> str | None:
     """The name under which the layer that runs now may keep the module's output."""
     call = current_call()
     return None if call is None else module._fpdt.entries.get(call.layer)
 
 
-def _keep_output(module: Any, y: Tensor) -> None:
-    call, entry = current_call(), _entry(module)
+def keep_output(module: Any, y: Tensor, stamp: Callable[[], Tensor] | None = None) -> None:
+    """Hand the output of a patched module over, if it is to be kept; `stamp` says something of it, a small tensor."""
+    call, entry = current_call(), entry_of(module)
     if call is not None and entry is not None:
-        call.keep_output(entry, y)
+        call.keep_output(entry, y, stamp)
 
 
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -182,13 +189,13 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     active = isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
     x_adapter = dropout(x) if active else None  # drawn whether or not it is used: what follows draws after it
     unread = is_unread(self)
-    kept = None if unread else _kept_output(self, x)
+    kept = None if unread else kept_output(self, x.shape[:-1])
     if (unread or kept is not None) and not torch.is_grad_enabled():
         return _unwritten(x, weights[0]) if kept is None else kept
     given = (_unwritten(x, weights[0]),) if unread else () if kept is None else (kept,)
     y: Tensor = _LoRALinear.apply(self.scaling[name], given, x, x_adapter, *weights)
     if not given:
-        _keep_output(self, y)
+        keep_output(self, y)
     return y
 
 

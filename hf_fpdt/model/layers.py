@@ -31,7 +31,7 @@ from ..layout import Block, Documents
 from ..parallel import documents_of_batch
 from ..plan import LinearSize
 from .attention_function import window_of_mask
-from .fused import fuse_layer, linears_run_again
+from .fused import fuse_layer, linears_run_again, products_of_experts
 from .patch import arguments_by_name, caches_in, signature_of
 from .refusals import check_adapters
 from .scoring.router import collected
@@ -93,12 +93,14 @@ def mostly_trained(parameters: list[nn.Parameter]) -> bool:
     return 2 * sum(p.numel() for p in parameters if p.requires_grad) > sum(p.numel() for p in parameters)
 
 
-def layer_linears(layers: Sequence[Any], *, fused: bool) -> tuple[tuple[LinearSize, ...], ...]:
+def layer_linears(layers: Sequence[Any], settings: Settings) -> tuple[tuple[LinearSize, ...], ...]:
     """Of each layer that was tried the linears that a backward pass computes again; () where there are none."""
+    fused, visited = settings.plugin.fused, settings.sizes.experts if settings.fused_experts else 0
     found = []
     for layer in layers:
         traits, forward = layer._fpdt_traits, layer._fpdt_layer.raw_forward
-        found.append(linears_run_again(layer, forward, traits.linears, attends=traits.attends, fused=fused))
+        again = linears_run_again(layer, forward, traits.linears, attends=traits.attends, fused=fused)
+        found.append((*again, *(products_of_experts(layer, forward, visited) if visited else ())))
     return tuple(found) if any(found) else ()
 
 

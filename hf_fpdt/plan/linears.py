@@ -2,8 +2,8 @@
 
 A linear whose output was kept is not computed again in backward. An element of an output costs as many bytes whichever
 linear it is of, and saves 2 · in_features operations; twice that where K or V are made of it, which backward makes
-once more. So the linears of a model come in few classes, and the classes in order: of one class the last layers first,
-of a layer the last chunks, since backward begins with them.
+once more. The first product of chosen experts is as a linear's. So those of a model come in few classes, and the
+classes in order: of one class the last layers first, of a layer the last chunks, since backward begins with them.
 
 The device comes first: what lies there costs nothing. What these outputs push from there to the host, inputs and
 attention outputs of the first layers, and outputs that go to the host themselves, must cross the link while the layer
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..layout import seen_pairs
-from .checkpointing import KeptChunks, KeptLayers, linear_bytes, peak_bytes
+from .checkpointing import KeptChunks, KeptLayers, peak_bytes
 from .kv_bytes import KVBytes
 from .layer_bytes import LayerBytes
 from .model_sizes import LinearSize
@@ -93,13 +93,15 @@ def under_way_bytes(kept: KeptLayers, sizes: LayerBytes) -> int:
 
     A chunk's copies out may take as long as the next chunk, and a few reads are ahead.
     """
-    if not linear_bytes(kept, sizes).host:
-        return 0
-    return _under_way_bytes(sizes)
+    pairs = (zip(sizes.linears_of(layer), each, strict=False) for layer, each in enumerate(kept.linears))
+    away = (linear.chunks[0] for layer in pairs for linear, chunks in layer if chunks.kept > chunks.on_device)
+    longest = max(away, default=0)
+    return _under_way_bytes(sizes, longest) if longest else 0
 
 
-def _under_way_bytes(sizes: LayerBytes) -> int:
-    firsts = [[linear.chunks[0] for linear in layer] for layer in set(sizes.linears)]
+def _under_way_bytes(sizes: LayerBytes, longest: int = UNLIMITED) -> int:
+    """The same where those linears go to the host whose first chunk gives at most `longest` bytes."""
+    firsts = [[linear.chunks[0] for linear in layer if linear.chunks[0] <= longest] for layer in set(sizes.linears)]
     return max(sum(layer) + LOOKAHEAD * max(layer, default=0) for layer in firsts)
 
 
@@ -132,6 +134,7 @@ class _Room:
     """Bytes that are left: of the device, of the host, of both, and of each layer for the link.
 
     Attributes:
+        longest: of the first chunk of a linear that may go to the host, bytes at most.
         pins: whether more host memory is used than without outputs of linears.
     """
 
@@ -139,6 +142,7 @@ class _Room:
     host: int
     total: int
     link: list[int]
+    longest: int = UNLIMITED
     pins: bool = False
 
     def part(self, share: float) -> _Room:
@@ -151,7 +155,8 @@ class _Room:
         taken = sum(chunks[len(chunks) - device :])
         self.device, self.total = self.device - taken, self.total - taken
         left = chunks[: len(chunks) - device]
-        host = _fitting(left, min(self.host, self.total, self.link[layer]))
+        may_go = chunks[0] <= self.longest
+        host = _fitting(left, min(self.host, self.total, self.link[layer])) if may_go else 0
         taken = sum(left[len(left) - host :])
         self.host, self.total, self.link[layer] = self.host - taken, self.total - taken, self.link[layer] - taken
         return KeptChunks(device + host, device)
@@ -164,7 +169,8 @@ def _chosen(kept: KeptLayers, step: StepSizes, room: _Room) -> KeptLayers:
     chosen = [[KeptChunks()] * len(sizes.linears_of(layer)) for layer in layers]
     known = [step.model.linears_of(first + layer) for layer in layers if room.total > 0]
     every = KeptChunks(len(step.plan.chunks))
-    saved = {linear: saved_of(step, linear, every) / linear.outputs for kind in set(known) for linear in kind}
+    kinds = {linear for kind in set(known) for linear in kind}
+    saved = {each: saved_of(step, each, every) / each.output_bytes(step.attention_bytes) for each in kinds}
     items = [(-saved[linear], -layer, i) for layer, kind in enumerate(known) for i, linear in enumerate(kind)]
     for _, minus_layer, i in sorted(items):
         layer = -minus_layer
@@ -191,9 +197,11 @@ def _rooms(kept: KeptLayers, step: StepSizes, kv: KVBytes, budgets: Budgets) -> 
     if left <= 0 or kv.host_bytes or min(crossing) < 0:
         return
     yield _Room(budgets.device, 0, left, no_link, pins=True)
-    away = _under_way_bytes(sizes)
-    if away < budgets.device:
-        yield _Room(budgets.device - away, budgets.host, left - away, crossing, pins=True)
+    # Of experts a chunk gives more than there may be room for on the way: then of others alone.
+    for longest in sorted({linear.chunks[0] for layer in set(sizes.linears) for linear in layer}, reverse=True):
+        away = _under_way_bytes(sizes, longest)
+        if away < budgets.device:
+            yield _Room(budgets.device - away, budgets.host, left - away, list(crossing), longest, pins=True)
 
 
 def _crossing_bytes(kept: KeptLayers, step: StepSizes, sizes: LayerBytes) -> list[int]:

@@ -64,13 +64,14 @@ CONV, SCAN_OPERATIONS = "conv", 6
 
 
 class LinearSize(NamedTuple):
-    """A linear of a layer, whose output may be kept for the backward pass.
+    """A linear of a layer, whose output may be kept for the backward pass; the first product of chosen experts is one.
 
     Attributes:
         name: the module's, inside its layer; without what an adapter puts around it.
-        inputs, outputs: features of a token.
+        inputs, outputs: features of a token; of experts those that all give that it visits.
         late: whether the layer calls it after attention.
         captured: whether K and V are made of its output, which backward makes once more for all chunks but the last.
+        itemsize: bytes of an element of its output; 0: as q, k and v have.
     """
 
     name: str
@@ -78,11 +79,16 @@ class LinearSize(NamedTuple):
     outputs: int
     late: bool = False
     captured: bool = False
+    itemsize: int = 0
 
     @property
     def entry(self) -> str:
         """The name of its checkpoint."""
         return f"linear {self.name}"
+
+    def output_bytes(self, attention_bytes: int) -> int:
+        """Of a token; `attention_bytes` are those of an element of q, k and v."""
+        return self.outputs * (self.itemsize or attention_bytes)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def _most_outputs(policy: str, step: StepSizes, layers: int, costs: Sequence[flo
     every = KeptChunks(len(step.plan.chunks))
     linears = {linear for kind in step.model.linears[-layers:] for linear in kind}
     tokens = step.batch * step.plan.n_tokens / step.plan.sp_size
-    densest = max(saved_of(step, each, every) / (tokens * each.outputs * step.attention_bytes) for each in linears)
+    densest = max(saved_of(step, each, every) / (tokens * each.output_bytes(step.attention_bytes)) for each in linears)
     saved = [cost * _layer_operations(step) * tokens / sizes.attention_total for cost in costs]
     better = sum(attend and each >= densest for attend, each in zip(attends, saved, strict=True))
     if better < sum(attends):

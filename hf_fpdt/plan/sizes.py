@@ -172,7 +172,7 @@ class StepSizes:
                 LinearBytes(
                     each.entry,
                     each.late,
-                    tuple(n // self._ranks * each.outputs * self.attention_bytes for n in tokens),
+                    tuple(n // self._ranks * each.output_bytes(self.attention_bytes) for n in tokens),
                 )
                 for each in kind
             )

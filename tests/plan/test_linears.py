@@ -177,6 +177,28 @@ def test_what_would_cost_time_is_not_done() -> None:
     assert [*with_linears("auto", EVERY, streamed, streamed.kv_bytes(2**62), on_disk)] == [EVERY]
 
 
+def test_experts_that_cannot_be_on_the_way_leave_the_host_to_others() -> None:
+    """Of wide experts a chunk takes more of a tight device than there is, and of the other linears it does not."""
+    experts = LinearSize("experts", 4096, 200_000, late=True)
+    both = step(64 * K, model=replace(MODEL, linears=((*LINEARS, experts),) * LAYERS))
+    alone, sizes = step(64 * K), both.layer_bytes()
+    device = 4 * GIB
+    assert under_way_bytes(replace(EVERY, linears=((KeptChunks(1),) * 6,) * LAYERS), sizes) > 2 * device
+    with_experts, without = (chosen(each, Budgets(device, 60 * GIB)) for each in (both, alone))
+    assert linear_bytes(without, alone.layer_bytes()).host > 0
+    assert saved_operations(both, with_experts) >= saved_operations(alone, without) > 0
+    assert not any(layer[5].kept > layer[5].on_device for layer in with_experts.linears)
+    assert 0 < under_way_bytes(with_experts, sizes) == under_way_bytes(without, alone.layer_bytes()) < device
+    roomy = chosen(both, Budgets(40 * GIB, 200 * GIB))
+    assert any(layer[5].kept for layer in roomy.linears)
+
+
+def test_an_output_s_own_bytes_count() -> None:
+    wide = replace(MODEL, linears=((*LINEARS[:-1], LINEARS[-1]._replace(itemsize=4)),) * LAYERS)
+    one, other = step().layer_bytes().linears[0], step(model=wide).layer_bytes().linears[0]
+    assert other[:-1] == one[:-1] and sum(other[-1].chunks) == 2 * sum(one[-1].chunks)
+
+
 def test_a_narrow_window_s_outputs_give_way_to_linears() -> None:
     """An output of attention that sees few keys saves less a byte than those of linears."""
     windowed = step(model=replace(MODEL, windows=(512,) * LAYERS))

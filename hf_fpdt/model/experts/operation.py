@@ -16,6 +16,7 @@ dy · (W h + b) = (W' dy) · h + dy · b, so backward needs neither the rows tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,14 @@ class Weights:
 
 
 def run_experts(
-    x_TD: Tensor, weights_TK: Tensor, routes: Routes, weights: Weights, gate: Gate | OwnGate, unread: bool = False
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    routes: Routes,
+    weights: Weights,
+    gate: Gate | OwnGate,
+    unread: bool = False,
+    given: Tensor | None = None,
+    take: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Of each token the sum of what its experts make of it, times `weights_TK`: [T, D] in the dtype of `x_TD`.
 
@@ -53,8 +61,10 @@ def run_experts(
 
     Args:
         unread: nobody reads the value, it is wanted for its graph: then it is not computed.
+        given: what the first product gave for the same rows, [S, J]: then it is not computed.
+        take: is given what it gave, which nobody writes to; not where it was given.
     """
-    call = _Call(gate, routes, unread, torch.is_grad_enabled())
+    call = _Call(gate, routes, unread, torch.is_grad_enabled(), given, take)
     biases = weights.first_bias_EJ, weights.second_bias_ED
     result: Tensor = _Experts.apply(call, x_TD, weights_TK, weights.first_EDJ, weights.second_EID, *biases)
     return result
@@ -68,6 +78,8 @@ class _Call:
     routes: Routes
     unread: bool
     has_graph: bool
+    given: Tensor | None
+    take: Callable[[Tensor], None] | None
 
 
 class _Experts(torch.autograd.Function):
@@ -83,9 +95,7 @@ class _Experts(torch.autograd.Function):
         second_bias: Tensor | None,
     ) -> Tensor:
         gate, routes = call.gate, call.routes
-        rows_SD, _ = gather_rows(x_TD, routes, first.dtype, None)
-        gate_up_SJ = _product(rows_SD, first, routes)
-        del rows_SD
+        gate_up_SJ = _first_product(call, x_TD, first) if call.given is None else call.given
         if call.has_graph:
             x_kept = x_TD if ctx.needs_input_grad[3] else None
             ctx.call, ctx.dtype = call, x_TD.dtype
@@ -131,6 +141,14 @@ class _Experts(torch.autograd.Function):
             dx_TD = sum_rows(_product(d_gate_up_SJ, first.transpose(-2, -1), routes), routes, ctx.dtype)
         d_weights_TK = _by_token(d_weights_S + of_hidden_S, weights_TK, routes) if wants_weights else None
         return None, dx_TD, d_weights_TK, d_first, d_second, d_first_bias, d_second_bias
+
+
+def _first_product(call: _Call, x_TD: Tensor, first: Tensor) -> Tensor:
+    rows_SD, _ = gather_rows(x_TD, call.routes, first.dtype, None)
+    gate_up_SJ = _product(rows_SD, first, call.routes)
+    if call.take is not None:
+        call.take(gate_up_SJ)
+    return gate_up_SJ
 
 
 def _by_token(values_S: Tensor, like_TK: Tensor, routes: Routes) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
-from ..fused_linear import is_unread
+from ..fused_linear import entry_of, is_unread, keep_output, kept_output, kept_stamp
 from ..patch import is_patched, patch
 from ..settings import Settings
 from .gates import OwnGate, gate_of
@@ -78,6 +78,13 @@ def why_not_replaced(module: Any) -> str | None:
     return _why_no_products(next(iter(parameters.values())).device)
 
 
+def first_product(module: Any) -> tuple[int, int, int]:
+    """(features of a token, those that its first product gives for one expert, bytes of an element of these)."""
+    weight = getattr(module, _first_name(module))
+    _, *features = weight.shape if module.is_transposed else weight.transpose(-2, -1).shape
+    return features[0], features[1], weight.element_size()
+
+
 def _why_no_products(device: torch.device) -> str | None:
     """Weights without memory are asked about for a plan, of whatever machine."""
     if device.type not in ("cuda", "cpu", "meta"):
@@ -112,8 +119,30 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     unread = is_unread(self)
     if unread and not torch.is_grad_enabled():
         return torch.empty_like(hidden_states)
-    routes = Routes.of(top_k_index, self.num_experts)
-    return run_experts(hidden_states, top_k_weights, routes, Weights(first, second, *biases), _gate(self), unread)
+    routes, weights = Routes.of(top_k_index, self.num_experts), Weights(first, second, *biases)
+    kept = kept_output(self, routes.order_S.shape)
+    if kept is not None:
+        _check_routes(kept_stamp(self), routes)
+    take = functools.partial(_keep, self, routes) if entry_of(self) is not None else None
+    return run_experts(hidden_states, top_k_weights, routes, weights, _gate(self), unread, kept, take)
+
+
+def _keep(module: Any, routes: Routes, gate_up_SJ: Tensor) -> None:
+    """Of the forward pass the first product's output, if it is to be kept, and which rows it is of."""
+    keep_output(module, gate_up_SJ, routes.stamp)
+
+
+def _check_routes(stamp: Tensor | None, routes: Routes) -> None:
+    """Fail where a replay chose other experts than the forward pass, without waiting for the device.
+
+    A router sees the same values in the same order, so it chooses the same; what was kept would be of other rows.
+    """
+    assert stamp is not None
+    torch._assert_async(
+        stamp == routes.stamp(),
+        "hf_fpdt: the router chose other experts when a layer was run again for its backward pass than in its forward "
+        'pass, whose products were kept; without kept ones (checkpoints="attention") gradients would be of neither.',
+    )
 
 
 def _gate(module: Any) -> Gate | OwnGate:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MIXERS = (0x2545F4914F6CDD1D, 0x5851F42D4C957F2D)  # odd
 SMALL = 2**15  # experts that a 16-bit number counts: sorting takes time by the bits of a key
 
 
@@ -40,6 +41,15 @@ class Routes:
         every = torch.arange(count, device=flat.device, dtype=torch.int32)
         offsets_E = torch.searchsorted(experts_S, every, right=True, out_int32=True)
         return cls(experts_TK, places_S.view(experts_TK.shape), order_S, experts_S, offsets_E)
+
+    def stamp(self) -> Tensor:
+        """int64, one number of `experts_TK`: of another choice of experts, whichever and however many, another one."""
+        flat = self.experts_TK.reshape(-1)
+        mixed = torch.arange(len(flat), device=flat.device) * (len(self.offsets_E) + 1) + flat
+        for factor in MIXERS:  # each step can be undone, so a single token that changed always shows
+            mixed = mixed * factor
+            mixed = mixed ^ (mixed >> 32 & 0xFFFFFFFF)
+        return mixed.sum()
 
     @property
     def tokens_S(self) -> Tensor:
