@@ -142,18 +142,20 @@ def products_of_experts(layer: nn.Module, forward: Callable[..., Any], visited: 
     """
     names = {id(module): name for name, module in layer.named_modules()}
     for value in _known_values(layer, forward):
-        experts, name = _without_wrappers(value.readers[0]), names[id(value.readers[0])]
+        experts = value.readers[0]
         if are_experts(experts):
             inputs, outputs, itemsize = first_product(experts)
-            yield LinearSize(name, inputs, visited * outputs, late=True, itemsize=itemsize)
+            yield LinearSize(
+                names[id(experts)].replace(BASE, ""), inputs, visited * outputs, late=True, itemsize=itemsize
+            )
 
 
-def _without_wrappers(module: Any) -> nn.Module:
-    """What PEFT's adapters, of parameters too, are around."""
-    inner: nn.Module = module
-    while (base := getattr(inner, "base_layer", None)) is not None:
-        inner = base
-    return inner
+def _inside_out(experts: nn.Module) -> tuple[nn.Module, ...]:
+    """Experts, and what PEFT has put around them for adapters of their parameters, which hands their output on."""
+    modules: list[Any] = [experts]
+    while type(modules[0]).__name__ == "ParamWrapper":
+        modules.insert(0, modules[0].base_layer)
+    return tuple(modules)
 
 
 def _known_values(layer: Any, forward: Callable[..., Any]) -> Iterator[OutputUse]:
@@ -180,7 +182,7 @@ def _summed(mlp: Any) -> Iterator[OutputUse]:
         yield OutputUse(REST, (mlp.down_proj, mlp))
     if not any(_runs(mlp, known) for known in EXPERT_BLOCKS):
         return
-    yield OutputUse(REST, (mlp.experts, mlp))
+    yield OutputUse(REST, (*_inside_out(mlp.experts), mlp))
     shared: Any = getattr(mlp, "shared_experts", None)
     if _runs(shared, llama.LlamaMLP.forward):
         yield OutputUse(REST, (shared.down_proj, shared, mlp))
