@@ -43,7 +43,8 @@ class Routes:
         return cls(experts_TK, places_S.view(experts_TK.shape), order_S, experts_S, offsets_E)
 
     def stamp(self) -> Tensor:
-        """int64, one number of `experts_TK`: of another choice of experts, whichever and however many, another one."""
+        """int64, one number of `experts_TK`: another where one place has another expert; where more have, but for a
+        chance of 2^-64."""
         flat = self.experts_TK.reshape(-1)
         mixed = torch.arange(len(flat), device=flat.device) * (len(self.offsets_E) + 1) + flat
         for factor in MIXERS:  # each step can be undone, so a single token that changed always shows
