@@ -161,7 +161,8 @@ def _inside_out(experts: nn.Module) -> tuple[nn.Module, ...]:
 def _known_values(layer: Any, forward: Callable[..., Any]) -> Iterator[OutputUse]:
     """The linears of which it is known who reads their outputs."""
     mlp: Any = getattr(layer, "mlp", None)
-    if any(_same_code(forward, known) for known in RESIDUAL_LAYERS):
+    # A scale of the layer that trains has a gradient that is made of the MLP's value.
+    if not layer._parameters and any(_same_code(forward, known) for known in RESIDUAL_LAYERS):
         yield from _summed(mlp)
     if _same_code(forward, neox.GPTNeoXLayer.forward) and _runs(mlp, neox.GPTNeoXMLP.forward):
         yield OutputUse(REST, (mlp.dense_4h_to_h, mlp, layer.post_mlp_dropout))

@@ -227,6 +227,16 @@ def test_layers_of_many_kinds_leave_it_out(name: str) -> None:
     assert rows[True] == (forward if q is None else forward | {"q": q})
 
 
+def test_an_mlp_whose_scale_trains_is_read() -> None:
+    model, ids = any_tiny("granite"), tokens(1, 64)
+    for layer in model.model.layers:
+        layer.residual_multiplier = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+    truth = train_step(model, ids)
+    apply_fpdt(model, FPDTPlugin(chunk_tokens=32, checkpoints="attention"))
+    assert_same_step(train_step(model, ids), truth)
+    assert "model.layers.0.residual_multiplier" in truth.grads
+
+
 def rows_of(model: Any, names: tuple[str, ...], step: Callable[[], object]) -> dict[str, int]:
     """How many tokens the frozen weights of the first layer's LoRA linears are multiplied with during a step."""
     layer = model.base_model.model.model.layers[0]
