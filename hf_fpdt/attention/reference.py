@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..labels import IGNORE_INDEX
-
 
 def attention(
     q_BSNH: Tensor,
@@ -44,17 +42,6 @@ def attention(
         scores_BNST = torch.cat([scores_BNST, column], dim=-1)
     out_BSNH = torch.einsum("bnst,btnh->bsnh", scores_BNST.softmax(-1)[..., :t], v)
     return out_BSNH, scores_BNST.logsumexp(-1)
-
-
-def causal_lm_loss(
-    logits_BSV: Tensor, labels_BS: Tensor, *, num_items: Tensor | int | None = None, ignore_index: int = IGNORE_INDEX
-) -> Tensor:
-    """Next-token cross-entropy of whole logits as transformers' `ForCausalLMLoss` has it, without its fp32 cast."""
-    log_p = logits_BSV[:, :-1].log_softmax(-1)
-    targets = labels_BS[:, 1:]
-    kept = targets != ignore_index
-    picked = log_p.gather(-1, targets.masked_fill(~kept, 0).unsqueeze(-1)).squeeze(-1)
-    return -(picked * kept).sum() / (kept.sum() if num_items is None else num_items)
 
 
 def peaked_qkv(

@@ -21,7 +21,7 @@ ROOMS = MappingProxyType(
         "layout": frozenset(),
         "plan": frozenset({"layout", "config", "units"}),
         "forecast": frozenset({"plan", "layout", "units"}),
-        "attention": frozenset({"layout", "labels", "numerics"}),
+        "attention": frozenset({"layout", "numerics"}),
         "parallel": frozenset({"layout", "config", "labels"}),
         "memory": frozenset({"plan", "parallel", "layout", "config", "numerics", "units"}),
         "engine": frozenset({"memory", "attention", "parallel", "plan", "layout", "labels", "numerics"}),

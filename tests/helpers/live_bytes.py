@@ -18,14 +18,12 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         now, peak: bytes alive, and the most so far.
-        at_peak: sizes of the storages alive at the peak, if `detailed`.
     """
 
-    def __init__(self, *, detailed: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.detailed, self.at_peak = detailed, list[tuple[int, str]]()
-        self._known: dict[int, tuple[int, str]] = {}
+        self._known: dict[int, int] = {}  # bytes of storages that are alive, 0 of those that do not count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs or {})):
@@ -34,37 +32,33 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._count(leaf, str(func))
+                self._count(leaf)
         return result
 
     def _ignore(self, tensor: Tensor) -> None:
         """What was there before, weights and pinned buffers, does not count."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
-            self._remember(storage, 0, "before")
+            self._remember(storage, 0)
 
-    def _count(self, tensor: Tensor, name: str) -> None:
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
-            self._remember(storage, storage.nbytes(), name)
+            self._remember(storage, storage.nbytes())
             self.now += storage.nbytes()
-            if self.now > self.peak:
-                self.peak = self.now
-                if self.detailed:
-                    self.at_peak = [entry for entry in self._known.values() if entry[0]]
+            self.peak = max(self.peak, self.now)
 
-    def _remember(self, storage: torch.UntypedStorage, nbytes: int, name: str) -> None:
+    def _remember(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         key = storage._cdata
-        self._known[key] = nbytes, name
+        self._known[key] = nbytes
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        nbytes, _ = self._known.pop(key, (0, ""))
-        self.now -= nbytes
+        self.now -= self._known.pop(key, 0)
 
 
 @contextmanager
-def live_bytes(*, detailed: bool = False) -> Iterator[LiveBytes]:
+def live_bytes() -> Iterator[LiveBytes]:
     """Count inside."""
-    with LiveBytes(detailed=detailed) as counter:
+    with LiveBytes() as counter:
         yield counter

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_fpdt.attention import reference
+from hf_fpdt.labels import IGNORE_INDEX
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 64, "max_position_embeddings": 4096}
@@ -57,7 +57,15 @@ def truth(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> dict[str, Tens
     model = copy.deepcopy(model)
     model.set_attn_implementation("sdpa")
     model.zero_grad()
-    return _collect(model, reference.causal_lm_loss(model(input_ids=ids).logits, labels))
+    return _collect(model, _causal_lm_loss(model(input_ids=ids).logits, labels))
+
+
+def _causal_lm_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Next-token cross-entropy of whole logits as transformers' `ForCausalLMLoss` has it, without its fp32 cast."""
+    log_p, targets = logits_BSV[:, :-1].log_softmax(-1), labels_BS[:, 1:]
+    kept = targets != IGNORE_INDEX
+    picked = log_p.gather(-1, targets.masked_fill(~kept, 0).unsqueeze(-1)).squeeze(-1)
+    return -(picked * kept).sum() / kept.sum()
 
 
 def _collect(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:

@@ -52,15 +52,12 @@ class OffloadedHuggingFace(Stack):
     """What transformers and TRL do for long context: checkpoints in host memory, loss in chunks."""
 
     name = "hf-offload"
-    about = "transformers' offloaded checkpointing (offload=True, 5.17 or later) and TRL's chunked loss"
+    about = "transformers' offloaded checkpointing (offload=True) and TRL's chunked loss"
 
     def prepare(self, model: nn.Module, pieces: Pieces) -> None:
         self._loss_tokens = pieces.tokens(CHUNK_TOKENS)
-        try:
-            # Without a GPU they are in host memory already, and transformers asks for pinned memory that needs one.
-            checkpoint_layers(base_of(model), offload=base_of(model).device.type != "cpu")
-        except TypeError as error:
-            raise Unavailable("this transformers has no offloaded checkpointing; take 5.17 or later.") from error
+        # Without a GPU they are in host memory already, and transformers asks for pinned memory that needs one.
+        checkpoint_layers(base_of(model), offload=base_of(model).device.type != "cpu")
 
     def loss_and_backward(self, model: nn.Module, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
         base = base_of(model)
