@@ -61,7 +61,7 @@ can be trained on the given GPUs and host memory, what lies where, and about how
 the longest sequence that can, and what would make it longer; without --host-mem, the host memory that it needs. All
 GPUs share one sequence (sp_size). A model that FPDT refuses to train is not planned; the reasons are printed.
 
-Bytes are those that FPDT itself plans with at run time. Seconds come from rates measured on an H100 (thirty-one
+Bytes are those that FPDT itself plans with at run time. Seconds come from rates measured on an H100 (twenty-nine
 steps of Llama, GPT-NeoX and Qwen3 shapes were within 5 % of them); for other GPUs they are derived from data sheets.
 With --rates they are those of your own GPU, as `hf-fpdt check --measure --rates FILE` found them. What several GPUs
 send each other is reckoned with NVLink inside hosts of eight and one network card for each GPU between hosts.
