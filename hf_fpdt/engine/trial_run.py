@@ -50,6 +50,10 @@ STATES_LACK = (
 )
 NEITHER = "though it never calls its attention function and leaves no state in a cache"
 DRAWS_BESIDE = "it draws random numbers beside dropout, so whether its states are all that it needs cannot be seen"
+REENTRANT = (
+    "a checkpoint inside of it is reentrant, which PyTorch runs in a backward pass of all weights alone; checkpoint "
+    "with use_reentrant=False, or not at all, since chunks are recomputed already"
+)
 # Of a decay, one number a head, the parts of its gradient cancel: in bfloat16 two ways to cut 4,096 tokens
 # differed by 0.1 of it. Wrong ones differ by 1, and outputs and gradients of inputs are looked at too.
 NARROW, NARROW_SUMS = 1e-3, 0.25
@@ -112,6 +116,10 @@ class LayerTrial:
             return before.changed() or reason
         except NotImplementedError as error:  # of the attention function, or of what stands in for it
             return str(error).removeprefix("hf_fpdt: ").rstrip(".")
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            return REENTRANT
         finally:
             before.restore()
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import VeloraConfig
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
@@ -26,6 +27,7 @@ from tests.helpers.models import (
     tokens,
     train_step,
 )
+from tests.helpers.recurrent import FAMILIES
 from tests.helpers.support import assert_rejects
 
 IDS = tokens(2, 37)
@@ -143,6 +145,21 @@ def test_what_mixes_tokens_is_refused_where_it_is_put_in_after(name: str) -> Non
     plant(model)
     with pytest.raises(NotImplementedError, match=reason):
         train_step(model, IDS)
+
+
+@pytest.mark.parametrize("layer_types", [["full_attention"], ["linear_attention", "full_attention"]])
+def test_a_reentrant_checkpoint_in_a_layer_is_refused_with_the_way_out(layer_types: list[str]) -> None:
+    hybrid = {**FAMILIES["qwen3_5_text"], "layer_types": layer_types, "num_hidden_layers": len(layer_types)}
+    model = tiny("qwen3_5_text", **hybrid)
+    mlp = model.model.layers[0].mlp
+    own = type(mlp).forward
+    mlp.forward = lambda x: checkpoint(own, mlp, x, use_reentrant=True)
+    with pytest.raises(NotImplementedError, match="layer 0 .*use_reentrant=False"):
+        apply_fpdt(model, PLUGIN)
+    mlp.forward = lambda x: checkpoint(own, mlp, x, use_reentrant=False)
+    truth = train_step(model, IDS)
+    apply_fpdt(model, PLUGIN)
+    assert_same_step(train_step(model, IDS), truth, TOLERANCE_FP32)
 
 
 def test_what_mixes_tokens_in_training_alone_may_be_evaluated() -> None:
