@@ -227,8 +227,11 @@ def _pack_masked(arguments: dict[str, Any], marks: dict[str, Any], *, may_join: 
 def _pack_several(arguments: dict[str, Any], marks: dict[str, Any], *, may_join: bool) -> Packing:
     """Several rows, each of one document or more."""
     positions = text_positions(arguments.get("position_ids"))
-    if marks.get("cu_seq_lens_q") is not None:
-        raise NotImplementedError("hf_fpdt: cu_seq_lens_q is of one row; put the batch's documents in a row of one.")
+    if lengths := [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if name in marks]:
+        raise NotImplementedError(
+            f"hf_fpdt: {lengths[0]} marks documents of one row, and the batch has several: put its documents in one "
+            "row, or mark them by seq_idx or position_ids."
+        )
     ids = marks.get("seq_idx")
     changes = None if positions is None else breaks_of(positions)
     if ids is not None:

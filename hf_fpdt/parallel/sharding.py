@@ -189,7 +189,11 @@ def _take_documents(batch: dict[str, Any]) -> Documents | None:
             "document; leave it out."
         )
     if documents is None and not counts_on:
-        raise NotImplementedError("ShardingCollator: position_ids that do not count from 0 are not supported.")
+        assert positions is not None
+        raise NotImplementedError(
+            f"ShardingCollator: position_ids of a row go from {int(positions.min())} to {int(positions.max())} over "
+            f"{n_tokens} tokens; they must count from 0, in each document again: make them so, or leave them out."
+        )
     return documents
 
 
@@ -198,7 +202,9 @@ def _check_padding(mask: Tensor | None, labels: Tensor | None) -> None:
         return
     if mask.dim() != 2 or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
         raise ValueError(
-            "ShardingCollator: only padding on the right is supported; set tokenizer.padding_side='right'."
+            f"ShardingCollator: attention_mask of shape {tuple(mask.shape)} marks more than padding on the right "
+            "([batch, tokens], ones and then zeros in each row): set tokenizer.padding_side='right', and give no "
+            "other mask."
         )
     if labels is not None:
         check_padding("ShardingCollator", mask == 0, labels)

@@ -448,7 +448,11 @@ def applied(*args: Any, **kwargs: Any) -> PreTrainedModel:
 CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "4-D mask": ({"attention_mask": torch.ones(37, 37).tril().bool().expand(2, 1, -1, -1)}, "pad on the right"),
     "left padding": ({"attention_mask": (torch.arange(37) > 4).long().expand(2, -1)}, "pad on the right"),
-    "packed lengths of several rows": ({"cu_seq_lens_q": torch.tensor([0, 20, 37])}, "cu_seq_lens_q is of one row"),
+    "packed lengths of several rows": (
+        {"cu_seq_lens_q": torch.tensor([0, 20, 37])},
+        "cu_seq_lens_q marks documents of",
+    ),
+    "those of keys alone": ({"cu_seq_lens_k": torch.tensor([0, 20, 37])}, "cu_seq_lens_k marks documents of one row"),
     "attention weights": ({"output_attentions": True}, "output_attentions off"),
     "router logits": ({"output_router_logits": True}, "output_router_logits=False"),
     "not causal": ({"is_causal": False}, "causal"),

@@ -141,7 +141,7 @@ RIGHT = torch.tensor([1] * 16 + [0] * 4)
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "left padding": ({"attention_mask": LEFT}, ValueError, "padding_side='right'"),
     "a hole in the mask": ({"attention_mask": HOLE}, ValueError, "on the right"),
-    "a 4-D mask": ({"attention_mask": torch.ones(1, 20, 20)}, ValueError, "on the right"),
+    "a 4-D mask": ({"attention_mask": torch.ones(1, 20, 20)}, ValueError, "shape .1, 1, 20, 20. .* no other mask"),
     "labels of padding": ({"attention_mask": RIGHT}, ValueError, "labels of padding to -100"),
     "next tokens of padding": (
         {"attention_mask": RIGHT, "shift_labels": torch.arange(20)},
@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "disagrees",
     ),
-    "positions from 1": ({"position_ids": torch.arange(1, 21)}, NotImplementedError, "count from 0"),
+    "positions from 1": ({"position_ids": torch.arange(1, 21)}, NotImplementedError, "from 1 to 20 .* count from 0"),
     "embeddings": ({"inputs_embeds": torch.ones(20, 4)}, NotImplementedError, "inputs_embeds"),
     "labels of another length": ({"labels": torch.arange(21)}, ValueError, "labels of shape"),
     "shifted labels of another length": ({"shift_labels": torch.arange(19)}, ValueError, "shift_labels of shape"),
