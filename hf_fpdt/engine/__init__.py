@@ -11,6 +11,7 @@ In reading order:
     recurrent             what recurrent layers hand from chunk to chunk
     trial                 may a layer be cut at all? Each distinct one is tried
     trial_run             one layer on a few random tokens
+    unread                which values inside a layer nobody reads
     layer_state           how a layer is built, and whether it still is
     loss                  final norm, head and loss, chunk by chunk
     cross_entropy         the loss of a chunk with its gradient, in one kernel too

@@ -30,6 +30,7 @@ from ..plan import AttentionSizes
 from .layer_run import LayerKV, LayerRun
 from .layer_state import LinearsSeen
 from .recurrent import Asked, LayerTraits, StandInCache
+from .unread import ValuesSeen
 
 # Keys of one backward call at most: a kernel's own dK, dV and fp32 sums are as long as its keys, and must not grow
 # with the sequence.
@@ -371,9 +372,12 @@ def traits_without_memory(
         Of a layer that cannot be run so, what most layers do: attention alone, and nothing asked.
     """
     stand_in, call, output = StandInCache(0), TrialCall(window), None
-    linears = LinearsSeen(layer, hidden_BSD, lambda: call.calls > 0)
-    with suppress(*_WITHOUT_VALUES), torch.no_grad(), calling(call), linears.watched():
-        output = forward(hidden_BSD, **{**arguments, **({} if cache is None else {cache: stand_in})})
+    watched = layer, hidden_BSD, lambda: call.calls > 0
+    linears, values = LinearsSeen(*watched), ValuesSeen(*watched)
+    hidden_BSD, caches = hidden_BSD.detach().requires_grad_(), {} if cache is None else {cache: stand_in}
+    with suppress(*_WITHOUT_VALUES), calling(call), linears.watched(), values.saved():
+        output = forward(hidden_BSD, **{**arguments, **caches})
     attends = call.calls > 0 or (output is None and not stand_in.finals)
     seen = LayerTraits.of(stand_in, cache, output, attends=attends, asked=call.asked)
-    return replace(seen, linears=linears.found())
+    unread = frozenset[str]() if output is None else values.never_saved(attends=attends)
+    return replace(seen, linears=linears.found(), unread=unread)

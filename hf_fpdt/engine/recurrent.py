@@ -72,6 +72,7 @@ class LayerTraits:
         asked: of attention, where it calls that.
         by_documents: how it runs on packed rows, where it asks for its cache and that was tried.
         linears: those whose outputs may be kept.
+        unread: modules whose values no gradient and no state is made of.
     """
 
     attends: bool = True
@@ -83,6 +84,7 @@ class LayerTraits:
     asked: Asked | None = None
     by_documents: ByDocuments | None = None
     linears: tuple[LinearSize, ...] = ()
+    unread: frozenset[str] = frozenset()
 
     @classmethod
     def of(

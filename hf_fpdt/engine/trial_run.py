@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from ..layout import Chunk, ChunkPlan
 from ..parallel import SequenceParallelGroup
-from .calls import TrialCall, calling
+from .calls import TrialCall, calling, current_call
 from .gradients import GradientSums, mean_size, norm_of
 from .layer_run import along_tokens, tokens_of
 from .layer_state import Buffers, LinearsSeen
 from .recurrent import LayerTraits, StandInCache, hidden_states_of, scans_over, scans_seen
 from .replay_state import RandomState
+from .unread import ValuesSeen, unread_values
 
 # Two chunks, of 32 and of 16: multiples of 16, which products in 8 bits insist on.
 TRIAL_TOKENS, TRIAL_CHUNK_TOKENS = 48, 32
@@ -112,6 +113,8 @@ class LayerTrial:
             reason = self._why_not_alone() if not self.traits.is_recurrent else DRAWS_BESIDE if self.draws else None
             if reason is None and not self.draws:
                 reason = self.why_never(self._why_not_in_chunks)
+            if reason is None:
+                self.traits = replace(self.traits, unread=self._unread())
             # What was seen of outputs may come from a buffer, and says less.
             return before.changed() or reason
         except NotImplementedError as error:  # of the attention function, or of what stands in for it
@@ -142,6 +145,22 @@ class LayerTrial:
         self._known, self._asks = True, stand_in.asked
         seen = LayerTraits.of(stand_in, cache, output, attends=call.calls == 1, asked=call.asked)
         return replace(seen, scan_heads=tuple(sorted(heads)), linears=linears.found())
+
+    def _unread(self) -> frozenset[str]:
+        """Modules whose values no gradient and no state is made of."""
+        x, dy = self.draw(), self.draw()
+        values = ValuesSeen(self.layer, x, lambda: getattr(current_call(), "calls", 0) > 0)
+        with values.saved():
+            self.run(x.clone().requires_grad_())
+
+        def outcome() -> list[Tensor]:
+            cache = None if self.traits.cache is None else StandInCache(0)
+            sums = GradientSums(self.weights)
+            _, dx, _ = self.step(x, dy, sums, cache=cache)
+            return [dx, *sums.totals().values(), *({} if cache is None else cache.finals).values()]
+
+        names = values.never_saved(attends=self.traits.attends)
+        return unread_values(self.layer, names, outcome, 2 * self.tolerance)
 
     # -- one run ------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ says all. So every copy of Llama's norm, MLP or rotary embedding (Mistral, Qwen,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from types import CodeType, FunctionType, MappingProxyType
 from typing import Any, NamedTuple
@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.models.cohere2 import modeling_cohere2 as cohere2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
-from transformers.models.granite import modeling_granite as granite
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi_linear
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
@@ -36,7 +34,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from ..engine import current_call
+from ..engine import LayerTraits, current_call
 from ..plan import LinearSize
 from .experts.replace import are_experts, first_product, replace_experts
 from .fused_linear import OutputUse, is_lora, may_be_kept, patch_linear
@@ -65,14 +63,11 @@ GATED_ATTENTIONS: tuple[Callable[..., Any], ...] = (
 )
 # Rotates as the others do, by cos and sin that are not written twice.
 SINGLE = "_apply_rotary_emb"
-# Layers that add what their MLP gives to what went in, as it is or times a number, and blocks of experts that only add
-# to what those give.
+# Layers that add what their MLP gives to what went in, and blocks of experts that only add to what those give. What
+# else nobody reads is asked of the layer; but a block of experts cannot be run where weights have no memory.
 RESIDUAL_LAYERS: tuple[Callable[..., Any], ...] = (
-    cohere2.Cohere2DecoderLayer.forward,
-    granite.GraniteDecoderLayer.forward,
     kimi_linear.KimiLinearDecoderLayer.forward,
     llama.LlamaDecoderLayer.forward,
-    qwen3_5.Qwen3_5DecoderLayer.forward,
     qwen3_next.Qwen3NextDecoderLayer.forward,
     mixtral.MixtralDecoderLayer.forward,
     gpt_oss.GptOssDecoderLayer.forward,
@@ -91,8 +86,10 @@ BESIDE_KV, OTHERS = frozenset({"q", "rest"}), frozenset({"k", "v"})
 BASE = ".base_layer"  # what PEFT calls what is inside of an adapter; of experts' there may be two
 
 
-def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings, index: int) -> None:
-    """Patch what can be replaced in a decoder layer whose own forward is `forward`; `index` is its place.
+def fuse_layer(
+    layer: nn.Module, forward: Callable[..., Any], settings: Settings, index: int, unread: frozenset[str]
+) -> None:
+    """Patch what can be replaced in a decoder layer whose own forward is `forward`, at the place `index`.
 
     It is called at every use of a layer: PEFT may have put adapters into it since the last, or around its linears.
     """
@@ -100,7 +97,7 @@ def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings
     entries = {linear.name: linear.entry for linear in settings.kept_linears(index)}
     if not fused and not entries:
         return
-    values = {id(value.readers[0]): value for value in _known_values(layer, forward)} if fused else {}
+    values = {id(value.readers[0]): value for value in _known_values(layer, forward, unread)} if fused else {}
     for name, module in list(layer.named_modules()):
         if fused:
             replace_experts(module, settings)
@@ -113,23 +110,22 @@ def fuse_layer(layer: nn.Module, forward: Callable[..., Any], settings: Settings
 
 
 def linears_run_again(
-    layer: nn.Module, forward: Callable[..., Any], seen: Sequence[LinearSize], *, attends: bool, fused: bool
+    layer: nn.Module, forward: Callable[..., Any], traits: LayerTraits, *, fused: bool
 ) -> tuple[LinearSize, ...]:
     """Of the linears that a layer was seen to call, those that a backward pass computes again.
 
     Args:
         forward: the layer's own.
-        seen: linears, of whatever kind, in the order of calls.
-        attends: whether the layer calls attention.
+        traits: what the layer was seen to do.
         fused: whether products that nobody reads are left out.
     """
     modules = dict(layer.named_modules())
     names = {id(module): name for name, module in modules.items()}
-    values = _known_values(layer, forward) if fused else ()
+    values = _known_values(layer, forward, traits.unread) if fused else ()
     uses: dict[str, frozenset[str]] = {names[id(value.readers[0])]: value.names for value in values}
     return tuple(
-        linear._replace(captured=attends and not linear.late and not uses.get(linear.name, OTHERS) <= BESIDE_KV)
-        for linear in seen
+        linear._replace(captured=traits.attends and not linear.late and not uses.get(linear.name, OTHERS) <= BESIDE_KV)
+        for linear in traits.linears
         if uses.get(linear.name) != REST and may_be_kept(modules[linear.name])
     )
 
@@ -158,23 +154,29 @@ def _inside_out(experts: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(modules)
 
 
-def _known_values(layer: Any, forward: Callable[..., Any]) -> Iterator[OutputUse]:
-    """The linears of which it is known who reads their outputs."""
-    mlp: Any = getattr(layer, "mlp", None)
+def _known_values(
+    layer: Any, forward: Callable[..., Any], unread: frozenset[str] = frozenset()
+) -> Iterator[OutputUse]:
+    """The modules of which it is known who reads their outputs; `unread` as in the layer's traits."""
     # A scale of the layer that trains has a gradient that is made of the MLP's value.
-    if not layer._parameters and any(_same_code(forward, known) for known in RESIDUAL_LAYERS):
-        yield from _summed(mlp)
-    if _same_code(forward, neox.GPTNeoXLayer.forward) and _runs(mlp, neox.GPTNeoXMLP.forward):
-        yield OutputUse(REST, (mlp.dense_4h_to_h, mlp, layer.post_mlp_dropout))
-        attention = layer.attention
-        if layer.use_parallel_residual and _runs(attention, neox.GPTNeoXAttention.forward):
-            yield OutputUse(REST, (attention.dense, attention, layer.post_attention_dropout))
+    known = list(_summed(getattr(layer, "mlp", None))) if _is_residual(forward) and not layer._parameters else []
+    yield from known
+    modules = dict(layer.named_modules())
+    passed = [modules[name] for name in sorted(unread) if name in modules]
+    for name in sorted(unread & modules.keys()):
+        if all(modules[name] is not value.readers[0] for value in known):
+            around = [modules[name[:at]] for at, letter in enumerate(name) if letter == "."]
+            yield OutputUse(REST, (modules[name], *around, *passed))
     for name in ("self_attn", "attention"):
         attention = getattr(layer, name, None)
         if any(_runs(attention, known) for known, _, _ in ATTENTIONS):
             yield from _projections(attention)
         if any(_runs(attention, known) for known in GATED_ATTENTIONS):
             yield from _projections(attention, gated=True)
+
+
+def _is_residual(forward: Callable[..., Any]) -> bool:
+    return any(_same_code(forward, known) for known in RESIDUAL_LAYERS)
 
 
 def _summed(mlp: Any) -> Iterator[OutputUse]:

@@ -111,7 +111,12 @@ def is_unread(module: Any) -> bool:
     """Whether nobody reads what a patched module gives in the layer that runs now."""
     call = current_call()
     value: OutputUse | None = None if call is None else module._fpdt.values.get(call.layer)
-    return value is not None and value.unread
+    return value is not None and value.unread and not _is_compared()
+
+
+def _is_compared() -> bool:
+    """Whether what autograd saves is hooked: checkpoints inside of a layer compare it with that of a second run."""
+    return torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:
@@ -151,9 +156,7 @@ def _in_dtype_of_product(x: Tensor, weight: Tensor, *bias: Tensor) -> list[Tenso
 def kept_output(module: Any, rows: torch.Size) -> Tensor | None:
     """What a patched module gave for so many rows of the same tokens in the forward pass, if that was kept."""
     call, entry = current_call(), entry_of(module)
-    # Who hooks what autograd saves, as checkpoints inside of a layer, may compare it with that of a second run.
-    hooked = torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    kept = None if call is None or entry is None or hooked else call.kept_output(entry)
+    kept = None if call is None or entry is None or _is_compared() else call.kept_output(entry)
     return None if kept is None or kept.shape[:-1] != rows else kept
 
 

@@ -99,7 +99,7 @@ def layer_linears(layers: Sequence[Any], settings: Settings) -> tuple[tuple[Line
     found = []
     for layer in layers:
         traits, forward = layer._fpdt_traits, layer._fpdt_layer.raw_forward
-        again = linears_run_again(layer, forward, traits.linears, attends=traits.attends, fused=fused)
+        again = linears_run_again(layer, forward, traits, fused=fused)
         found.append((*again, *(products_of_experts(layer, forward, visited) if visited else ())))
     return tuple(found) if any(found) else ()
 
@@ -166,7 +166,7 @@ class ChunkedLayer(nn.Module):
 
     def _fpdt_in_chunks(self, hidden: Tensor, arguments: dict[str, Any], window: int | None) -> Tensor:
         settings, parameters = self._fpdt_settings, list(self.parameters())
-        fuse_layer(self, self._fpdt_layer.raw_forward, settings, self._fpdt_layer.index)
+        fuse_layer(self, self._fpdt_layer.raw_forward, settings, self._fpdt_layer.index, self._fpdt_traits.unread)
         # What the pass keeps where is settled before its first layer is entered; see `CheckpointStore.pass_of`.
         store, placed = settings.store, (hidden.device, self._fpdt_layer.is_sharded)
         documents = documents_of_batch()
