@@ -15,7 +15,7 @@ SMALL_BUFFER = 2**20  # elements
 
 
 def look_of(layer: nn.Module) -> tuple[object, ...]:
-    """What of a layer may change from step to step and change what it computes: modules, modes, hooks."""
+    """What of a layer may change from step to step and change what it computes: modules, modes, hooks, what trains."""
     found: list[object] = []
     for module in layer.modules():
         own = vars(module)
@@ -23,6 +23,7 @@ def look_of(layer: nn.Module) -> tuple[object, ...]:
         forward = own.get("forward") if patch is None else patch.instance_forward
         found += (type(module), module.training, *module._forward_hooks, *module._forward_pre_hooks)
         found.append(None if forward is None else id(forward))
+        found += [weight.requires_grad for weight in own["_parameters"].values() if weight is not None]
         if "_active_adapter" in own:
             found += (str(own["_active_adapter"]), own.get("_disable_adapters"))
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.engine.unread import ValuesSeen, unread_values
@@ -69,6 +71,33 @@ def test_adapters_are_asked_as_a_whole() -> None:
         model: Any = get_peft_model(model_of("llama"), config)
         apply_fpdt(model, FPDTPlugin(chunk_tokens=16))
         assert found(model.get_base_model())[0] == {"mlp", "mlp.down_proj"}
+
+
+class Scaled(LlamaDecoderLayer):
+    """Llama's layer with a scale on what its MLP gives; the scale's gradient is made of that value."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        y = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        return y + self.scale * self.mlp(self.post_attention_layernorm(y))
+
+
+def test_what_is_unfrozen_later_gets_the_value_that_it_needs() -> None:
+    model, ids = model_of("llama"), tokens(1, 40)
+    for layer in model.model.layers:
+        layer.scale = nn.Parameter(torch.linspace(0.5, 1.5, model.config.hidden_size), requires_grad=False)
+        layer.__class__ = Scaled
+    plain = copy.deepcopy(model)
+    apply_fpdt(model, FPDTPlugin(chunk_tokens=16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert found(model) == [{"mlp", "mlp.down_proj"}] * 2
+    for each in (model, plain):
+        each.zero_grad()
+        for layer in each.model.layers:
+            layer.scale.requires_grad_()
+        each(input_ids=ids, labels=ids).loss.backward()
+    for ours, exact in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, exact.grad, rtol=1e-4, atol=1e-6)
+    assert found(model) == [set(), set()]
 
 
 class Reader(nn.Module):
