@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..engine import current_call
 from .patch import is_patched, patch
@@ -52,7 +52,9 @@ class OutputUse:
         call = current_call()
         if call is None or not self.names <= call.unread:
             return False
-        return not _global_forward_hooks and not any(map(_hooked, self.readers))
+        if _global_forward_hooks or _global_forward_pre_hooks:
+            return False
+        return not any(map(_hooked, self.readers))
 
 
 def patch_linear(
