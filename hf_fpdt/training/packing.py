@@ -190,7 +190,7 @@ def _lengths(documents: Any) -> Iterator[int]:
 def _documents_of(sample: Mapping[str, Any]) -> dict[str, list[int]]:
     """Ids and labels of a sample as lists; its labels are its ids where it has none."""
     ids = _listed(sample["input_ids"])
-    return {"input_ids": ids, "labels": _listed(sample["labels"]) if sample.get("labels") is not None else ids}
+    return {"input_ids": ids, "labels": _listed(_labels_of(sample))}
 
 
 def _listed(values: Any) -> list[int]:
@@ -322,7 +322,7 @@ class PackingCollator:
     pad_token_id: int = 0
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        named = [{"labels": feature["input_ids"], **feature} for feature in features]
+        named = [{"input_ids": feature["input_ids"], "labels": _labels_of(feature)} for feature in features]
         lengths = [length for feature in features for length in _lengths_of(feature)]
         missing = -sum(lengths) % self.length if self.length else 0
         lengths += [missing] if missing else []
@@ -333,6 +333,12 @@ class PackingCollator:
         batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
         batch["labels"].masked_fill_(batch["position_ids"] == 0, IGNORE_INDEX)
         return batch
+
+
+def _labels_of(sample: Mapping[str, Any]) -> Any:
+    """Its ids where it has none."""
+    labels = sample.get("labels")
+    return sample["input_ids"] if labels is None else labels
 
 
 def _lengths_of(feature: Mapping[str, Any]) -> list[int]:

@@ -200,6 +200,8 @@ def test_a_batch_is_what_transformers_flattening_makes() -> None:
         "position_ids": batch["position_ids"].roll(1, 1),
     }
     assert_rejects(assert_batch, {"boundaries off by one": shifted})
+    (labels,) = PackingCollator()([{"input_ids": [5, 6, 7], "labels": None}])["labels"].tolist()
+    assert labels == [-100, 6, 7]
 
 
 def test_packed_rows_go_on_as_their_documents() -> None:
