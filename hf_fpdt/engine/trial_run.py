@@ -157,7 +157,8 @@ class LayerTrial:
             cache = None if self.traits.cache is None else StandInCache(0)
             sums = GradientSums(self.weights)
             _, dx, _ = self.step(x, dy, sums, cache=cache)
-            return [dx, *sums.totals().values(), *({} if cache is None else cache.finals).values()]
+            states = {} if cache is None else cache.finals
+            return [dx, *sums.totals().values(), *(state.detach() for state in states.values())]
 
         names = values.never_saved(attends=self.traits.attends)
         return unread_values(self.layer, names, outcome, 2 * self.tolerance)
