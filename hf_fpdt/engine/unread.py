@@ -8,6 +8,7 @@ Where tensors have no memory, the first answer has to do.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -95,11 +96,14 @@ def unread_values(
         outcome: runs the layer forward and backward; gradients, and states that it leaves.
         tolerance: share of a tensor's norm that is rounding.
     """
-    truth = outcome()
+    names, truth = sorted(names), outcome()
 
-    def same(name: str, number: float) -> bool:
+    def same(replaced: Sequence[str], number: float) -> bool:
         try:
-            with _hook(layer.get_submodule(name), lambda module, args, output: _Replaced.apply(output, number)):
+            with ExitStack() as stack:
+                for name in replaced:
+                    hook = functools.partial(_replace, number)
+                    stack.enter_context(_hook(layer.get_submodule(name), hook))
                 found = outcome()
         except torch.OutOfMemoryError:
             raise
@@ -109,7 +113,14 @@ def unread_values(
         close = (bool(a.isfinite().all()) and norm_of(a - b) <= tolerance * norm_of(b) for a, b in pairs)
         return len(found) == len(truth) and all(close)
 
-    return frozenset(name for name in names if all(same(name, number) for number in OTHER_NUMBERS))
+    if all(same(names, number) for number in OTHER_NUMBERS):
+        return frozenset(names)
+    return frozenset(name for name in names if all(same([name], number) for number in OTHER_NUMBERS))
+
+
+def _replace(number: float, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    replaced: Tensor = _Replaced.apply(output, number)
+    return replaced
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -155,6 +155,19 @@ def test_every_way_to_read_a_value_is_seen(then: str) -> None:
         assert values.never_saved(attends=False) == expected
 
 
+def test_one_that_is_read_does_not_hide_the_others() -> None:
+    """As a kernel outside of PyTorch reads, of which it cannot be seen what it saves."""
+    torch.manual_seed(0)
+    layer, x = nn.ModuleList([Reader(NOT_READ["scaled"]), Reader(torch.sigmoid)]), torch.randn(1, 6, 8)
+
+    def outcome() -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        return list(torch.autograd.grad(layer[1](layer[0](leaf)).sum(), [leaf, *layer.parameters()]))
+
+    # What comes first goes into the sigmoid too.
+    assert unread_values(layer, ["0.linear", "1.linear", "1"], outcome, 1e-6) == {"1"}
+
+
 @pytest.mark.parametrize(("name", "unread"), [("mlp.down_proj", {"mlp"}), ("mlp", set()), ("mlp.gate_proj", None)])
 def test_a_value_that_a_hook_reads_is_made(name: str, unread: set[str] | None) -> None:
     """No hook of a user sees other numbers, in a trial or a replay."""
