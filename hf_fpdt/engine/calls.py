@@ -29,7 +29,7 @@ from ..parallel import repeat_heads, sum_repeated_heads
 from ..plan import AttentionSizes
 from .layer_run import LayerKV, LayerRun
 from .layer_state import LinearsSeen
-from .recurrent import Asked, LayerTraits, StandInCache
+from .recurrent import Asked, LayerTraits, StandInCache, plain_kernels
 from .unread import ValuesSeen
 
 # Keys of one backward call at most: a kernel's own dK, dV and fp32 sums are as long as its keys, and must not grow
@@ -375,7 +375,8 @@ def traits_without_memory(
     watched = layer, hidden_BSD, lambda: call.calls > 0
     linears, values = LinearsSeen(*watched), ValuesSeen(*watched)
     hidden_BSD, caches = hidden_BSD.detach().requires_grad_(), {} if cache is None else {cache: stand_in}
-    with suppress(*_WITHOUT_VALUES), calling(call), linears.watched(), values.saved():
+    # A package's kernel would read what has no memory: on a GPU an illegal access, which ends the process later.
+    with suppress(*_WITHOUT_VALUES), calling(call), linears.watched(), values.saved(), plain_kernels(layer):
         output = forward(hidden_BSD, **{**arguments, **caches})
     attends = call.calls > 0 or (output is None and not stand_in.finals)
     seen = LayerTraits.of(stand_in, cache, output, attends=attends, asked=call.asked)

@@ -228,3 +228,15 @@ def test_a_kernel_with_other_gradients_than_pytorchs_is_refused(
     assert (found is None) == (reason is None), found
     if found is not None and reason is not None:
         assert re.search(reason, found) and "Triton 3.7.1 or newer" in found
+
+
+def test_a_model_without_memory_is_asked_by_pytorchs_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel would read from nowhere: on a GPU an illegal access, and `hf-fpdt plan` may run where one is."""
+    traits: dict[bool, Any] = {}
+    for bare in (False, True):
+        with torch.device("meta" if bare else "cpu"):
+            model: Any = recurrent("qwen3_5_text").float()
+        installed(monkeypatch, kernel if not bare else refusing)
+        apply_fpdt(model, PLUGIN)
+        traits[bare] = model.model.layers[0]._fpdt_traits
+    assert traits[True].states and traits[True].states == traits[False].states
