@@ -6,7 +6,8 @@ slice of hidden states by running that forward with the base model standing asid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if torch.is_grad_enabled():
         row = packing.rows.documents if packing.rows is not None else packing.documents
         self._fpdt.settings.packed = None if row is None else (shape, row)
-    with batch_shared_by(ranks), batch_of(packing.documents):
+    with batch_shared_by(ranks), batch_of(packing.documents), _embeddings_as_they_are(self):
         outputs = self._fpdt.forward(**arguments)
     flat, outputs = outputs[0], outputs if packing.rows is None else _padded(outputs, packing.rows)
     if call is None:
@@ -169,6 +170,28 @@ def _base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     call.outputs, call.packing = with_fields(outputs, last_hidden_state=flat), packing
     # One token is enough for the model to make its output object; that token's logits are dropped.
     return with_fields(call.outputs, last_hidden_state=call.outputs[0][:, :1])
+
+
+@contextmanager
+def _embeddings_as_they_are(base: Any) -> Iterator[None]:
+    """Inside, embeddings want no gradient for the sake of checkpoints, which FPDT stands in for.
+
+    `enable_input_require_grads` puts a hook on them that asks for one; Trainer, PEFT and TRL call it where they
+    checkpoint. Autograd would then hold the embeddings to the end of the step, and make gradients that nobody reads.
+    Where other hooks are, somebody may read them: they are made.
+    """
+    hooks = getattr(base.get_input_embeddings(), "_forward_hooks", {})
+    aside = dict(hooks) if all(_asks_for_gradients(hook) for hook in hooks.values()) else {}
+    for key in aside:
+        del hooks[key]
+    try:
+        yield
+    finally:
+        hooks.update(aside)
+
+
+def _asks_for_gradients(hook: Any) -> bool:
+    return str(getattr(hook, "__name__", "")).startswith("make_inputs_require_grad")
 
 
 def _check_kernel(model: Any, arguments: dict[str, Any]) -> None:

@@ -43,6 +43,9 @@ MERGED_COPIES = 4
 # query heads and of all key and value heads. One model, 32 plain heads and every weight trained, held 17.4 hidden
 # sizes; the three shares are by counting tensors.
 ATTENTION_COPIES = (3.0, 7.0, 3.7)
+# A dense layer's forward pass beside one that waits, which is then the peak: multiples of the hidden size and of the
+# intermediate size, gated or not. Counted on an H200 in DPO's reference; others were within half a replay.
+FORWARD_GATED_COPIES, FORWARD_PLAIN_COPIES = (4.0, 3.0), (4.0, 2.0)
 # What a recurrent mixer keeps beside its layer's MLP, since one backward pass goes through both: multiples of the
 # channels of its convolutions. Qwen3.5-9B over the kernels of flash-linear-attention held 4.4 of them.
 RECURRENT_COPIES = 5.0
@@ -299,7 +302,9 @@ class StepSizes:
         unit = tokens * m.hidden * self.element_bytes
         replay = max(self._mlp_bytes(tokens) + self._recurrent_bytes(tokens), self._attention_bytes(tokens))
         streamed = sum(kv.both_parts[0] + kv.both_grads[0]) if kv.backward_resident < len(kv.parts) else 0
-        yield DeviceItem("activations", "a chunk's activations", ("forward",), replay // 2, False)
+        yield DeviceItem(
+            "activations", "a chunk's activations", ("forward",), self._forward_bytes(tokens, replay), False
+        )
         yield DeviceItem("activations", "a replayed chunk's activations", ("backward",), replay, False)
         yield DeviceItem("checkpoints", "checkpoints under way", ("backward",), CHECKPOINTS_UNDER_WAY * unit, False)
         sets = min(STREAMED_SETS, len(kv.parts))
@@ -308,6 +313,12 @@ class StepSizes:
         yield DeviceItem(
             "logits", "a loss chunk's logits", ("loss",), logit * self.loss_tokens * self.vocabulary, False
         )
+
+    def _forward_bytes(self, tokens: int, replay: int) -> int:
+        m, (hidden, intermediate) = self.model, FORWARD_GATED_COPIES if self.model.gated else FORWARD_PLAIN_COPIES
+        if not self.awaited or m.experts:
+            return replay // 2
+        return max(replay // 2, int(tokens * (hidden * m.hidden + intermediate * m.intermediate) * self.element_bytes))
 
     def _mlp_bytes(self, tokens: int) -> int:
         m = self.model
