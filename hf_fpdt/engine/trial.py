@@ -188,6 +188,12 @@ def why_not_kernels(trial: LayerTrial) -> str | None:
     """
     layer, x, dy = trial.layer, trial.draw(), trial.draw()
     names = ", ".join(kernels_of(layer))
+    logger.info(
+        "hf_fpdt: %s: comparing %s with PyTorch's path; a machine that runs them for the first time compiles and "
+        "tunes kernels, for minutes",
+        type(layer).__name__,
+        names,
+    )
     plain_sums, own_sums = GradientSums(trial.weights), GradientSums(trial.weights)
     with plain_kernels(layer):
         y_plain, dx_plain, _ = trial.step(x, dy, plain_sums)

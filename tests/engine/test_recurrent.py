@@ -217,8 +217,12 @@ def test_a_trial_has_a_border_between_chunks_however_few_tokens_a_step_has(over_
     ],
 )
 def test_a_kernel_with_other_gradients_than_pytorchs_is_refused(
-    planted: Callable[..., Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+    planted: Callable[..., Any],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     installed(monkeypatch, planted)
     model: Any = recurrent("qwen3_5_text").float()
     layer = model.model.layers[0]
@@ -226,6 +230,7 @@ def test_a_kernel_with_other_gradients_than_pytorchs_is_refused(
     like = torch.zeros(1, 288, 32)
     found = why_not_kernels(LayerTrial(layer, layer.forward, {"position_embeddings": None}, like, 288))
     assert (found is None) == (reason is None), found
+    assert "compiles and tunes kernels" in caplog.text, "or minutes pass in silence"
     if found is not None and reason is not None:
         assert re.search(reason, found) and "Triton 3.7.1 or newer" in found
 
