@@ -32,7 +32,7 @@ def commit() -> str:
 
     HF_FPDT_COMMIT says it on machines that have the files and not the history.
     """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     told = os.environ.get("HF_FPDT_COMMIT", "")
     if told or not (root / ".git").exists():
         return told or "unknown"
