@@ -22,7 +22,7 @@ In reading order:
 from .calls import current_call, traits_without_memory
 from .layer import run_layer
 from .layer_run import Layer, LayerRun
-from .layer_state import is_fsdps, look_of
+from .layer_state import hooks_everywhere, hooks_of, is_fsdps, look_of
 from .log_probs import STATISTICS, LastUse, LogProbs, chunked_log_probs
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
@@ -52,6 +52,8 @@ __all__ = [
     "chunked_log_probs",
     "chunked_loss",
     "current_call",
+    "hooks_everywhere",
+    "hooks_of",
     "is_fsdps",
     "look_of",
     "mixes_tokens",

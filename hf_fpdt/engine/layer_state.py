@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..plan import LinearSize
 
@@ -54,6 +55,17 @@ def _is_place(name: str) -> bool:
 def is_fsdps(hook: Any) -> bool:
     """Whether a module's hook is FSDP2's, not a user's."""
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Those that get what goes into a module or comes out, forward or backward."""
+    every = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [hook for hooks in every for hook in hooks.values()]
+
+
+def hooks_everywhere() -> bool:
+    """Whether there are hooks on every module of the process."""
+    return bool(_global_forward_hooks or _global_forward_pre_hooks)
 
 
 class Buffers:

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .gradients import norm_of
-from .layer_state import is_fsdps
+from .layer_state import hooks_everywhere, hooks_of, is_fsdps
 
 # One that spreads, and one that a comparison finds.
 OTHER_NUMBERS = (math.nan, math.inf)
@@ -71,12 +70,12 @@ class ValuesSeen:
 
         PEFT's layers count as a whole. They were called once, for all tokens, after attention if the layer attends.
         """
-        if _global_forward_hooks or _global_forward_pre_hooks:
+        if hooks_everywhere():
             return frozenset()
         modules = dict(self._layer.named_modules())
         inside = tuple(f"{name}." for name, module in modules.items() if hasattr(module, "base_layer"))
         called = {name for name, late in self._calls.items() if len(late) == 1 and late[0] == attends}
-        hooked = {name for name, module in modules.items() if is_hooked(module) and name}
+        hooked = {name for name, module in modules.items() if name and not all(map(is_fsdps, hooks_of(module)))}
         names = {name for name in called - self._saved.names if not name.startswith(inside)}
         return frozenset(name for name in names if not hooked & self._passed(name))
 
@@ -121,12 +120,6 @@ def unread_values(
 def _replace(number: float, module: nn.Module, args: Any, output: Tensor) -> Tensor:
     replaced: Tensor = _Replaced.apply(output, number)
     return replaced
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a user's hook gets what goes in or comes out."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(not is_fsdps(hook) for each in hooks for hook in each.values())
 
 
 class _Replaced(torch.autograd.Function):

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from ..engine import current_call
+from ..engine import current_call, hooks_everywhere, hooks_of
 from .patch import is_patched, patch
 from .settings import Settings
 from .weights.quantised import is_quantised, is_whole, whole_product
@@ -52,9 +51,7 @@ class OutputUse:
         call = current_call()
         if call is None or not self.names <= call.unread:
             return False
-        if _global_forward_hooks or _global_forward_pre_hooks:
-            return False
-        return not any(map(_hooked, self.readers))
+        return not (hooks_everywhere() or any(map(hooks_of, self.readers)))
 
 
 def patch_linear(
@@ -69,17 +66,24 @@ def patch_linear(
         entry: the name under which the output may be kept.
     """
     if not is_patched(module):
-        if is_plain_lora(module) and settings.plugin.fused:
-            patch(module, _lora_forward, settings)
-        elif (value is not None or entry is not None) and "forward" not in vars(module):
-            # A forward that was put on the instance (by accelerate, …) may compute something else.
-            if type(module) is nn.Linear:
-                patch(module, _linear_forward, settings)
-            elif is_quantised(module):
-                patch_quantised(module, settings)
+        forward = _forward_of(module, settings, is_known=value is not None or entry is not None)
+        if forward is not None:
+            patch(module, forward, settings)
     if is_patched(module):
         patched: Any = module
         patched._fpdt.values[layer], patched._fpdt.entries[layer] = value, entry
+
+
+def _forward_of(module: nn.Module, settings: Settings, *, is_known: bool) -> Callable[..., Tensor] | None:
+    """Ours of a LoRA linear, and of a linear of which something is known; None: the module keeps its own."""
+    if is_plain_lora(module) and settings.plugin.fused:
+        return _lora_forward
+    # A forward that was put on the instance (by accelerate, …) may compute something else.
+    if not is_known or "forward" in vars(module):
+        return None
+    if type(module) is nn.Linear:
+        return _linear_forward
+    return _quantised_forward if is_quantised(module) else None
 
 
 def patch_quantised(module: nn.Module, settings: Settings) -> None:
@@ -228,7 +232,7 @@ def _only_adapter(layer: Any) -> str | None:
     if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] in layer.lora_variant:
         return None
     base, down, up = layer.base_layer, layer.lora_A[active[0]], layer.lora_B[active[0]]
-    plain = all(_is_linear(part) and not _hooked(part) for part in (base, down, up))
+    plain = all(_is_linear(part) and not hooks_of(part) for part in (base, down, up))
     if not plain or up.bias is not None or any(p.requires_grad for p in base.parameters()):
         return None
     return active[0] if isinstance(layer.lora_dropout[active[0]], (nn.Dropout, nn.Identity)) else None
@@ -243,10 +247,6 @@ def may_be_kept(module: nn.Module) -> bool:
     """Whether it is a linear, or PEFT's layer around one, whose output `patch_linear` can keep."""
     base = getattr(module, "base_layer", module)
     return type(base) is nn.Linear or is_quantised(base)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _present(bias: Tensor | None) -> list[Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from where_time_goes import by_kind, profiled
+from where_time_goes import DEVICE, ON_GPU, by_kind, config_of, profiled
+from where_time_goes import seconds_of as median_seconds
 
 import hf_fpdt.model.fused
 from hf_fpdt import FPDTPlugin, apply_fpdt
@@ -31,11 +31,8 @@ from hf_fpdt.model.experts.operation import Weights, run_experts
 from hf_fpdt.model.experts.passes import gather_rows, sum_rows
 from hf_fpdt.model.experts.replace import are_experts, replace_experts
 from hf_fpdt.model.experts.routes import Routes
-from hf_fpdt.model.shapes import SHAPES, build_random, with_layers
+from hf_fpdt.model.shapes import SHAPES, build_random
 from hf_fpdt.units import GIB
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
 def parse() -> argparse.Namespace:
@@ -53,14 +50,6 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def config_of(options: argparse.Namespace) -> Any:
-    config = with_layers(SHAPES[options.shape](), options.layers)
-    if not ON_GPU:
-        config.hidden_size, config.intermediate_size, config.vocab_size = 64, 64, 256
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
-    return config
-
-
 def experts_of(model: nn.Module) -> Any:
     return next(module for module in model.modules() if are_experts(module))
 
@@ -71,19 +60,8 @@ gate_of = functools.cache(ask_gate)
 
 def seconds_of(run: Callable[[], object], repeats: int = 5) -> float:
     """Of the median call; one before does not count."""
-    took = []
-    for _ in range(repeats + 1):
-        finish()
-        began = time.perf_counter()
-        run()
-        finish()
-        took.append(time.perf_counter() - began)
-    return sorted(took[1:])[repeats // 2]
-
-
-def finish() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
+    run()
+    return median_seconds(run, repeats)
 
 
 # -- a module of experts ----------------------------------------------------------------------------------------------

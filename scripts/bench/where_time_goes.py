@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
+from hf_fpdt.commands.bench.models import without_first_tokens
 from hf_fpdt.commands.conditions import conditions_of
 from hf_fpdt.commands.options import corpus_of, count, tokens
-from hf_fpdt.labels import IGNORE_INDEX
 from hf_fpdt.model.shapes import SHAPES, build_random, with_layers
 from hf_fpdt.parallel import positions_of
 from hf_fpdt.units import GIB
@@ -76,10 +76,10 @@ def stepper(model: Any, n_tokens: int, options: argparse.Namespace) -> Callable[
     generator = torch.Generator(DEVICE).manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (1, n_tokens), device=DEVICE, generator=generator)
-    labels, packed = ids, {}
+    packed = {}
     if options.documents is not None:
         packed = {"position_ids": positions_of(options.documents.row(n_tokens), DEVICE)[None]}
-        labels = ids.masked_fill(packed["position_ids"] == 0, IGNORE_INDEX)
+    labels = without_first_tokens(ids, packed)
 
     def step() -> None:
         model(input_ids=ids, labels=labels, **packed).loss.backward()
@@ -88,7 +88,7 @@ def stepper(model: Any, n_tokens: int, options: argparse.Namespace) -> Callable[
     return step
 
 
-def seconds_of(run: Callable[[], None], repeats: int = 3) -> float:
+def seconds_of(run: Callable[[], object], repeats: int = 3) -> float:
     """Of the median call, the device waited for."""
     took = []
     for _ in range(repeats):
