@@ -16,11 +16,18 @@ from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.memory.checkpoints import LayerCheckpoint
 from hf_fpdt.model.apply import FPDTHandle
 from hf_fpdt.model.shapes.build import training_of_model
-from hf_fpdt.plan.checkpointing import forward_bytes, linear_bytes
 from hf_fpdt.plan.placement import linear_share
 from tests.helpers.linears import rows_multiplied
 from tests.helpers.models import tokens
-from tests.helpers.offloaded import Results, assert_same_bits, budgets, measured, sizes_of, step
+from tests.helpers.offloaded import (
+    Results,
+    assert_linears_lie_as_planned,
+    assert_same_bits,
+    budgets,
+    measured,
+    sizes_of,
+    step,
+)
 from tests.helpers.quantised import counting, linears, tiny_plain, tiny_quantised
 from tests.helpers.support import assert_rejects
 
@@ -130,12 +137,8 @@ def test_every_place_has_the_bits_and_takes_what_was_predicted(place: str) -> No
     settings: dict[str, Any] = {"chunk_tokens": 32, **budgets(place, "linears", sizes, None)}
     with measured() as bytes_kept:
         found, handle = run(model, settings.pop("checkpoints"), kernel="math", **settings)
-    ((step_sizes, _), plan), *_ = handle.store.plans.items()
-    assert kept_share(handle) == 1.0 and linear_bytes(plan.kept, step_sizes.layer_bytes()).host > 0
-    assert bytes_kept.peak["device"] == plan.forecast.device_bytes
-    assert handle.store.used_bytes()["pinned"] == plan.forecast.host_bytes
-    held = bytes_kept.peak["host"] + bytes_kept.peak["device"]
-    assert held == forward_bytes(plan.kept, step_sizes.layer_bytes())
+    assert kept_share(handle) == 1.0
+    assert_linears_lie_as_planned(handle, bytes_kept)
     assert_same_bits(found, exact)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.memory.entries import DeviceEntry, DiskTierEntry, HostEntry
 from hf_fpdt.model.apply import FPDTHandle, applied_settings
+from hf_fpdt.plan.checkpointing import forward_bytes, linear_bytes
 from hf_fpdt.plan.placement import NO_LIMIT, PassPlacement, plan_pass
 from hf_fpdt.plan.sizes import StepSizes
 from hf_fpdt.plan.tiers import STAGING_BUFFERS, Budgets
@@ -133,6 +134,15 @@ def measured() -> Iterator[Measured]:
         for kind, tier in ((DeviceEntry, "device"), (HostEntry, "host"), (DiskTierEntry, "disk")):
             _count_entries(patch, kind, tier, counter)
         yield counter
+
+
+def assert_linears_lie_as_planned(handle: FPDTHandle, found: Measured) -> None:
+    """Of a step whose plan sends outputs of linears to the host: bytes of each tier are those of the plan."""
+    (((sizes, _), plan),) = handle.store.plans.items()
+    assert linear_bytes(plan.kept, sizes.layer_bytes()).host > 0
+    assert found.peak["device"] == plan.forecast.device_bytes
+    assert handle.store.used_bytes()["pinned"] == plan.forecast.host_bytes
+    assert found.peak["host"] + found.peak["device"] == forward_bytes(plan.kept, sizes.layer_bytes())
 
 
 def _count_entries(patch: pytest.MonkeyPatch, kind: Any, tier: str, counter: Measured) -> None:
