@@ -91,9 +91,9 @@ class FPDTPlugin:
             on GPUs, from 8 ranks on 8,192 for each; 4,096 on a CPU. With `sp_size=1` and without FSDP2 it is less
             where that does not fit: the largest half, quarter, … that does. Smaller saves memory; below about 16K a
             GPU is no longer busy.
-        kernel: Attention kernel, a name of `hf_fpdt.kernels`. "auto": the fastest that serves this machine and dtype.
-            A named kernel that cannot serve the model is refused when FPDT is applied, as far as it is known where
-            the model will run; nothing falls back in silence.
+        kernel: Attention kernel, a name of `hf_fpdt.attention.KERNELS`. "auto": the fastest that serves this machine
+            and dtype. A named kernel that cannot serve the model is refused when FPDT is applied, as far as it is
+            known where the model will run; nothing falls back in silence.
         checkpoints: What the backward pass finds of the forward pass. "attention": every layer's attention output, so
             that attention is not run again, and as many inputs as the budgets hold; the others are rebuilt, token by
             token. "input": every layer's input; half the memory, one more attention forward a layer. "segment": the

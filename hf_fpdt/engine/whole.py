@@ -43,7 +43,7 @@ def attend_whole(
         window: keys that a query sees, its own among them; None: all before it. A `layout.Block`: those of its block.
         softcap: bound of the scores, softcap · tanh(score / softcap).
         sinks_N: of each head the score of a key without a value (attention sinks), differentiable.
-        kernel: a name of `hf_fpdt.kernels` or "auto".
+        kernel: a name of `hf_fpdt.attention.KERNELS` or "auto".
 
     Returns:
         out [B, S, N, H of V] in the dtype of q.

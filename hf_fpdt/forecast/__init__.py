@@ -2,7 +2,8 @@
 
 In reading order:
 
-    fit          does a step fit, how long may it be, what would help
+    fit          does a step fit, and what does it take
+    searches     how long may it be, how little host memory is enough, what would help
     seconds      seconds of a step, and of what GPUs send each other
     collectives  how often and how much GPUs exchange
     rates        what known GPUs do in a second
@@ -13,23 +14,10 @@ In reading order:
 
 from .corpus import Corpus
 from .curves import MemoryCurve, Reach, memory_curve, reach_by_host
-from .fit import (
-    STEP_TOKENS,
-    Machines,
-    More,
-    PlannedStep,
-    Training,
-    Use,
-    Weights,
-    fit,
-    host_needed,
-    longest,
-    machine_bytes,
-    peak_bytes,
-    what_would_help,
-)
+from .fit import Machines, PlannedStep, Training, Use, Weights, fit, machine_bytes, peak_bytes
 from .rates import GPU, GPUS, gpu_named, peak_of, with_memory
 from .rates_file import HEAD_DIMS, read_rates, save_rates
+from .searches import STEP_TOKENS, More, host_needed, longest, what_would_help
 from .seconds import step_seconds, ulysses_seconds
 
 __all__ = [

@@ -1,7 +1,7 @@
 """What the picture of a plan shows, as numbers: memory over one step, and the longest length by host memory.
 
-Everything is the planner's own: bytes are played as the stores will place them (`shelves`), moments are as far apart
-as the operations between them (`work`), and a step takes the seconds that the plan gives it.
+Everything is the planner's own: bytes are played as the stores will place them (`Rehearsal`), moments are as far apart
+as the operations between them (`chunk_work`), and a step takes the seconds that the plan gives it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ..plan import (
     spared_operations,
 )
 from ..units import GIB
-from .fit import Machines, PlannedStep, Training, Use, longest
+from .fit import Machines, PlannedStep, Training, Use
+from .searches import longest
 
 # These change while a step goes on; everything else is there throughout.
 CHANGING = frozenset({Use.WORKING, Use.KV, Use.CHECKPOINTS})

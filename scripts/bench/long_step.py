@@ -43,8 +43,9 @@ from hf_fpdt.commands.conditions import conditions_of
 from hf_fpdt.commands.options import amount, config_of, count, tokens
 from hf_fpdt.commands.plan.tables import as_json
 from hf_fpdt.config import resolve_chunk_tokens
-from hf_fpdt.forecast.fit import HOST_USABLE, Machines, Training, fit, longest, machine_bytes
+from hf_fpdt.forecast.fit import HOST_USABLE, Machines, Training, fit, machine_bytes
 from hf_fpdt.forecast.rates import GPUS, gpu_named, with_memory
+from hf_fpdt.forecast.searches import longest
 from hf_fpdt.model.shapes import LORA_RANK, SHAPES, build_random, training_of, with_lora
 from hf_fpdt.plan.placement import HOST_RESERVE
 from hf_fpdt.units import GIB

@@ -7,21 +7,9 @@ from dataclasses import replace
 import pytest
 from bench_results import read_json
 
-from hf_fpdt.forecast.fit import (
-    STEP_TOKENS,
-    Machines,
-    More,
-    Training,
-    Use,
-    Weights,
-    fit,
-    host_needed,
-    longest,
-    machine_bytes,
-    sharded_weights,
-    what_would_help,
-)
+from hf_fpdt.forecast.fit import Machines, Training, Use, Weights, fit, machine_bytes, sharded_weights
 from hf_fpdt.forecast.rates import GPUS, with_memory
+from hf_fpdt.forecast.searches import STEP_TOKENS, More, host_needed, longest, what_would_help
 from hf_fpdt.forecast.seconds import sharded_seconds, step_seconds, ulysses_seconds
 from hf_fpdt.units import GIB
 from tests.forecast.test_rates import LLAMA_8B

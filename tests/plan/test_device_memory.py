@@ -1,4 +1,4 @@
-"""What grows on the device with the sequence is what the table in `hf_fpdt.memory` says, and nothing else."""
+"""What grows on the device with the sequence is what the table of `StepSizes.device_rows` says, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process that does one job: `python -m hf_fpdt.bench.child JOB RESULT`, both files of JSON.
+"""The process that does one job: `python -m hf_fpdt.commands.bench.child JOB RESULT`, both files of JSON.
 
 It waits for its job before it touches a GPU, and goes with its parent (`lifeline`).
 

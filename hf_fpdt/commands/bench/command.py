@@ -56,7 +56,7 @@ examples:
   hf-fpdt bench --longest --stacks fpdt hf-offload            the longest sequence that completes a step
 
 FPDT's settings beside the chunk are taken from FPDT_* variables, as in training. A stack of your own is module:Class,
-a subclass of hf_fpdt.bench.stack.Stack.
+a subclass of hf_fpdt.commands.bench.stacks.base.Stack.
 """
 
 

@@ -11,7 +11,8 @@ from rich.console import Console, Group, RenderableType
 
 from hf_fpdt.commands.plan.command import _console
 from hf_fpdt.commands.plan.tables import USE_NAMES, _layers, _limit, _runs, _time, as_json, plan_tables
-from hf_fpdt.forecast.fit import Machines, More, PlannedStep, fit
+from hf_fpdt.forecast.fit import Machines, PlannedStep, fit
+from hf_fpdt.forecast.searches import More
 from hf_fpdt.plan.checkpointing import KeptChunks, KeptLayers
 from hf_fpdt.plan.model_sizes import LayerMix, LinearSize, StateSize
 from hf_fpdt.units import GIB
