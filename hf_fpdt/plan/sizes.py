@@ -66,14 +66,12 @@ class DeviceItem:
         name: what people read of it.
         phases: when it is there.
         nbytes: its size on this rank.
-        grows: whether it grows with the sequence, not with the chunk.
     """
 
     kind: RowKind
     name: str
     phases: tuple[Phase, ...]
     nbytes: int
-    grows: bool
 
 
 @dataclass(frozen=True)
@@ -225,17 +223,15 @@ class StepSizes:
         )
         return kv if kv.all_windowed else holds(kv, device_budget)
 
-    def ring_bytes(self, window: int, *, backward: bool) -> int:
+    def _ring_bytes(self, window: int, width: int, *, backward: bool) -> int:
         """The most that a layer with such a window has of K and V on the device in one pass; on the host it has none.
 
         Those of the chunks that a row reads, in backward with their gradients, and the keys in reach side by side, as
         the kernel reads them: in forward a row that reads its own chunk alone has them so already.
-        """
-        widths = [sum(self._kv_widths(i)) for i, own in enumerate(self.windows) if own == window]
-        return self._ring_bytes(window, max(widths or [sum(self._kv_widths(0))]), backward=backward)
 
-    def _ring_bytes(self, window: int, width: int, *, backward: bool) -> int:
-        """The same; `width` are elements of a token's K and V together."""
+        Args:
+            width: elements of a token's K and V together.
+        """
         held_bytes, most = self.attention_bytes + self._sum_bytes * backward, 0
         for chunk in self.plan.chunks:
             first = first_key(chunk.start, window)
@@ -259,24 +255,24 @@ class StepSizes:
         """The table: what lies on the device beside weights, optimizer and checkpoints, and when."""
         unit, resident = self.unit, kv.resident_parts
         yield from self._entry_rows()
-        yield DeviceItem("hidden", "a layer's input and output", ("forward",), 2 * unit, True)
-        yield DeviceItem("resident_kv", "K, V of one layer, resident chunks", ("forward",), resident.forward, True)
-        yield DeviceItem("hidden", "last hidden states, normed, and their gradient", ("loss",), 3 * unit, True)
+        yield DeviceItem("hidden", "a layer's input and output", ("forward",), 2 * unit)
+        yield DeviceItem("resident_kv", "K, V of one layer, resident chunks", ("forward",), resident.forward)
+        yield DeviceItem("hidden", "last hidden states, normed, and their gradient", ("loss",), 3 * unit)
         if self.awaited:  # those three with its cos, sin and ids; in a loss between, normed ones are there beside them
-            yield DeviceItem("hidden", "kept by the pass that waits", ("forward",), 2 * unit + self.entry_bytes, True)
-            yield DeviceItem("hidden", "kept by the pass that waits, and normed", ("loss",), self.entry_bytes, True)
-        yield DeviceItem("hidden", "gradients of a layer's output and input", ("backward",), 2 * unit, True)
-        yield DeviceItem("resident_kv", "K, V of one layer, resident chunks", ("backward",), resident.backward, True)
-        yield DeviceItem("resident_kv", "dK, dV of one layer, resident chunks", ("backward",), resident.grads, True)
+            yield DeviceItem("hidden", "kept by the pass that waits", ("forward",), 2 * unit + self.entry_bytes)
+            yield DeviceItem("hidden", "kept by the pass that waits, and normed", ("loss",), self.entry_bytes)
+        yield DeviceItem("hidden", "gradients of a layer's output and input", ("backward",), 2 * unit)
+        yield DeviceItem("resident_kv", "K, V of one layer, resident chunks", ("backward",), resident.backward)
+        yield DeviceItem("resident_kv", "dK, dV of one layer, resident chunks", ("backward",), resident.grads)
         if kv.forward_ring:
-            yield DeviceItem("ring_kv", "K, V in reach of a window", ("forward",), kv.forward_ring, False)
-            yield DeviceItem("ring_kv", "K, V, dK, dV in reach of a window", ("backward",), kv.backward_ring, False)
+            yield DeviceItem("ring_kv", "K, V in reach of a window", ("forward",), kv.forward_ring)
+            yield DeviceItem("ring_kv", "K, V, dK, dV in reach of a window", ("backward",), kv.backward_ring)
         if fetched := self.model.fetched_bytes:  # the layer that runs and the next one; the last waits for backward
-            yield DeviceItem("weights", "weights of two layers, fetched", ("forward", "backward"), 2 * fetched, False)
-            yield DeviceItem("weights", "weights of the last layer", ("loss",), fetched, False)
+            yield DeviceItem("weights", "weights of two layers, fetched", ("forward", "backward"), 2 * fetched)
+            yield DeviceItem("weights", "weights of the last layer", ("loss",), fetched)
         if self.whole_bytes:
             of_layers: tuple[Phase, ...] = ("forward", "backward")
-            yield DeviceItem("weights", "a layer's weights, dequantised", of_layers, self.whole_bytes, False)
+            yield DeviceItem("weights", "a layer's weights, dequantised", of_layers, self.whole_bytes)
         yield from self._chunk_rows(kv)
 
     @property
@@ -287,9 +283,9 @@ class StepSizes:
     def _entry_rows(self) -> Iterator[DeviceItem]:
         tokens = self.batch * self.plan.n_tokens // self._ranks
         cos_sin = 2 * tokens // self.batch * self.model.rotary_dim * self.element_bytes
-        yield DeviceItem("entry", "input ids, labels, shifted labels, positions", PHASES, 4 * 8 * tokens, True)
-        yield DeviceItem("entry", "cos, sin", PHASES, cos_sin, True)
-        yield DeviceItem("entry", "embeddings, held by the model's own forward", ("forward",), self.unit, True)
+        yield DeviceItem("entry", "input ids, labels, shifted labels, positions", PHASES, 4 * 8 * tokens)
+        yield DeviceItem("entry", "cos, sin", PHASES, cos_sin)
+        yield DeviceItem("entry", "embeddings, held by the model's own forward", ("forward",), self.unit)
 
     @property
     def entry_bytes(self) -> int:
@@ -302,17 +298,13 @@ class StepSizes:
         unit = tokens * m.hidden * self.element_bytes
         replay = max(self._mlp_bytes(tokens) + self._recurrent_bytes(tokens), self._attention_bytes(tokens))
         streamed = sum(kv.both_parts[0] + kv.both_grads[0]) if kv.backward_resident < len(kv.parts) else 0
-        yield DeviceItem(
-            "activations", "a chunk's activations", ("forward",), self._forward_bytes(tokens, replay), False
-        )
-        yield DeviceItem("activations", "a replayed chunk's activations", ("backward",), replay, False)
-        yield DeviceItem("checkpoints", "checkpoints under way", ("backward",), CHECKPOINTS_UNDER_WAY * unit, False)
+        yield DeviceItem("activations", "a chunk's activations", ("forward",), self._forward_bytes(tokens, replay))
+        yield DeviceItem("activations", "a replayed chunk's activations", ("backward",), replay)
+        yield DeviceItem("checkpoints", "checkpoints under way", ("backward",), CHECKPOINTS_UNDER_WAY * unit)
         sets = min(STREAMED_SETS, len(kv.parts))
-        yield DeviceItem("streamed_kv", "streamed K, V, dK, dV under way", ("backward",), sets * streamed, False)
+        yield DeviceItem("streamed_kv", "streamed K, V, dK, dV under way", ("backward",), sets * streamed)
         logit = FUSED_LOGIT_BYTES if self.fused else LOGIT_BYTES
-        yield DeviceItem(
-            "logits", "a loss chunk's logits", ("loss",), logit * self.loss_tokens * self.vocabulary, False
-        )
+        yield DeviceItem("logits", "a loss chunk's logits", ("loss",), logit * self.loss_tokens * self.vocabulary)
 
     def _forward_bytes(self, tokens: int, replay: int) -> int:
         m, (hidden, intermediate) = self.model, FORWARD_GATED_COPIES if self.model.gated else FORWARD_PLAIN_COPIES
