@@ -1,7 +1,7 @@
 """A rank of `hf-fpdt bench` without its imports, as torch's launcher starts it: bench_rank.py JOB RESULT.
 
-It says its process id beside the job. What it does then, the job's stack says: "killed" or "ends" on rank 1, or both
-ranks wait, like one that computes.
+It says its process id in the file that is the job's model. What it does then, the job's stack says: "killed" or "ends"
+on rank 1, or both ranks wait, like one that computes.
 """
 
 import json
@@ -20,13 +20,17 @@ def main() -> None:
         return
     job, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     what = json.loads(job.read_text())["stack"]
-    with Path(json.loads(job.read_text())["model"]).open("a") as pids:
-        pids.write(f"{os.getpid()}\n")
+    pids = Path(json.loads(job.read_text())["model"])
+    with pids.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    # The launcher ends the other rank at once: before it has said its id, if it was slow to start.
+    while rank == 1 and len(pids.read_text().splitlines()) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.05)
     if rank == 1 and what == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == 1 and what == "ends":
         raise SystemExit(3)
-    time.sleep(120)
+    time.sleep(900)  # longer than any test waits for it to be ended
 
 
 if __name__ == "__main__":
