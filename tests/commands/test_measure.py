@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -14,15 +12,28 @@ CPU = torch.device("cpu")
 SMALL = Sizes(matrix=64, tokens=64, copied_bytes=2**20, seconds=0.01)
 
 
-def test_a_rate_is_the_amount_of_one_call_over_its_seconds() -> None:
-    calls: list[int] = []
+class Clock:
+    """Time that goes on by calls alone: the first one takes long, as where something is compiled."""
 
-    def run() -> None:
-        calls.append(1)
-        time.sleep(0.01)
+    TOOK = 1 / 64
 
-    assert 600 < rate_of(10.0, run, CPU, 0.1) < 1001
-    assert 5 <= len(calls) <= 12, "two to warm up, then as many as the seconds hold"
+    def __init__(self) -> None:
+        self.calls, self.now = 0, 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def run(self) -> None:
+        self.now += self.TOOK if self.calls else 100.0
+        self.calls += 1
+
+
+def test_a_rate_is_the_amount_of_one_call_over_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, calls in ((10 * Clock.TOOK, 10), (0.5 * Clock.TOOK, 1)):
+        clock = Clock()
+        monkeypatch.setattr("hf_fpdt.commands.measure.time", clock)
+        assert rate_of(10.0, clock.run, CPU, seconds) == 640
+        assert clock.calls == 2 + calls, "two to warm up, then as many as the seconds hold"
 
 
 def test_every_rate_is_measured() -> None:

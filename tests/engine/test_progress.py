@@ -37,10 +37,10 @@ from hf_fpdt.engine import progress
 progress.SECONDS = 0.01
 line = progress.StepProgress(peak=989e12)
 line.begin(1e18)
-began = time.perf_counter()
+began = time.process_time()  # of this process: others may be at work on the same cores
 for _ in range(5000):
     line.advance(1e12, 1e12, "backward layer 1/32 chunk 1/16")
-print((time.perf_counter() - began) / 5000)
+print((time.process_time() - began) / 5000)
 """
 LATE = """
 import sys
@@ -116,7 +116,7 @@ def test_the_time_left_goes_by_the_whole_step(told: tuple[str, str]) -> None:
     shown = re.findall(r"(\d+)%\|.{20}\| \d\d:\d\d<(\d\d):(\d\d)", told[0].partition("slower")[2])
     assert len(shown) == 56, "small parts show too"
     percent, minutes, seconds = map(int, shown[-1])
-    assert percent == 51 and 60 * minutes + seconds < 10, "by the last parts it would be three quarters of a minute"
+    assert percent == 51 and 60 * minutes + seconds < 30, "by the last parts it would be three quarters of a minute"
 
 
 def test_nothing_is_written_where_there_is_no_terminal_or_by_other_processes(
