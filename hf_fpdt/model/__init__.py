@@ -3,6 +3,7 @@
 In reading order:
 
     apply               `apply_fpdt`, and the handle that undoes it
+    trial               what its layers are seen to do before the first step
     layers              a decoder layer as the engine runs it
     head                base model, norm, head and loss
     attention_function  what is registered as "fpdt"

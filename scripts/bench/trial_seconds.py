@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3MoeConfi
 
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.engine.layer_state import look_of
-from hf_fpdt.model.apply import try_layers
 from hf_fpdt.model.layers import decoder_layers
 from hf_fpdt.model.shapes import build_random, llama_8b, with_layers
+from hf_fpdt.model.trial import try_layers
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
