@@ -7,6 +7,8 @@ import os
 # Read when huggingface_hub and tokenizers are imported, so before anything imports them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Threads sleep while they wait: others are at work on the same cores.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 from collections.abc import Iterator  # noqa: E402
 

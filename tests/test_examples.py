@@ -16,6 +16,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from tests.helpers.app_support import ROOT, run_python, stories, write_tiny_checkpoint
+from tests.helpers.processes import run_or_tell
 
 MAX_EXAMPLE_LINES = 80
 WITH_A_TOKENIZER = ("tokenizer_to_adapter", "trl_sft")
@@ -143,7 +144,7 @@ def test_quickstart_in_its_tiny_size(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HF_FPDT_NO_VENV": "1", "OMP_NUM_THREADS": "2"}
     command = ["bash", str(ROOT / "scripts" / "quickstart.sh"), "--tiny", "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_or_tell(command, environment=environment)
     assert done.returncode == 0, done.stderr
     assert "| 512–1K" in done.stdout and "YaRN only" in done.stdout
     assert (tmp_path / "out" / "extended" / "loss_by_position.png").is_file()

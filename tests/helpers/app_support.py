@@ -16,12 +16,12 @@ SCRIPTS = ROOT / "scripts"
 sys.path += [str(folder) for folder in (SCRIPTS, SCRIPTS / "bench", SCRIPTS / "docs") if str(folder) not in sys.path]
 
 
-def run_python(*arguments: str | Path, timeout_s: int = 300) -> subprocess.CompletedProcess[str]:
-    """Run `python ...` from the root with the package importable; two threads that sleep while they wait."""
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+def run_python(*arguments: str | Path, package: Path = ROOT, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run `python ...` in a folder, with the package importable from another, and two threads."""
+    paths = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "2"}
     command = [sys.executable, *map(str, arguments)]
-    return run_or_tell(command, environment=environment, timeout_s=timeout_s, folder=ROOT)
+    return run_or_tell(command, environment=environment, folder=folder)
 
 
 def stories(count: int, lines: int = 40) -> list[str]:

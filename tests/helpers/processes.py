@@ -9,9 +9,12 @@ from pathlib import Path
 
 import psutil
 
+# Long enough where others use the same cores; before pytest's own limit, which says nothing of other processes.
+LIMIT_S = 480
+
 
 def run_or_tell(
-    command: list[str], *, environment: Mapping[str, str], timeout_s: float, folder: Path | None = None
+    command: list[str], *, environment: Mapping[str, str], timeout_s: float = LIMIT_S, folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run` with both outputs captured; after `timeout_s` seconds every process prints its stacks.
 

@@ -23,7 +23,7 @@ from torch.utils._device import _device_constructors
 from hf_fpdt.attention.reference import peaked_qkv as peaked_qkv
 
 PRELOADED = ("hf_fpdt", "peft", "transformers.models.llama", "transformers.models.gpt_neox", "torch.distributed.fsdp")
-GROUP_TIMEOUT = timedelta(seconds=120)
+GROUP_TIMEOUT = timedelta(seconds=300)
 # What FSDP2 calls; from torch 2.13 on the second name of each.
 FSDP_CALLS = dict.fromkeys(("all_gather_into_tensor", "all_gather_single"), "gathered")
 FSDP_CALLS |= dict.fromkeys(("reduce_scatter_tensor", "reduce_scatter_single"), "reduced")

@@ -35,7 +35,7 @@ def launch(script: Path, processes: int, *arguments: str) -> subprocess.Complete
     command = [sys.executable, "-m", "accelerate.commands.launch", *counts, *plain]
     path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    done = run_or_tell([*command, str(script), *arguments], environment=environment, timeout_s=300)
+    done = run_or_tell([*command, str(script), *arguments], environment=environment)
     done.stdout += done.stderr
     return done
 

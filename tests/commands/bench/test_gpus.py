@@ -30,12 +30,11 @@ from hf_fpdt.commands.main import main
 from tests.commands.bench.test_bench import JOB, job
 from tests.commands.bench.test_driver import TRAINED, Machine
 from tests.helpers import bench_stacks
+from tests.helpers.processes import LIMIT_S
 from tests.helpers.support import assert_rejects, spawn
 
 RANK = Path(__file__).parents[2] / "launched" / "bench_rank.py"
 TWO_RANKS = (*LAUNCHER, "--nproc-per-node", "2", str(RANK))
-# What ends takes seconds; where others use the cores, torch's launcher alone may take half a minute to start.
-LONG_S = 240
 # By whether every weight trains: under FSDP2, or adapters alone under DDP.
 RIGHT: Mapping[bool, tuple[type[Stack], ...]] = {
     False: (Fpdt, bench_stacks.RingOnCpu),
@@ -87,7 +86,7 @@ def test_ring_makes_no_mask_of_tokens_times_tokens(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_launched_step_has_one_row(tmp_path: Path) -> None:
     task = job(tmp_path, kind="step", stack="fpdt", tokens=(601,), steps=2, chunk_tokens=256, gpus=2)
-    with Children(LONG_S, command_for(2)) as children:
+    with Children(LIMIT_S, command_for(2)) as children:
         outcome = children.run(task)
     assert not outcome.reason, outcome.reason
     found = outcome.found
@@ -133,7 +132,7 @@ def works(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def wait_until(holds: Any, seconds: float = LONG_S) -> None:
+def wait_until(holds: Any, seconds: float = LIMIT_S) -> None:
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until, "waited in vain"
@@ -148,7 +147,7 @@ def wait_until(holds: Any, seconds: float = LONG_S) -> None:
     ],
 )
 def test_whatever_becomes_of_a_rank_is_an_outcome(what: str, reason: str, pids: Path) -> None:
-    with Children(LONG_S, TWO_RANKS) as children:
+    with Children(LIMIT_S, TWO_RANKS) as children:
         outcome = children.run(replace(JOB, stack=what, model=str(pids), gpus=2))
     assert outcome.reason == reason
     ranks = list(map(int, pids.read_text().split()))
@@ -168,7 +167,7 @@ def test_ranks_are_gone_when_their_job_is_ended(pids: Path) -> None:
 def test_no_job_no_work(tmp_path: Path, pids: Path) -> None:
     replace(JOB, model=str(pids)).write(tmp_path / "job")
     command = [sys.executable, str(RANK), str(tmp_path / "job"), str(tmp_path / "result")]
-    assert subprocess.run(command, input=b"", timeout=LONG_S).returncode == 0 and not pids.read_text()
+    assert subprocess.run(command, input=b"", timeout=LIMIT_S).returncode == 0 and not pids.read_text()
 
 
 def test_ranks_end_with_the_parent(tmp_path: Path, pids: Path) -> None:
@@ -184,7 +183,7 @@ def test_ranks_end_with_the_parent(tmp_path: Path, pids: Path) -> None:
         launcher.stdin.close()
         try:
             wait_until(lambda: not any(map(works, map(int, pids.read_text().split()))))
-            assert launcher.wait(LONG_S) != 0
+            assert launcher.wait(LIMIT_S) != 0
         finally:
             launcher.kill()
 

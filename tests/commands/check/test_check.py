@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from hf_fpdt.commands.main import main
 from hf_fpdt.forecast.rates import GPUS
 from hf_fpdt.forecast.rates_file import read_rates, save_rates
 from hf_fpdt.model.shapes import build_random
+from tests.helpers.app_support import run_python
 from tests.model.test_model_zoo import GEMMA4, ROUTED
 
 CPU = torch.device("cpu")
@@ -62,8 +61,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_the_command_says_that_a_llama_is_right_here(folder: Callable[..., str]) -> None:
     model = folder("llama", **GROUPED, attention_bias=True, tie_word_embeddings=True)
-    command = [sys.executable, "-m", "hf_fpdt.commands.main", "check", model, "--measure"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_python("-m", "hf_fpdt.commands.main", "check", model, "--measure")
     assert done.returncode == 0, done.stderr
     for part in (
         "no CUDA GPU",

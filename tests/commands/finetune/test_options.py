@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import re
 import shlex
 import shutil
@@ -26,7 +25,8 @@ from hf_fpdt.commands.finetune.options import Options, read_options
 from hf_fpdt.commands.finetune.trainer_options import intervals_line
 from hf_fpdt.commands.main import main
 from hf_fpdt.commands.options import UserMistake
-from tests.helpers.app_support import ROOT, stories, write_tiny_checkpoint
+from tests.helpers.app_support import ROOT, run_python, stories, write_tiny_checkpoint
+from tests.helpers.processes import LIMIT_S
 
 NEEDED = ("--model", "m", "--data", "d", "--output_dir", "o", "--use_cpu")
 
@@ -294,7 +294,7 @@ def wheel_in(folder: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder)]
-    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=120)
+    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=LIMIT_S)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
         files.extractall(site)
@@ -321,15 +321,7 @@ def test_a_wheel_runs_the_commands_that_the_readme_prints(tmp_path: Path) -> Non
     assert sorted({words[0] for words in printed}) == ["check", "eval", "finetune", "plan"]
     commands = [words + SHORTER.get(words[0], []) for words in printed]
     # As an installed package, so that the checkout's is found by none of the commands.
-    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(commands)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = run_python("-c", PROGRAM, json.dumps(commands), package=site, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"hf-fpdt {hf_fpdt.__version__} (torch {version_of('torch')}, transformers " in done.stdout
     said = done.stderr.partition("command finetune")[2].partition("command")[0]
