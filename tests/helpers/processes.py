@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -36,12 +38,25 @@ def run_or_tell(
 
 
 def _aborted(program: subprocess.Popen[str]) -> tuple[str, str]:
-    """Abort a program and all that it started, the youngest last; what they printed until then."""
+    """Abort a program and all that it started, the youngest last; what they printed until then.
+
+    One after the other, the rest stopped meanwhile: they write to the same pipe, and end where their parent does.
+    """
     every = [psutil.Process(program.pid), *psutil.Process(program.pid).children(recursive=True)]
     for process in every:
-        process.send_signal(signal.SIGABRT)
-    psutil.wait_procs(every[1:], timeout=10)
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
     for process in every:
-        if process.is_running():
-            process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGABRT)
+            process.resume()
+            _wait_for_end(process)
     return program.communicate()
+
+
+def _wait_for_end(process: psutil.Process, seconds: float = 10) -> None:
+    """Until it has written its stacks and ended, whoever asks for its status; killed where it does not end."""
+    until = time.monotonic() + seconds
+    while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+        time.sleep(0.02)
+    process.kill()
