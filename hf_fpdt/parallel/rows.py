@@ -93,7 +93,7 @@ class JoinedRows:
             return batch
         ids, labels = batch["input_ids"], batch.get("labels")
         if isinstance(labels, Tensor) and labels.shape == ids.shape:
-            check_padding("hf_fpdt.JoinedRows", batch["attention_mask"] == 0, labels)
+            check_padding("JoinedRows", batch["attention_mask"] == 0, labels)
         return Rows.of(lengths, ids.shape[1], ids.device).packed(batch)
 
 
