@@ -26,7 +26,7 @@ LongDocuments = Literal["drop", "cut", "error"]
 # Documents that wait in a stream: enough that rows of 64K and more are over 98 % full.
 BUFFER_DOCUMENTS = 2048
 # What a row calls the lengths of its documents; TRL's packed data sets call them so.
-LENGTHS = "seq_lengths"
+LENGTHS, POSITIONS = "seq_lengths", "position_ids"
 
 
 @dataclass
@@ -198,10 +198,11 @@ def _listed(values: Any) -> list[int]:
 
 
 def _row(pieces: Sequence[Mapping[str, list[int]]]) -> dict[str, list[int]]:
-    row: dict[str, list[int]] = {name: [] for name in ("input_ids", "labels")}
+    """Its positions say where documents begin, too: an argument of models, which a stock Trainer leaves in."""
+    row: dict[str, list[int]] = {name: [] for name in ("input_ids", "labels", POSITIONS)}
     for piece in pieces:
         for name, values in row.items():
-            values += piece[name]
+            values += range(len(piece["input_ids"])) if name == POSITIONS else piece[name]
     return {**row, LENGTHS: [len(piece["input_ids"]) for piece in pieces]}
 
 
@@ -255,7 +256,7 @@ class PackedStream(IterableDataset[dict[str, list[int]]]):
         buffer: documents that wait; the more, the fuller rows are.
 
     Attributes:
-        counts: of the pass that runs or ran last; logged at its end.
+        counts: of the pass that runs or ran last; logged when it ends, or is left.
     """
 
     def __init__(
@@ -280,18 +281,28 @@ class PackedStream(IterableDataset[dict[str, list[int]]]):
     def _rows(self) -> Iterator[dict[str, list[int]]]:
         counts = self.counts = PackingCounts(self.max_length)
         waiting = list[_Waiting]()
-        for sample in self.documents:
-            whole = _documents_of(sample)
-            length = len(whole["input_ids"])
-            for piece in fitting_pieces(length, self.max_length, self.long_documents, counts):
-                values = {name: values[piece] for name, values in whole.items()}
-                waiting.append(_Waiting(piece.stop - piece.start, values))
-            if len(waiting) >= self.buffer:
-                leaving, waiting = _leaving(waiting, self.max_length)
-                yield from (self._counted([each.value for each in row]) for row in leaving)
-        for row in pack([each.length for each in waiting], self.max_length):
-            yield self._counted([waiting[index].value for index in row])
-        logger.info("hf_fpdt: packed %s", counts)
+        try:
+            for sample in self.documents:
+                waiting += self._pieces(sample, counts)
+                if len(waiting) >= self.buffer:
+                    leaving, waiting = _leaving(waiting, self.max_length)
+                    yield from (self._counted([each.value for each in row]) for row in leaving)
+            for row in pack([each.length for each in waiting], self.max_length):
+                yield self._counted([waiting[index].value for index in row])
+        finally:  # most runs end before their stream does
+            logger.info("hf_fpdt: packed %s", counts)
+
+    def _pieces(self, sample: Mapping[str, Any], counts: PackingCounts) -> Iterator[_Waiting]:
+        whole, dropped = _documents_of(sample), counts.dropped
+        length = len(whole["input_ids"])
+        for piece in fitting_pieces(length, self.max_length, self.long_documents, counts):
+            yield _Waiting(piece.stop - piece.start, {name: values[piece] for name, values in whole.items()})
+        if counts.dropped > dropped == 0:
+            logger.warning(
+                "hf_fpdt: a document of %s tokens is longer than a row and is left out, as all that are will be; how "
+                "many is said when the stream ends",
+                f"{length:,}",
+            )
 
     def _counted(self, pieces: Sequence[Mapping[str, list[int]]]) -> dict[str, list[int]]:
         row = _row(pieces)
@@ -342,8 +353,30 @@ def _labels_of(sample: Mapping[str, Any]) -> Any:
 
 
 def _lengths_of(feature: Mapping[str, Any]) -> list[int]:
-    tokens, lengths = len(feature["input_ids"]), feature.get(LENGTHS)
-    lengths = [tokens] if lengths is None else _listed(lengths)
+    """Of its documents, by what says where they begin.
+
+    Raises:
+        ValueError: that is of another row, or they disagree.
+    """
+    tokens, lengths, positions = len(feature["input_ids"]), feature.get(LENGTHS), feature.get(POSITIONS)
+    by_positions = [tokens] if positions is None else _lengths_by(_listed(positions), tokens)
+    lengths = by_positions if lengths is None else [length for length in _listed(lengths) if length]
     if sum(lengths) != tokens:
         raise ValueError(f"PackingCollator: {LENGTHS} add up to {sum(lengths)}, and the row has {tokens} tokens.")
-    return [length for length in lengths if length]
+    if positions is not None and by_positions != lengths:
+        raise ValueError(
+            f"PackingCollator: {LENGTHS} say that a row has {len(lengths)} documents, and its {POSITIONS} restart for "
+            f"{len(by_positions)}, or elsewhere; make them agree, or give one of them."
+        )
+    return lengths
+
+
+def _lengths_by(positions: list[int], tokens: int) -> list[int]:
+    starts = [place for place, position in enumerate(positions) if position == 0]
+    lengths = [stop - start for start, stop in zip(starts, [*starts[1:], tokens], strict=True)]
+    if positions != [place for length in lengths for place in range(length)] or len(positions) != tokens:
+        raise ValueError(
+            f"PackingCollator: {POSITIONS} of a row of {tokens} tokens are expected to count from 0, in each document "
+            "again; make them so, or leave them out."
+        )
+    return lengths

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithFlattening, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hf_fpdt import FPDTPlugin, FPDTTrainer, PackedRows, PackedStream, PackingCollator
 from hf_fpdt.training.packing import pack
@@ -81,9 +82,17 @@ def test_what_is_dropped_and_cut_is_logged(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level("INFO", logger="hf_fpdt"):
         for kind in ("rows", "stream"):
             rows_of(kind)
-    assert len(caplog.messages) == 2
-    for message in caplog.messages:
+    rows, warned, stream = caplog.messages
+    assert "a document of 40 tokens is longer than a row and is left out" in warned
+    for message in (rows, stream):
         assert "10 documents, 126 tokens in" in message and "% filled; dropped 3 (137 tokens), cut 0" in message
+
+
+def test_a_stream_that_is_left_says_what_it_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    """As by `max_steps`: most streams are longer than a run."""
+    with caplog.at_level("INFO", logger="hf_fpdt"):
+        assert len(list(islice(PackedStream(iter(samples()), ROOM, buffer=3), 2))) == 2
+    assert "tokens in 2 rows of 32" in caplog.messages[-1] and "dropped 1 (40 tokens)" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("kind", ["rows", "stream"])
@@ -216,6 +225,32 @@ def test_packed_rows_go_on_as_their_documents() -> None:
     assert sorted(documents) == sorted(kept)
     with pytest.raises(ValueError, match="seq_lengths add up to 3, and the row has 5 tokens"):
         PackingCollator()([{"input_ids": [1] * 5, "seq_lengths": [1, 2]}])
+
+
+def test_positions_of_a_row_tell_its_documents_apart() -> None:
+    """A stock Trainer leaves them in, and takes lengths away, which no model takes."""
+    found = PackingCollator()([{"input_ids": [1] * 5, "position_ids": [0, 1, 0, 1, 2]}, {"input_ids": [1] * 2}])
+    assert found["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1]]
+    trainer = Trainer(
+        tiny(), TrainingArguments("unused", use_cpu=True), PackingCollator(), PackedRows(samples(), ROOM)
+    )
+    documents = sum(int((batch["position_ids"] == 0).sum()) for batch in trainer.get_train_dataloader())
+    assert documents == sum(length <= ROOM for length in LENGTHS)
+
+
+WRONG_POSITIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "other documents": ({"position_ids": [0, 1, 0, 1, 2], "seq_lengths": [3, 2]}, "restart for 2, or elsewhere"),
+    "no first token": ({"position_ids": [1, 2, 0, 1, 2]}, "of a row of 5 tokens are expected to count from 0"),
+    "a gap": ({"position_ids": [0, 1, 5, 6, 7]}, "expected to count from 0"),
+    "too many": ({"position_ids": [0, 1, 2, 3, 4, 5]}, "expected to count from 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_POSITIONS)
+def test_positions_that_are_of_no_documents_are_refused(case: str) -> None:
+    marks, message = WRONG_POSITIONS[case]
+    with pytest.raises(ValueError, match=message):
+        PackingCollator()([{"input_ids": [1] * 5, **marks}])
 
 
 @pytest.mark.parametrize("lengths", [(0,), (33,)])
