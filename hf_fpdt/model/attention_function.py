@@ -8,6 +8,7 @@ none, and what does need a mask is computed by SDPA without gradients (left-padd
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from ..attention import AttentionSpec
 from ..engine import attend_documents, attend_whole, current_call, visiting
 from ..layout import Block, Documents
-from ..parallel import MARKS, documents_of_batch, marked_documents, ranks_of_batch
+from ..parallel import MARKS, documents_of_batch, marked_documents, ranks_of_batch, text_positions
 
 NAME = "fpdt"
 MASK_BYTES_LIMIT = 4 * 2**30  # of a boolean [batch, 1, queries, keys] mask
@@ -88,6 +89,7 @@ def _marked(module: nn.Module, kwargs: dict[str, Any], query: Tensor, key: Tenso
     """The documents that the arguments mark, without the executor; positions alone make a mask, which came before."""
     marks = {name: kwargs[name] for name in MARKS if kwargs.get(name) is not None}
     if not marks:
+        _refuse_restarts(module, text_positions(kwargs.get("position_ids")), (query.shape[2], key.shape[2]))
         return None
     if query.shape[0] > 1 or query.shape[2] != key.shape[2]:
         raise NotImplementedError(
@@ -95,6 +97,31 @@ def _marked(module: nn.Module, kwargs: dict[str, Any], query: Tensor, key: Tenso
             f"queries {tuple(query.shape)} of keys {tuple(key.shape)} are none; give one packed row without a cache."
         )
     return marked_documents(marks, key.shape[2])
+
+
+def _refuse_restarts(module: nn.Module, positions_BS: Tensor | None, tokens: tuple[int, int]) -> None:
+    """Refuse documents that would see one another, since the model made no mask of its positions.
+
+    Args:
+        positions_BS: as the layer has them, if it handed them on.
+        tokens: of queries and of keys.
+    """
+    if positions_BS is None or positions_BS.is_meta or positions_BS.shape[-1:] != tokens[:1] or tokens[0] != tokens[1]:
+        return
+    changes = 0 if positions_BS.is_inference() else positions_BS._version
+    if _restart(positions_BS, changes):
+        raise NotImplementedError(
+            f'hf_fpdt: attn_implementation="{NAME}" in {type(module).__name__}: position_ids restart, so a row holds '
+            "several documents, and each would see the others: this model makes no mask of positions, or none beside "
+            "a cache. Call apply_fpdt(model) or train with FPDTTrainer, which tell documents apart; else give one "
+            "document a row."
+        )
+
+
+@lru_cache(maxsize=1)
+def _restart(positions_BS: Tensor, changes: int) -> bool:
+    """Whether a later token is a first one; every layer asks of the same tensor, and the host waits once."""
+    return bool((positions_BS[..., 1:] == 0).any())
 
 
 def _agreed_window(module: nn.Module, masked: int | None, asked: int | None, keys: int) -> int | None:

@@ -18,6 +18,7 @@ from .documents import (
     ignore_first_tokens,
     marked_documents,
     positions_of,
+    text_positions,
     without_ends,
 )
 from .group import (
@@ -88,6 +89,7 @@ __all__ = [
     "scan_of_documents",
     "sum_repeated_heads",
     "summed",
+    "text_positions",
     "why_not_scan_heads",
     "without_ends",
 ]

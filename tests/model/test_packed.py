@@ -182,6 +182,21 @@ def test_the_bare_attention_function_takes_marks_too() -> None:
         model(input_ids=tokens(2, 40), cu_seq_lens_q=batch["cu_seq_lens_q"])
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2", "afmoe"])
+def test_the_bare_attention_function_refuses_documents_that_would_see_one_another(name: str) -> None:
+    """Beside a cache no model makes a mask of positions, and some never do."""
+    model, documents = model_of(name), Documents.of_lengths((13, 20, 7))
+    model.set_attn_implementation("fpdt")
+    with pytest.raises(NotImplementedError, match="position_ids restart.*apply_fpdt|a mask other than causal"):
+        model(input_ids=IDS, position_ids=positions(documents), use_cache=False)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), pytest.raises(NotImplementedError, match="position_ids restart"):
+            model(input_ids=IDS, position_ids=positions(documents), use_cache=True)
+    for begins in (0, 5):
+        one = torch.arange(begins, begins + 40)[None]
+        assert torch.isfinite(model(input_ids=IDS, position_ids=one, use_cache=True).logits).all()
+
+
 def test_a_row_under_a_mask_is_one_document_as_for_transformers() -> None:
     """Positions may have gaps then (PoSE), but not restart."""
     model, mask = tiny(), torch.ones(1, 40, dtype=torch.long)
