@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -17,6 +18,7 @@ from .windows import (
     hold_out,
     plan_eval_windows,
     plan_windows,
+    teaches,
     tokenise,
     window_tokens,
     with_something_to_learn,
@@ -45,7 +47,13 @@ def prepare_data(options: Options, tokenizer: Any, progress: Progress, ids: int)
         for each, what in ((documents, "training"), (held_out, "held-out"))
     )
     lengths, eval_lengths = document_tokens(training), document_tokens(evaluation)
-    windows, counts = plan_windows(lengths, options.max_length, options.long_documents)
+    taught = partial(teaches, training)
+    windows, counts = plan_windows(lengths, options.max_length, options.long_documents, taught)
+    if "labels" in training.column_names and (silent := sum(lengths) - counts.dropped_tokens - counts.tokens):
+        left_out.append(
+            f"tokens left out of conversations that were cut, in pieces in which no assistant speaks: {silent}"
+        )
+        progress.say(left_out[-1])
     eval_windows = plan_eval_windows(eval_lengths, options.max_length, options.eval_docs, options.eval_windows)
     if not windows and counts.dropped:
         raise UserMistake(

@@ -8,7 +8,7 @@ document sees another one in its window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -143,20 +143,33 @@ def document_tokens(tokenised: Dataset) -> list[int]:
     return [len(ids) for ids in tokenised["input_ids"]]
 
 
+def teaches(tokenised: Dataset, piece: Piece) -> bool:
+    """Whether a token of the piece has a label, its first one aside: of a conversation that was cut some have none."""
+    if "labels" not in tokenised.column_names:
+        return True
+    labels = tokenised[piece.document]["labels"][piece.start + 1 : piece.stop]
+    return bool((labels != IGNORE_INDEX).any())
+
+
 def plan_windows(
-    lengths_tokens: Sequence[int], max_length_tokens: int, long_documents: LongDocuments = "drop"
+    lengths_tokens: Sequence[int],
+    max_length_tokens: int,
+    long_documents: LongDocuments = "drop",
+    taught: Callable[[Piece], bool] = lambda piece: True,
 ) -> tuple[list[Window], PackingCounts]:
     """Whole documents side by side, so that windows are as full as can be; what was left out or cut is counted.
 
     Args:
         long_documents: of those longer than a window: "drop" leaves them out, "cut" cuts them in pieces of a window,
             "error" refuses them.
+        taught: whether there is something to learn in a piece of a document that was cut; others are left out.
     """
     counts, pieces = PackingCounts(max_length_tokens), list[Piece]()
     with mistakes(ValueError):
         for document, length in enumerate(lengths_tokens):
             parts = fitting_pieces(length, max_length_tokens, long_documents, counts)
-            pieces += [Piece(document, part.start, part.stop) for part in parts]
+            found = [Piece(document, part.start, part.stop) for part in parts]
+            pieces += filter(taught, found) if len(found) > 1 else found
     # One token alone has nothing to predict.
     lengths = [piece.stop - piece.start for piece in pieces]
     windows = [tuple(pieces[index] for index in row) for row in pack(lengths, max_length_tokens)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentTypeError
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hf_fpdt.commands.finetune.windows import (
     hold_out,
     plan_eval_windows,
     plan_windows,
+    teaches,
     tokenise,
     window_tokens,
     without_held_out_texts,
@@ -64,6 +66,18 @@ def test_long_documents_are_cut_or_refused_when_asked() -> None:
     assert windows == [(Piece(0, 0, 10),), (Piece(0, 10, 20),), (Piece(0, 20, 25),)]
     with pytest.raises(UserMistake, match="a document has 25 tokens, and a row 10"):
         plan_windows([5, 25], 10, "error")
+
+
+def test_pieces_of_a_conversation_in_which_nothing_is_learnt_are_left_out() -> None:
+    """A step on them would move weights by the optimizer's memory alone; a label of a first token is none."""
+    labels = [[-100] * 12 + [5] * 3 + [-100] * 5 + [6] + [-100] * 4, [-100, 1, 2]]
+    rows = {"name": ["0", "1"], "input_ids": [[7] * 25, [8, 1, 2]], "labels": labels}
+    tokenised = Dataset.from_dict(rows).with_format("numpy")
+    windows, counts = plan_windows(document_tokens(tokenised), 10, "cut", partial(teaches, tokenised))
+    assert {piece for window in windows for piece in window} == {Piece(0, 10, 20), Piece(1, 0, 3)}
+    assert (counts.tokens, counts.documents, counts.cut) == (13, 2, 1)
+    data = WindowDataset(tokenised, windows, filled_to=10)
+    assert all((data[index]["labels"][1:] != -100).any() for index in range(len(data)))
 
 
 def test_documents_side_by_side_are_told_apart() -> None:
