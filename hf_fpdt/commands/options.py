@@ -67,7 +67,10 @@ def tokens_text(tokens: int) -> str:
 DEFAULT_SHAPE = "llama-8b"
 ADAPTER_CONFIG = "adapter_config.json"
 # What a model's own constructor raises of a configuration that it does not understand.
-_OF_CONSTRUCTORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+_OF_CONSTRUCTORS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
 PICTURE_ENDINGS = (".png", ".svg", ".pdf")
 
 

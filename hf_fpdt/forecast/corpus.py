@@ -19,7 +19,7 @@ class Corpus:
         mean, sigma: of a lognormal distribution of tokens, sigma that of their logarithm.
 
     Raises:
-        ValueError: there is none, or a length is not positive.
+        ValueError: there is none, a length is not positive, or sigma is no number from 0.
     """
 
     lengths: tuple[int, ...] = ()
@@ -27,8 +27,10 @@ class Corpus:
     sigma: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.sigma < math.inf:  # NaN neither
+            raise ValueError(f"Corpus: a sigma from 0 is expected, not {self.sigma}.")
         wrong = [length for length in self.lengths if length < 1]
-        if wrong or (not self.lengths and self.mean < 1) or self.sigma < 0:
+        if wrong or (not self.lengths and self.mean < 1):
             raise ValueError(
                 f"Corpus: documents of one token or more are expected, not {wrong[0] if wrong else self.mean}."
             )

@@ -325,8 +325,8 @@ def _why_no_mask(mask_BT: Tensor | None, full: bool, needed_bytes: int) -> str |
             "give prompts of one length to TRL's GRPO and RLOO, or one prompt a batch (steps_per_generation=1, "
             "per_device_train_batch_size=num_generations)"
             if left
-            else "give no token a later one to see (without apply_fpdt: one document a sequence, as position_ids that "
-            "restart say that there are several)"
+            else "give no token a later one to see, as those of an image do (leave token_type_ids out where there is "
+            "none; without apply_fpdt: one document a sequence, as position_ids that restart say that there are several)"
         )
         return (
             f"{what} is not supported with gradients on. Pad on the right with label -100, and {remedy}. Where "

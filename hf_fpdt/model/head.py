@@ -108,7 +108,7 @@ def unshared_loss_reasons(model: Any) -> list[str]:
 def patch_head(model: Any, settings: Settings) -> None:
     """Patch the final norm and, where the model has a head, its base model and itself."""
     for child in decoder_of(model).children():
-        if "norm" in type(child).__name__.lower():
+        if "norm" in type(child).__name__.lower() and not isinstance(child, nn.Embedding):
             patch(child, _norm_forward, settings)
     patch(base_of(model), _base_forward, settings)
     if model.get_output_embeddings() is not None:

@@ -30,6 +30,9 @@ def test_rows_are_drawn_from_what_is_said() -> None:
     for wrong in ({}, {"lengths": (5, 0)}, {"mean": 0.5}):
         with pytest.raises(ValueError, match="documents of one token or more"):
             Corpus(**wrong)
+    for sigma in ("-1", "nan", "inf"):
+        with pytest.raises(UserMistake, match=f"a sigma from 0 is expected, not {float(sigma)}"):
+            corpus_of(f"lognormal:8K,{sigma}")
 
 
 def check(found: PlannedStep, whole: PlannedStep) -> None:

@@ -147,6 +147,21 @@ def test_the_decoder_of_a_vision_model_is_trained_and_its_tower_left_alone() -> 
     assert model.config.text_config._attn_implementation == "sdpa"
 
 
+class NormedEmbedding(nn.Embedding):
+    """As Muse's: a norm by its name, and given ids."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(super().forward(ids), dim=-1)
+
+
+def test_an_embedding_that_norms_is_no_norm_of_hidden_states() -> None:
+    model = tiny()
+    model.get_input_embeddings().__class__ = NormedEmbedding
+    truth = train_step(model, IDS)
+    apply_fpdt(model, PLUGIN)
+    assert_same_step(train_step(model, IDS), truth)
+
+
 def test_fpdt_can_be_applied_again_after_remove() -> None:
     model = tiny()
     first = apply_fpdt(model, PLUGIN)

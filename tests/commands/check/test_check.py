@@ -291,6 +291,7 @@ def test_a_setting_in_the_environment_that_is_none_ends_with_2(
     [
         ("llama", {**GROUPED, "per_layer_config": {0: {"intermediate_size": 64}}}, "per-layer attribute"),
         ("musicgen", {part: {} for part in ("text_encoder", "audio_encoder", "decoder")}, "has no attribute"),
+        ("reformer", {}, "is_decoder=True"),
     ],
 )
 @pytest.mark.parametrize("command", ["check", "plan"])
