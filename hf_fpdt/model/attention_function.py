@@ -326,7 +326,7 @@ def _why_no_mask(mask_BT: Tensor | None, full: bool, needed_bytes: int) -> str |
             "per_device_train_batch_size=num_generations)"
             if left
             else "give no token a later one to see, as those of an image do (leave token_type_ids out where there is "
-            "none; without apply_fpdt: one document a sequence, as position_ids that restart say that there are several)"
+            "none; without apply_fpdt give one document a row: position_ids that restart say that there are several)"
         )
         return (
             f"{what} is not supported with gradients on. Pad on the right with label -100, and {remedy}. Where "
