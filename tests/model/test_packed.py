@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, PreTrainedModel
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 import hf_fpdt.engine.layer_run
 import hf_fpdt.model.layers
@@ -250,6 +251,24 @@ def test_padding_is_neither_counted_nor_computed(name: str, monkeypatch: pytest.
         assert abs(steps[0].loss - in_chunks.loss) <= TOLERANCE * steps[0].loss
         assert (plain - in_chunks.logits).abs().max() < 1e-9
         widths.clear()
+
+
+def test_noise_of_embeddings_is_that_of_the_rows_as_they_are_given() -> None:
+    """NEFTune's goes by their number of tokens, padding too: of rows put into one it would be another."""
+
+    def noisy(model: Any, alpha: float = 5.0) -> Step:
+        hook = activate_neftune(model, alpha)
+        torch.manual_seed(0)
+        batch = padded_batch((9, 20, 4))
+        step = train_step(model, batch.pop("input_ids"), batch.pop("labels"), **batch)
+        deactivate_neftune(model, hook)
+        return step
+
+    model, applied = tiny(), tiny()
+    apply_fpdt(applied, PLUGIN)
+    truth = noisy(model)
+    assert_same_step(noisy(applied), truth)
+    assert_rejects(lambda step: assert_same_step(step, truth), {"another scale": noisy(applied, 4.0)})
 
 
 @pytest.mark.parametrize("rows", ["padded", "packed"])

@@ -162,7 +162,9 @@ def may_join(base: Any) -> bool:
     """Whether rows may become one of a text's tokens, whose positions are an argument of this patched base model."""
     positions = "position_ids" in base._fpdt.signature.parameters
     text = base.config is base.config.get_text_config()
-    return positions and text and all(map(takes_documents, decoder_layers(base)))
+    # NEFTune's noise goes by the tokens of a row as it is given, padding too.
+    noisy = hasattr(base.get_input_embeddings(), "neftune_noise_alpha")
+    return positions and text and not noisy and all(map(takes_documents, decoder_layers(base)))
 
 
 def heads_of(model: Any) -> list[nn.Module]:
