@@ -10,11 +10,12 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import operations, recursively_apply
 from torch import Tensor, nn
 
@@ -117,6 +118,15 @@ class GroupAccelerator(Accelerator):
         """As `Accelerator.gather_for_metrics`, of groups."""
         with groups_count(self.fpdt_group.size):
             return super().gather_for_metrics(input_data, *args, **kwargs)
+
+    @contextmanager
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
+        """As `Accelerator.split_between_processes`, between groups: what is found is gathered of them."""
+        groups: Any = SimpleNamespace(
+            num_processes=self.num_processes, process_index=self.process_index, device=self.device
+        )
+        with PartialState.split_between_processes(groups, inputs, apply_padding) as own:
+            yield own
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """As `Accelerator.reduce`, over groups."""

@@ -161,7 +161,10 @@ def _unequal_prompts(trainer: Any) -> str | None:
     rows = args.per_device_train_batch_size * args.steps_per_generation
     order = list(islice(trainer._get_train_sampler(), max(rows, SAMPLES // rows * rows)))
     drawn = list(dict.fromkeys(order))
-    lengths = dict(zip(drawn, map(len, trainer._tokenize_prompts(data[drawn]["prompt"])[0]), strict=True))
+    tokenized = trainer._tokenize_prompts(data[drawn]["prompt"])
+    if not isinstance(tokenized, tuple):  # that of a trainer of trl.experimental, whose loss is another call
+        return None
+    lengths = dict(zip(drawn, map(len, tokenized[0]), strict=True))
     multiple = getattr(args, "pad_to_multiple_of", None) or 1
     for start in range(0, len(order), rows):
         batch = dict.fromkeys(order[start : start + rows])

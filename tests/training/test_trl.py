@@ -76,6 +76,7 @@ def variety(completions: list[str], **_: Any) -> list[float]:
 
 LORA = {"peft_config": LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)}
 REWARD = {"reward_funcs": variety}
+QUIET: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none"}
 SAMPLING = {"num_generations": 2, "max_completion_length": 8, "num_iterations": 2}
 # Arguments of the trainer and of its configuration.
 CASES: dict[str, tuple[Any, Any, Any, Callable[[], Dataset], dict[str, Any], dict[str, Any]]] = {
@@ -223,6 +224,23 @@ def test_prompts_that_a_step_finds_to_differ_are_refused_there_with_what_to_do(
         trainer.train()
     found = r"padding on the left \(of row \d, \d+ of \d+ tokens\) is not supported with gradients on"
     assert re.search(found, str(refused.value)) and "or one prompt a batch" in str(refused.value)
+
+
+def test_a_trainer_of_another_kind_that_pads_prompts_is_refused_at_its_step(checkpoint: Path, tmp_path: Path) -> None:
+    """Those of trl.experimental tokenise prompts in ways of their own, and make their loss of another call."""
+    sdpo = pytest.importorskip("trl.experimental.sdpo")
+    args = sdpo.SDPOConfig(
+        str(tmp_path), num_generations=2, per_device_train_batch_size=4, max_completion_length=8, **QUIET
+    )
+    trainer = type("FpdtSdpo", (FPDTTrainerMixin, sdpo.SDPOTrainer), {})(
+        model=AutoModelForCausalLM.from_pretrained(checkpoint),
+        args=args,
+        train_dataset=prompts(0, 3, 0, 3),
+        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        **REWARD,
+    )
+    with pytest.raises(NotImplementedError, match="padding on the left"):
+        trainer.train()
 
 
 @pytest.fixture(scope="module")

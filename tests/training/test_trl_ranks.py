@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -244,7 +245,10 @@ def _refused(rank: int, world: int, checkpoint: Path, folder: Path) -> None:
         given = {**common, **few, "model": str(checkpoint), "train_dataset": data}
         with pytest.raises(NotImplementedError, match="3 samples of eval_dataset do not divide .* on 2 ranks"):
             kind(**{**given, "fpdt_plugin": FPDTPlugin(chunk_tokens=32)})
-        kind(**given)  # one group of two takes the last one as it is
+        made = kind(**given)  # one group of two takes the last one as it is
+        # What TRL's callbacks share out between processes and gather of them is whole, where a group is one.
+        with made.accelerator.split_between_processes(["a", "b", "c"]) as shared, groups.groups_count(2):
+            assert gather_object(shared) == ["a", "b", "c"]
 
 
 def test_what_cannot_be_right_is_refused_when_the_trainer_is_made(checkpoints: Path, tmp_path: Path) -> None:
