@@ -161,6 +161,8 @@ def _unequal_prompts(trainer: Any) -> str | None:
     rows = args.per_device_train_batch_size * args.steps_per_generation
     order = list(islice(trainer._get_train_sampler(), max(rows, SAMPLES // rows * rows)))
     drawn = list(dict.fromkeys(order))
+    if not drawn:  # fewer prompts than a generation takes: TRL's own affair
+        return None
     tokenized = trainer._tokenize_prompts(data[drawn]["prompt"])
     if not isinstance(tokenized, tuple):  # that of a trainer of trl.experimental, whose loss is another call
         return None

@@ -214,6 +214,12 @@ def test_prompts_padded_on_the_left_are_refused_where_positions_are_learned(
         assert sampling_trainer(kind, checkpoint, tmp_path, rows, **settings).train().global_step == 2
 
 
+def test_fewer_prompts_than_a_generation_takes_are_trls_own_affair(learned_positions: Path, tmp_path: Path) -> None:
+    """It draws none of them, and takes no step."""
+    few = {"per_device_train_batch_size": 2, "steps_per_generation": 8}
+    assert sampling_trainer("GRPO", learned_positions, tmp_path, prompts(0, 3), **few).train().global_step == 0
+
+
 def test_prompts_that_a_step_finds_to_differ_are_refused_there_with_what_to_do(
     learned_positions: Path, tmp_path: Path
 ) -> None:
