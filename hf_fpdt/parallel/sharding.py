@@ -166,7 +166,7 @@ def _check_batch(batch: Mapping[str, Any]) -> None:
                 f"ShardingCollator: {name} of shape {tuple(getattr(labels, 'shape', ()))} do not match input_ids of "
                 f"shape {tuple(ids.shape)}; each token needs its own label."
             )
-    if "inputs_embeds" in batch:
+    if batch.get("inputs_embeds") is not None:  # PEFT's forward of a causal model says None
         raise NotImplementedError("ShardingCollator: inputs_embeds cannot be cut over ranks yet; give input_ids.")
 
 

@@ -130,7 +130,8 @@ class Case:
     generate: Callable[..., Tensor] | None = None
 
 
-LORA = {"peft_config": {"target_modules": "all-linear", "r": 4, "init_lora_weights": False}}
+# As users write it; PEFT's forward for this task names every argument, inputs_embeds too.
+LORA = {"peft_config": {"target_modules": "all-linear", "r": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"}}
 SAMPLED = {"num_generations": 2, "max_completion_length": 8, "per_device_train_batch_size": 4, "temperature": 0.8}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 2}
 ACCUMULATED = {
