@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..config import resolve_chunk_tokens
 from ..engine import (
     RandomState,
     chunked_loss,
@@ -35,6 +36,7 @@ from ..parallel import (
     check_shard,
     marks_of,
     pack_arguments,
+    ranks_of_batch,
 )
 from .layers import base_of, check_stack, decoder_layers, decoder_of
 from .patch import arguments_by_name, caches_in, is_patched, patch
@@ -122,8 +124,12 @@ def _norm_forward(self: Any, hidden: Tensor) -> Tensor:
         return hidden
     if visiting() and mixes_tokens(self._fpdt.forward, hidden):
         raise NotImplementedError(f"its final norm ({type(self).__name__}) looks at other tokens than one")
-    plan = self._fpdt.settings.plan(hidden)
-    size = plan.chunk_tokens // plan.sp_size
+    settings = self._fpdt.settings
+    if ranks_of_batch() == settings.group.size:
+        plan = settings.plan(hidden)
+        size = plan.chunk_tokens // plan.sp_size
+    else:  # what is generated is whole on every rank, a token at a time
+        size = resolve_chunk_tokens(settings.plugin, on_gpu=hidden.is_cuda)
     return norm_by_chunks(self._fpdt.forward, hidden, list(self.parameters()), size)
 
 

@@ -254,15 +254,18 @@ class FPDTTrainerMixin:
         }
         return output._replace(num_samples=evaluation.rows, **arrays)
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
         """As Trainer's, on the rows that are not filling; the loss is that of the group's whole batch.
 
         With ranks that share sequences there is the loss alone.
         """
         evaluation = self._fpdt_evaluation
         counted = 0 if evaluation is None else evaluation.next_rows(inputs)
+        loss_only = prediction_loss_only or self._fpdt_whole_rows
         with self._fpdt_generation():
-            loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            loss, logits, labels = super().prediction_step(model, inputs, loss_only, *args, **kwargs)  # type: ignore[misc]
         if loss is None and self.fpdt_group.size > 1:
             raise NotImplementedError(
                 "hf_fpdt: predict() without labels gives logits, which are cut over ranks: set sp_size=1."
