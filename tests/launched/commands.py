@@ -8,12 +8,15 @@ accelerate launch ... tests/launched/commands.py '[["finetune", "--model", ...],
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState, DistributedType
+from torch.distributed.tensor import DTensor
 
 from hf_fpdt.commands.main import main as command
 
@@ -28,12 +31,27 @@ def stop(run: str, copy: str, step: str) -> int:
     return 0
 
 
+def sharded(init: Any) -> Any:
+    """`AcceleratorState.__init__` on CPUs too: accelerate shards on GPUs alone, in silence; torch does on both."""
+
+    def with_fsdp(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and self.distributed_type is DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+
+    return with_fsdp
+
+
 def stay(accelerator: Any) -> None:
     """In place of `Accelerator.end_training`, after which no process reaches another one."""
+    (model,) = accelerator._models
+    assert all(isinstance(weight, DTensor) for weight in model.parameters()) == accelerator.is_fsdp2, "not sharded"
+    assert accelerator.is_fsdp2 == (os.environ.get("ACCELERATE_USE_FSDP") == "true")
 
 
 def main() -> None:
     """The first command that fails ends all."""
+    AcceleratorState.__init__ = sharded(AcceleratorState.__init__)  # type: ignore[method-assign]
     end, Accelerator.end_training = Accelerator.end_training, stay
     for words in json.loads(sys.argv[1]):
         if status := stop(*words[1:]) if words[0] == "stop" else command(words):
