@@ -51,7 +51,7 @@ def stay(accelerator: Any) -> None:
 
 def main() -> None:
     """The first command that fails ends all."""
-    AcceleratorState.__init__ = sharded(AcceleratorState.__init__)  # type: ignore[method-assign]
+    AcceleratorState.__init__ = sharded(AcceleratorState.__init__)
     end, Accelerator.end_training = Accelerator.end_training, stay
     for words in json.loads(sys.argv[1]):
         if status := stop(*words[1:]) if words[0] == "stop" else command(words):

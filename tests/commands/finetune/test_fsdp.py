@@ -21,10 +21,8 @@ SETTINGS = {"full": "--full --lr 3e-2", "lora": "--lora_r 4 --lr 3e-1"}
 SAVED = "--steps 4 --save_steps 2 --save_total_limit 3 --eval_strategy steps --eval_steps 2 --load_best_model_at_end"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def launched(folder: Path, saved: str, *options: str) -> Path:
     """All runs by one launch: each kind whole, and once more from its first checkpoint."""
-    folder = tmp_path_factory.mktemp("fsdp")
     model, data = write_tiny_checkpoint(folder / "model"), write_jsonl(folder / "train.jsonl", stories(6))
     held_out = write_jsonl(folder / "held_out.jsonl", [text.upper() for text in stories(3)])
     of_all = f"--model {model} --data {data} --eval_data {held_out} --max-length {LENGTH} --chunk_tokens 64"
@@ -32,14 +30,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     commands = []
     for kind, settings in SETTINGS.items():
         whole, stopped = str(folder / kind), str(folder / f"{kind}, stopped")
-        commands.append(["finetune", *of_all.split(), *settings.split(), *SAVED.split(), "--output", whole])
+        commands.append(["finetune", *of_all.split(), *settings.split(), *saved.split(), "--output", whole])
         commands += [["stop", whole, stopped, "4"], ["finetune", "--resume", "--output", stopped]]
     config = ROOT / "examples" / "accelerate" / "one_node_fsdp2.yaml"
-    launch = ("-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2")
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2", *options]
     script = ROOT / "tests" / "launched" / "commands.py"
     done = run_python(*launch, "--main_process_port", "0", script, json.dumps(commands))
     assert done.returncode == 0, done.stderr[-6000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launched(tmp_path_factory.mktemp("fsdp"), SAVED)
 
 
 def facts(run: Path) -> dict[str, Any]:
@@ -88,3 +91,14 @@ def test_plain_transformers_loads_what_was_saved(kind: str, folder: Path) -> Non
             loss = each.eval()(input_ids=ids, labels=ids).loss.item()
         # Under bfloat16 autocast, and of other windows of the same stories.
         assert loss == pytest.approx(reported[label], abs=0.02), label
+
+
+def test_a_run_goes_on_from_a_checkpoint_in_shards(tmp_path: Path) -> None:
+    """Each process has its own part of weights and of the optimizer; what is saved at the end is whole."""
+    launched(tmp_path, "--steps 4 --save_steps 2 --save_total_limit 3", "--fsdp_state_dict_type", "SHARDED_STATE_DICT")
+    for kind, weights in WEIGHTS.items():
+        whole, stopped = tmp_path / kind, tmp_path / f"{kind}, stopped"
+        shards = whole / "checkpoint-2" / "pytorch_model_fsdp_0"
+        assert len(list(shards.glob("*.distcp"))) == 2 and not (whole / "checkpoint-2" / weights).exists()
+        assert equal(whole / weights, stopped / weights)
+        assert facts(stopped)["training_losses"] == facts(whole)["training_losses"]
