@@ -73,15 +73,15 @@ def moments(found: PlannedStep) -> list[Moment]:
     """The step chunk by chunk, as the plan was made."""
     plan, forecast = found.plan, found.plan.forecast
     pool, kv_pool = pool_of_numbers({}, plan.budgets.host), pool_of_numbers({}, NO_LIMIT)
-    shelves, seen = TierAllocator(plan.budgets, pool, kv_pool), list[Moment]()
+    allocator, seen = TierAllocator(plan.budgets, pool, kv_pool), list[Moment]()
 
     def look(phase: WorkPhase, layer: int, chunk: int) -> None:
-        used = shelves.used
+        used = allocator.used
         seen.append(Moment(phase, layer, chunk, used["device"], pool.used_bytes, kv_pool.used_bytes, used["disk"]))
 
     recorder: Observer = look
     fits = list(
-        Rehearsal(forecast.kept, found.step.layer_bytes(forecast.kept.layers), plan.kv, shelves, recorder).play()
+        Rehearsal(forecast.kept, found.step.layer_bytes(forecast.kept.layers), plan.kv, allocator, recorder).play()
     )
     assert all(fits)
     return seen

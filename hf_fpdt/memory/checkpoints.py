@@ -147,8 +147,8 @@ class CheckpointStore:
 
     def host_memory(self, device: torch.device) -> HostMemory:
         """Where K and V that are not resident go."""
-        tiers = self._tiers.on(device)
-        return HostMemory(tiers.transfers, tiers.allocator)
+        memory = self._tiers.on(device)
+        return HostMemory(memory.transfers, memory.allocator)
 
     def keep(self, value: Tensor, name: str, order: tuple[Tier, ...], *, alone: bool) -> Entry:
         """Keep a tensor on the first tier of `order` that has room.
@@ -159,21 +159,21 @@ class CheckpointStore:
         Raises:
             MemoryError: none has.
         """
-        tiers = self._tiers.memory
-        assert tiers is not None
+        memory = self._tiers.memory
+        assert memory is not None
         nbytes = value.numel() * value.element_size()
-        place = tiers.allocator.place(nbytes, order)
+        place = memory.allocator.place(nbytes, order)
         if place is None and self._drop_linears():
-            place = tiers.allocator.place(nbytes, order)
+            place = memory.allocator.place(nbytes, order)
         if place is None:
-            raise MemoryError(_no_room(nbytes, tiers.allocator))
+            raise MemoryError(_no_room(nbytes, memory.allocator))
         return self._put(value, name, place, alone=alone)
 
     def keep_linear(self, holder: LayerCheckpoint, value: Tensor, name: str, tier: Tier) -> Entry | None:
         """Keep the output of a linear on its tier if there is room; it goes where other entries need the room."""
-        tiers = self._tiers.memory
-        assert tiers is not None
-        place = tiers.allocator.place(value.numel() * value.element_size(), (tier,))
+        memory = self._tiers.memory
+        assert memory is not None
+        place = memory.allocator.place(value.numel() * value.element_size(), (tier,))
         if place is None:
             return None
         self._held.add(holder)
@@ -192,13 +192,13 @@ class CheckpointStore:
         self._reads = deque(entry for entry in self._reads if id(entry) not in known)
 
     def _put(self, value: Tensor, name: str, place: Slot[Tensor], *, alone: bool) -> Entry:
-        tiers, entry = self._tiers.memory, None
-        assert tiers is not None
+        memory, entry = self._tiers.memory, None
+        assert memory is not None
         try:
-            entry = _entry(tiers, value, name, place, alone=alone)
+            entry = _entry(memory, value, name, place, alone=alone)
         finally:
             if entry is None:  # out of memory, a full disk: who goes on after it finds the place free
-                tiers.allocator.leave(place)
+                memory.allocator.leave(place)
         return entry
 
     def expect(self, reads: Iterable[Entry]) -> None:
@@ -243,14 +243,14 @@ class CheckpointStore:
         self._tiers.close()
 
 
-def _entry(tiers: DeviceMemory, value: Tensor, name: str, place: Slot[Tensor], *, alone: bool) -> Entry:
+def _entry(memory: DeviceMemory, value: Tensor, name: str, place: Slot[Tensor], *, alone: bool) -> Entry:
     if place.tier == "device":
         value = value.clone() if alone and value.untyped_storage().nbytes() > place.nbytes else value
-        return DeviceEntry(value, place, tiers.allocator, name)
+        return DeviceEntry(value, place, memory.allocator, name)
     if place.tier == "host":
-        return HostEntry(value, place, tiers.allocator, tiers.transfers)
-    assert tiers.files is not None
-    return DiskTierEntry(value, place, tiers.allocator, tiers.files)
+        return HostEntry(value, place, memory.allocator, memory.transfers)
+    assert memory.files is not None
+    return DiskTierEntry(value, place, memory.allocator, memory.files)
 
 
 def _no_room(nbytes: int, allocator: TierAllocator[Tensor]) -> str:

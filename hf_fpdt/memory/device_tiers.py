@@ -165,27 +165,27 @@ class DeviceTiers:
         self.memory = None
 
 
-def _reserve(tiers: DeviceMemory, plan: PassPlacement, step: StepSizes) -> bool:
+def _reserve(memory: DeviceMemory, plan: PassPlacement, step: StepSizes) -> bool:
     """Have the pinned buffers that the plan needs beside those in the way; whether memory was pinned for them.
 
     Where none are, what is pinned gets cut anew, so that a step has the buffers it was predicted to have.
     """
     forecast = plan.forecast
     if forecast.disk_bytes:
-        assert tiers.files is not None
-        tiers.files.stage_for(step.layer_bytes().longest)
+        assert memory.files is not None
+        memory.files.stage_for(step.layer_bytes().longest)
     needed, needed_kv = Counter(forecast.new_buffers), Counter(forecast.new_kv_buffers)
-    if not tiers.in_the_way():
-        if [pool.made for pool in tiers.pools] == [needed, needed_kv]:
+    if not memory.in_the_way():
+        if [pool.made for pool in memory.pools] == [needed, needed_kv]:
             return False
-        for pool in tiers.pools:
+        for pool in memory.pools:
             pool.clear()
-        tiers.pinned.recut()
-    tiers.pinned.limit, before = plan.pinned + tiers.pinned.gap_bytes, tiers.pinned.seconds
-    for size, buffer in tiers.pinned.buffers(needed + needed_kv):
+        memory.pinned.recut()
+    memory.pinned.limit, before = plan.pinned + memory.pinned.gap_bytes, memory.pinned.seconds
+    for size, buffer in memory.pinned.buffers(needed + needed_kv):
         if needed[size]:
             needed[size] -= 1
-            tiers.allocator.pool.add(size, buffer)
+            memory.allocator.pool.add(size, buffer)
         else:
-            tiers.allocator.kv_pool.add(size, buffer)
-    return tiers.pinned.seconds > before
+            memory.allocator.kv_pool.add(size, buffer)
+    return memory.pinned.seconds > before

@@ -38,9 +38,9 @@ class Entry(Protocol):
 class DeviceEntry:
     """The tensor itself. It is not a copy, so it is checked that nobody wrote to it since."""
 
-    def __init__(self, value: Tensor, place: Slot[Tensor], shelves: TierAllocator[Tensor], name: str) -> None:
+    def __init__(self, value: Tensor, place: Slot[Tensor], allocator: TierAllocator[Tensor], name: str) -> None:
         self._value, self._version, self._name = value, value._version, name
-        self._place, self._shelves = place, shelves
+        self._place, self._allocator = place, allocator
 
     def begin(self) -> None:
         """Nothing to do."""
@@ -60,17 +60,17 @@ class DeviceEntry:
     def free(self) -> None:
         """Let go of the tensor; the store may still remember the entry as a read to come."""
         del self._value
-        self._shelves.leave(self._place)
+        self._allocator.leave(self._place)
 
 
 class HostEntry:
     """A copy in one pinned buffer; K, V and the sums of their gradients take this road too, and are written again."""
 
     def __init__(
-        self, value: Tensor, place: Slot[Tensor], shelves: TierAllocator[Tensor], transfers: Transfers
+        self, value: Tensor, place: Slot[Tensor], allocator: TierAllocator[Tensor], transfers: Transfers
     ) -> None:
         assert place.buffer is not None
-        self._place, self._shelves, self._transfers = place, shelves, transfers
+        self._place, self._allocator, self._transfers = place, allocator, transfers
         self._buffer, self._shape, self._dtype = place.buffer, value.shape, value.dtype
         self._copy: Copy = transfers.to_host(value, place.buffer)
         self._fetch: Fetch | None = None
@@ -101,14 +101,16 @@ class HostEntry:
         self._copy.settle()
         if self._fetch is not None:
             self.get()
-        self._shelves.leave(self._place)
+        self._allocator.leave(self._place)
 
 
 class DiskTierEntry:
     """A copy in the file."""
 
-    def __init__(self, value: Tensor, place: Slot[Tensor], shelves: TierAllocator[Tensor], files: DiskStaging) -> None:
-        self._place, self._shelves, self._files = place, shelves, files
+    def __init__(
+        self, value: Tensor, place: Slot[Tensor], allocator: TierAllocator[Tensor], files: DiskStaging
+    ) -> None:
+        self._place, self._allocator, self._files = place, allocator, files
         self._shape, self._dtype = value.shape, value.dtype
         self._entry, self._copy = files.write(value)
         self._reading: tuple[Transfer, Tensor] | None = None
@@ -142,4 +144,4 @@ class DiskTierEntry:
             transfer.wait()
             self._files.give(buffer)
         self._files.file.free(self._entry)
-        self._shelves.leave(self._place)
+        self._allocator.leave(self._place)

@@ -26,7 +26,7 @@ class KVStore:
     Args:
         plan: how the sequence is cut.
         resident_chunks: chunks that stay on the device, from the first; None: all.
-        room: where the others go.
+        host: where the others go; None: no chunk leaves the device.
         documents: of a packed row: what no later row reads goes nowhere.
 
     Raises:
@@ -37,13 +37,13 @@ class KVStore:
         self,
         plan: ChunkPlan,
         resident_chunks: int | None = None,
-        room: HostMemory | None = None,
+        host: HostMemory | None = None,
         documents: Documents | None = None,
     ) -> None:
         self.plan, self._documents = plan, documents
         count = len(plan.chunks)
-        self._resident_chunks = count if resident_chunks is None or room is None else min(resident_chunks, count)
-        self._streamed = None if room is None else StreamedKV(room)
+        self._resident_chunks = count if resident_chunks is None or host is None else min(resident_chunks, count)
+        self._streamed = None if host is None else StreamedKV(host)
         self._kv: Pair | None = None  # of the resident chunks, as are the sums of gradients
         self._grads: Pair | None = None
         self._held: set[int] = set()

@@ -26,7 +26,7 @@ class HostMemory:
     """Where chunks go, and what brings them."""
 
     transfers: Transfers
-    shelves: TierAllocator[Tensor]
+    allocator: TierAllocator[Tensor]
 
 
 class _PairEntry:
@@ -36,8 +36,8 @@ class _PairEntry:
         self._entries: list[HostEntry] = []
         try:
             for part in pair:
-                place = _place(memory.shelves, part.numel() * part.element_size())
-                self._entries.append(HostEntry(part, place, memory.shelves, memory.transfers))
+                place = _place(memory.allocator, part.numel() * part.element_size())
+                self._entries.append(HostEntry(part, place, memory.allocator, memory.transfers))
         except RuntimeError:
             self.free()  # nobody else knows the first
             raise
@@ -68,12 +68,12 @@ class _PairEntry:
             entry.free()
 
 
-def _place(shelves: TierAllocator[Tensor], nbytes: int) -> Slot[Tensor]:
-    place = shelves.place_kv(nbytes)
+def _place(allocator: TierAllocator[Tensor], nbytes: int) -> Slot[Tensor]:
+    place, pool = allocator.place_kv(nbytes), allocator.kv_pool
     if place is None:
         raise RuntimeError(
             f"hf_fpdt: no host memory is left for K and V: {nbytes / 2**20:.0f} MiB more are needed, and "
-            f"{shelves.kv_pool.used_bytes / 2**30:.1f} of {shelves.kv_pool.limit / 2**30:.1f} GiB are in use. Raise "
+            f"{pool.used_bytes / 2**30:.1f} of {pool.limit / 2**30:.1f} GiB are in use. Raise "
             "FPDTPlugin(host_budget_gib=...) or device_budget_gib, or train fewer sequences at once."
         )
     return place
@@ -102,11 +102,11 @@ class StreamedKV:
     """K and V of streamed chunks by index, each [B, S, G, H of K or V], and the sums of their gradients.
 
     Args:
-        room: where they go.
+        host: where they go.
     """
 
-    def __init__(self, room: HostMemory) -> None:
-        self._room = room
+    def __init__(self, host: HostMemory) -> None:
+        self._host = host
         self._kv: dict[int, _PairEntry] = {}
         self._grads: dict[int, _PairEntry] = {}
         self._here: dict[int, _OnDevice] = {}  # the row's diagonal and the chunk used last
@@ -126,7 +126,7 @@ class StreamedKV:
         self._here = {other: chunk for other, chunk in self._here.items() if chunk.grads is not None}
         self._here[index], self._diagonal = _OnDevice(kv), index
         if is_read_later:
-            self._kv[index] = _PairEntry(self._room, kv)
+            self._kv[index] = _PairEntry(self._host, kv)
             self._leave(self._kv[index])
 
     def start_row(self, diagonal: int) -> None:
@@ -174,7 +174,7 @@ class StreamedKV:
             if index in self._grads:
                 self._grads[index].write(chunk.grads)
             else:
-                self._grads[index] = _PairEntry(self._room, chunk.grads)
+                self._grads[index] = _PairEntry(self._host, chunk.grads)
             self._leave(self._grads[index])
 
     def take_grad(self, index: int) -> Pair | None:

@@ -53,7 +53,7 @@ def forecast(
     step = Rehearsal(kept, sizes, kv, TierAllocator(left, pool, kv_pool))
     if not all(step.play()) or pool.nbytes + kv_pool.nbytes > budgets.host:
         return None
-    peak, host = step.shelves.peak, pool.nbytes + kv_pool.nbytes
+    peak, host = step.allocator.peak, pool.nbytes + kv_pool.nbytes
     new, new_kv = pool.made - Counter(have.checkpoints), kv_pool.made - Counter(have.kv)
     return Forecast(kept, peak["device"], host, peak["disk"], dict(new), dict(new_kv))
 
@@ -79,12 +79,12 @@ class Rehearsal:
         kept: KeptLayers,
         sizes: LayerBytes,
         kv: KVBytes,
-        shelves: TierAllocator[int],
+        allocator: TierAllocator[int],
         look: Observer | None = None,
     ) -> None:
-        self.kept, self.sizes, self.kv, self.shelves = kept, sizes, kv, shelves
+        self.kept, self.sizes, self.kv, self.allocator = kept, sizes, kv, allocator
         self.look = look or (lambda phase, layer, chunk: None)
-        self.order = forward_order(kept, sizes, shelves.budgets)
+        self.order = forward_order(kept, sizes, allocator.budgets)
         self.places: dict[tuple[int, str, int], Slot[int]] = {}
         self.chunks = range(len(sizes.inputs))
 
@@ -100,7 +100,7 @@ class Rehearsal:
     def _put(self, layer: int, name: str, chunk: int, *, rebuilt: bool = False) -> Iterator[bool]:
         sizes = {"input": self.sizes.inputs, "out": self.sizes.outs, "lse": self.sizes.lses}.get(name)
         nbytes = self.sizes.states_of(layer)[name] if sizes is None else sizes[chunk]
-        place = self.shelves.place(nbytes, SOON if rebuilt else self.order.next(nbytes))
+        place = self.allocator.place(nbytes, SOON if rebuilt else self.order.next(nbytes))
         if place is not None:
             self.places[layer, name, chunk] = place
         yield place is not None
@@ -110,7 +110,7 @@ class Rehearsal:
         for kept, linear in zip(self.kept.linears_of(layer), self.sizes.linears_of(layer), strict=False):
             tier = kept.tier(chunk, len(self.chunks)) if linear.late == late else None
             if tier is not None:
-                place = self.shelves.place(linear.chunks[chunk], (tier,))
+                place = self.allocator.place(linear.chunks[chunk], (tier,))
                 if place is not None:
                     self.places[layer, linear.name, chunk] = place
                 yield place is not None
@@ -119,7 +119,7 @@ class Rehearsal:
         for name in names:
             place = self.places.pop((layer, name, chunk), None)
             if place is not None:
-                self.shelves.leave(place)
+                self.allocator.leave(place)
 
     def _forward(self, layer: int) -> Iterator[bool]:
         kv: list[Slot[int]] = []
@@ -144,14 +144,14 @@ class Rehearsal:
 
     def _hold(self, held: list[Slot[int]], both: tuple[int, int]) -> Iterator[bool]:
         for nbytes in both:
-            place = self.shelves.place_kv(nbytes)
+            place = self.allocator.place_kv(nbytes)
             if place is not None:
                 held.append(place)
             yield place is not None
 
     def _close(self, held: list[Slot[int]]) -> None:
         for place in held:
-            self.shelves.leave(place)
+            self.allocator.leave(place)
 
     def _rebuild(self, base: int, layer: int) -> Iterator[bool]:
         for below in range(base, layer):

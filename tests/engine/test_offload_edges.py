@@ -102,14 +102,14 @@ def test_a_copy_of_an_applied_model_trains_on_its_own(tmp_path: Path) -> None:
 
 def test_a_freed_entry_lets_go_of_its_tensor() -> None:
     """The store may still list it among the reads to come."""
-    shelves: TierAllocator[torch.Tensor] = TierAllocator(Budgets(1000, 0), BufferPool(torch.empty, 0))
+    allocator: TierAllocator[torch.Tensor] = TierAllocator(Budgets(1000, 0), BufferPool(torch.empty, 0))
     value = torch.zeros(10)
-    place = shelves.place(40)
+    place = allocator.place(40)
     assert place is not None
-    entry, alive = DeviceEntry(value, place, shelves, "x"), weakref.ref(value)
+    entry, alive = DeviceEntry(value, place, allocator, "x"), weakref.ref(value)
     del value
     entry.free()
-    assert alive() is None and shelves.used["device"] == 0
+    assert alive() is None and allocator.used["device"] == 0
 
 
 def test_a_chunk_without_room_for_its_values_gives_its_keys_room_back() -> None:

@@ -167,7 +167,7 @@ def _count_entries(patch: pytest.MonkeyPatch, kind: Any, tier: str, counter: Mea
 
 def _is_checkpoint(entry: Any) -> bool:
     """K and V have buffers of their own pool."""
-    return entry._place.pool is None or entry._place.pool is not entry._shelves.kv_pool
+    return entry._place.pool is None or entry._place.pool is not entry._allocator.kv_pool
 
 
 def everything_bytes(sizes: StepSizes) -> int:

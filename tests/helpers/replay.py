@@ -1,4 +1,4 @@
-"""A training step played through with plain lists, for `test_shelves`: who lies where, one put and take a time."""
+"""A training step played through with plain lists, for `test_tiers`: who lies where, one put and take a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_fpdt.units import page_rounded
 def replayed(
     kept: KeptLayers, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: Mapping[int, int]
 ) -> Forecast | None:
-    """What `shelves.forecast` should tell, found without its classes."""
+    """What `plan.rehearsal.forecast` should tell, found without its classes."""
     # Host buffers of checkpoints, and of K, V and their gradients.
     frees = {False: sorted(size for size, count in have.items() for _ in range(count)), True: list[int]()}
     mades = {False: list(frees[False]), True: list[int]()}

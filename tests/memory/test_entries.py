@@ -27,18 +27,18 @@ class Bench:
 
     def __init__(self, folder: Path, moves: Transfers | None = None) -> None:
         self.moves = transfers() if moves is None else moves
-        self.shelves: TierAllocator[Tensor] = tiers(device=NO_LIMIT, disk=NO_LIMIT)
+        self.allocator: TierAllocator[Tensor] = tiers(device=NO_LIMIT, disk=NO_LIMIT)
         self.files = DiskStaging(str(folder), self.moves)
         self.files.stage_for(LONGEST)
 
     def keep(self, value: Tensor, tier: Tier) -> Entry:
-        place = self.shelves.place(value.numel() * value.element_size(), (tier,))
+        place = self.allocator.place(value.numel() * value.element_size(), (tier,))
         assert place is not None
         if tier == "device":
-            return DeviceEntry(value, place, self.shelves, "'out' of chunk 3")
+            return DeviceEntry(value, place, self.allocator, "'out' of chunk 3")
         if tier == "host":
-            return HostEntry(value, place, self.shelves, self.moves)
-        return DiskTierEntry(value, place, self.shelves, self.files)
+            return HostEntry(value, place, self.allocator, self.moves)
+        return DiskTierEntry(value, place, self.allocator, self.files)
 
 
 @pytest.fixture
@@ -67,10 +67,10 @@ def assert_keeps(bench: Bench, tier: Tier, keep: Callable[[Tensor, Tier], Entry]
         assert torch.equal(entry.get(), value), "read again, without a begin"
         assert torch.equal(entry.get(), value)
         entry.settle()
-    assert bench.shelves.used[tier] == sum(value.numel() * value.element_size() for _, value in kept)
+    assert bench.allocator.used[tier] == sum(value.numel() * value.element_size() for _, value in kept)
     for entry, _ in kept:
         entry.free()
-    assert not any(bench.shelves.used.values()) and bench.shelves.pool.used_bytes == 0
+    assert not any(bench.allocator.used.values()) and bench.allocator.pool.used_bytes == 0
     assert bench.files.file.used_bytes == 0
 
 
@@ -134,10 +134,10 @@ def test_an_entry_may_be_freed_with_a_fetch_under_way(bench: Bench, tier: Tier) 
     first = bench.keep(torch.ones(2000), tier)
     first.begin()
     first.free()
-    assert not any(bench.shelves.used.values()) and bench.files.file.used_bytes == 0
+    assert not any(bench.allocator.used.values()) and bench.files.file.used_bytes == 0
     second = bench.keep(torch.full((2000,), 2.0), tier)
     assert torch.equal(second.get(), torch.full((2000,), 2.0))
-    assert bench.shelves.pool.nbytes <= 8192, "the buffer was used again"
+    assert bench.allocator.pool.nbytes <= 8192, "the buffer was used again"
 
 
 def test_staging_buffers_are_used_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,4 +232,4 @@ def test_a_file_leaves_nothing_behind(tmp_path: Path) -> None:
     bench.files.close()
     assert not list(tmp_path.iterdir())
     entry.free()  # who holds it may go after the file
-    assert not any(bench.shelves.used.values())
+    assert not any(bench.allocator.used.values())

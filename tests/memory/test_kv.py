@@ -42,8 +42,8 @@ def whole(plan: ChunkPlan, dtype: torch.dtype = torch.float32) -> Pair:
     return k, v
 
 
-def room_of(shelves: TierAllocator[Tensor] | None = None) -> HostMemory:
-    return HostMemory(transfers(), tiers() if shelves is None else shelves)
+def host_memory(allocator: TierAllocator[Tensor] | None = None) -> HostMemory:
+    return HostMemory(transfers(), tiers() if allocator is None else allocator)
 
 
 def put(store: KVStore, chunk: Chunk, kv: Pair) -> None:
@@ -71,7 +71,7 @@ def assert_forward(streamed: type[StreamedKV] = StreamedKV) -> None:
         patch.setattr(kv_store, "StreamedKV", streamed)
         for plan, resident, shape in cases():
             kv = whole(plan)
-            with KVStore(plan, resident, room_of()) as store:
+            with KVStore(plan, resident, host_memory()) as store:
                 assert store.resident_tokens == min(8 * resident, plan.n_tokens)
                 for chunk in plan.chunks:
                     assert not store.holds(chunk)
@@ -137,7 +137,7 @@ def assert_gradients(streamed: type[StreamedKV] = StreamedKV, dtype: torch.dtype
         patch.setattr(kv_store, "StreamedKV", streamed)
         for (plan, resident, shape), rerun in itertools.product(cases(), (False, True)):
             kv = whole(plan, dtype)
-            with KVStore(plan, resident, room_of()) as store:
+            with KVStore(plan, resident, host_memory()) as store:
                 for _, ours, truth in run_backward(store, kv, shape, rerun=rerun):
                     for our, true in zip(ours, truth, strict=True):
                         assert our.dtype == dtype and torch.equal(our, true.to(dtype))
@@ -180,8 +180,8 @@ def test_host_bytes_are_those_predicted_and_all_go_back() -> None:
         kv_bytes = step.kv_bytes(0)
         kv = whole(plan)
         for backward in (False, True):
-            shelves = tiers()
-            with KVStore(plan, resident, room_of(shelves)) as store:
+            allocator = tiers()
+            with KVStore(plan, resident, host_memory(allocator)) as store:
                 if backward:
                     assert len(list(run_backward(store, kv, shape, rerun=True))) == len(plan.chunks)
                 else:
@@ -191,10 +191,10 @@ def test_host_bytes_are_those_predicted_and_all_go_back() -> None:
                 last = len(plan.chunks) - 1
                 parts = sum(kv_bytes.parts[resident:last])
                 grads = sum(kv_bytes.grads[resident : max(0, last - 1)]) if backward else 0
-                assert shelves.used["host"] == 2 * (parts + grads), (plan, resident, backward)
-            assert shelves.used["host"] == shelves.pool.used_bytes == 0
+                assert allocator.used["host"] == 2 * (parts + grads), (plan, resident, backward)
+            assert allocator.used["host"] == allocator.pool.used_bytes == 0
             if backward and resident == 0:
-                assert shelves.peak["host"] == kv_bytes.host_bytes
+                assert allocator.peak["host"] == kv_bytes.host_bytes
 
 
 # Packed rows -----------------------------------------------------------------------------------------
@@ -246,12 +246,12 @@ def assert_packed(streamed: type[StreamedKV] = StreamedKV) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_store, "StreamedKV", streamed)
         for lengths, resident, kernel in itertools.product(packings, (0, 2, 5), (KERNELS["cpu"], PACKED)):
-            documents, shelves = Documents.of_lengths(lengths), tiers()
-            with KVStore(plan, resident, room_of(shelves), documents) as store:
+            documents, allocator = Documents.of_lengths(lengths), tiers()
+            with KVStore(plan, resident, host_memory(allocator), documents) as store:
                 for ours, truth in run_packed(store, kernel, documents, (kv[0], kv[1])):
                     assert torch.equal(ours[0], truth[0]) and torch.equal(ours[1], truth[1])
             if all(documents.ends_at(chunk.stop) for chunk in plan.chunks):
-                assert shelves.peak["host"] == 0, "nobody reads it again"
+                assert allocator.peak["host"] == 0, "nobody reads it again"
 
 
 class LetsGoOfSums(StreamedKV):
@@ -275,9 +275,9 @@ def test_packed_rows_bring_and_keep_what_their_documents_need() -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_buffers_go_back_when_an_exception_ends_the_block(rows: int) -> None:
-    plan, shelves = PLANS[3], tiers()
+    plan, allocator = PLANS[3], tiers()
     kv = whole(plan)
-    with pytest.raises(ZeroDivisionError), KVStore(plan, 1, room_of(shelves)) as store:
+    with pytest.raises(ZeroDivisionError), KVStore(plan, 1, host_memory(allocator)) as store:
         steps = run_backward(store, kv, "rectangle", rerun=False)
         for _ in range(rows):
             next(steps)
@@ -285,15 +285,15 @@ def test_buffers_go_back_when_an_exception_ends_the_block(rows: int) -> None:
             put(store, plan.chunks[2], kv)
         # In the midst of a row, one fetch under way.
         next(iter(store.stream(spans_of(store, plan.chunks[0], "pair")))) if rows else None
-        assert (shelves.used["host"] > 0) and 1 / 0
-    assert shelves.used["host"] == shelves.pool.used_bytes == 0
+        assert (allocator.used["host"] > 0) and 1 / 0
+    assert allocator.used["host"] == allocator.pool.used_bytes == 0
 
 
 @pytest.mark.parametrize("resident", [0, 1, 2, 3])
 def test_calls_out_of_order_are_refused(resident: int) -> None:
     plan = ChunkPlan(24, 8)
     kv, first, second = whole(plan), plan.chunks[0], plan.chunks[1]
-    with KVStore(plan, resident, room_of()) as store:
+    with KVStore(plan, resident, host_memory()) as store:
         with pytest.raises(RuntimeError, match="nothing was put"):
             _ = store.kv_shape
         for there in ((), (second,)):
@@ -312,13 +312,13 @@ def test_calls_out_of_order_are_refused(resident: int) -> None:
 
 
 def test_no_host_memory_is_said_with_the_numbers() -> None:
-    shelves = tiers(host=4096)
+    allocator = tiers(host=4096)
     with (
         pytest.raises(RuntimeError, match="no host memory is left for K and V.*host_budget_gib"),
-        KVStore(PLANS[0], 0, room_of(shelves)) as store,
+        KVStore(PLANS[0], 0, host_memory(allocator)) as store,
     ):
         put(store, PLANS[0].chunks[0], whole(PLANS[0]))
-    assert shelves.pool.nbytes <= 4096
+    assert allocator.pool.nbytes <= 4096
 
 
 def test_tensors_that_are_whole_already_are_not_copied() -> None:
