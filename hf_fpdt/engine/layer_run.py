@@ -275,7 +275,7 @@ class LayerRun:
             )
 
     def advance(self, phase: WorkPhase, chunk: Chunk, *, attends: bool = True) -> None:
-        """One chunk of a pass with a backward pass was handed to the device; see `work.chunk_work`."""
+        """One chunk of a pass with a backward pass was handed to the device; see `plan.chunk_work`."""
         if self.layer.progress is not None and self.model_pass is not None:
             mix, layer = self.step.model.mix(self.index), self.index - self.model_pass.first_layer
             work = chunk_work(self.step, chunk, phase, attends=attends, full=self.full, window=self.window, mix=mix)

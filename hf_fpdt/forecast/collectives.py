@@ -118,10 +118,12 @@ class StepCollectives:
 
     def __post_init__(self) -> None:
         if self.q_heads % self.sp_size:
-            raise ValueError(f"StepPlan(q_heads={self.q_heads}): a multiple of sp_size={self.sp_size} is expected.")
+            raise ValueError(
+                f"StepCollectives(q_heads={self.q_heads}): a multiple of sp_size={self.sp_size} is expected."
+            )
         if self.rebuilt_attentions > self.rebuilt_layers:
             raise ValueError(
-                f"StepPlan(rebuilt_attentions={self.rebuilt_attentions}): at most rebuilt_layers="
+                f"StepCollectives(rebuilt_attentions={self.rebuilt_attentions}): at most rebuilt_layers="
                 f"{self.rebuilt_layers} is expected, the layers that they are in."
             )
         _ = self.chunks

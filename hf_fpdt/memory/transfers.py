@@ -1,4 +1,4 @@
-"""Streams and events: the only file that knows them; and how much memory there is. Everything else asks a store.
+"""Streams and events: the only file that knows them. Everything else asks a store.
 
 Copies run beside the computation, one stream each way. Device memory always belongs to the computation's stream: a
 copy waits for what was computed before it was asked for, and nothing that a copy reads or writes is let go of before
@@ -53,7 +53,8 @@ class Fetch:
     """A device tensor that `copy` is filling."""
 
     def __init__(self, filled: Tensor, source: Tensor, event: Any) -> None:
-        self.copy, self._filled, self._host = Copy(filled, event), filled, source
+        self.copy, self._filled = Copy(filled, event), filled
+        self._source = source  # never read; host memory that nobody holds might be unmapped under the copy
 
     def tensor(self) -> Tensor:
         """The tensor; what is computed from now on sees it filled."""

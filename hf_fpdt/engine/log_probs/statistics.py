@@ -79,7 +79,7 @@ def _slices(logits_TV: Tensor) -> Iterator[slice]:
 
 
 def _tempered(logits_TV: Tensor, temperature: float) -> Tensor:
-    """A wide copy, divided, less its maximum: small where it matters, so that little is lost in differences."""
+    """A copy in fp32 (float64), divided by the temperature; callers may write to it."""
     wide = logits_TV.to(accumulation_dtype(logits_TV.dtype), copy=True)
     return wide if temperature == 1 else wide.div_(temperature)
 
