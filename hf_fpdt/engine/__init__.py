@@ -19,7 +19,7 @@ In reading order:
     progress              the line inside a long step
 """
 
-from .calls import current_call, traits_without_memory
+from .calls import current_call
 from .layer import run_layer
 from .layer_run import Layer, LayerRun
 from .layer_state import hooks_everywhere, hooks_of, is_fsdps, look_of
@@ -28,7 +28,7 @@ from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
 from .recurrent import Asked, LayerTraits, StandInCache, cache_argument, plain_kernels, scan_packages
 from .replay_state import RandomState, untouched_random_state
-from .trial import LayerTrials, mixes_tokens, visit, visiting
+from .trial import LayerTrials, mixes_tokens, traits_without_memory, visit, visiting
 from .trial_run import TRIAL_TOKENS
 from .whole import attend_documents, attend_whole
 

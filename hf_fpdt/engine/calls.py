@@ -6,14 +6,12 @@ pass, `CaptureCall`, `ReplayCall` and `RebuildCall` in a backward pass. See `lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import (
     AttentionSpec,
@@ -28,9 +26,7 @@ from ..layout import Chunk, Documents, Span
 from ..parallel import repeat_heads, sum_repeated_heads
 from ..plan import AttentionSizes
 from .layer_run import LayerKV, LayerRun
-from .layer_state import LinearsSeen
-from .recurrent import Asked, LayerTraits, StandInCache, plain_kernels
-from .unread import ValuesSeen
+from .recurrent import Asked
 
 # Keys of one backward call at most: a kernel's own dK, dV and fp32 sums are as long as its keys, and must not grow
 # with the sequence.
@@ -336,49 +332,3 @@ class TrialCall(Call):
         scores = (q_BSNH * k).sum(-1, keepdim=True).mul(spec.scale)
         scores = scores if sinks_N is None else scores - sinks_N[:, None]
         return scores.sigmoid() * v
-
-
-# Of experts, most of all, which look at values; they come after what is looked for.
-_WITHOUT_VALUES = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
-def traits_without_memory(
-    layer: nn.Module,
-    forward: Callable[..., Any],
-    hidden_BSD: Tensor,
-    arguments: Mapping[str, Any],
-    window: int | None,
-    cache: str | None,
-) -> LayerTraits:
-    """What a layer whose weights have no memory does: attention with what it asks of it, states, linears.
-
-    Args:
-        layer: the layer.
-        forward: its own, hidden states first.
-        hidden_BSD: what it is given, on the meta device.
-        arguments: its other arguments.
-        window: the keys that a query sees, by the mask that the model makes for the layer.
-        cache: what the layer calls its cache.
-
-    Returns:
-        Of a layer that cannot be run so, what most layers do: attention alone, and nothing asked.
-    """
-    stand_in, call, output = StandInCache(0), TrialCall(window), None
-    watched = layer, hidden_BSD, lambda: call.calls > 0
-    linears, values = LinearsSeen(*watched), ValuesSeen(*watched)
-    hidden_BSD, caches = hidden_BSD.detach().requires_grad_(), {} if cache is None else {cache: stand_in}
-    # A package's kernel would read what has no memory: on a GPU an illegal access, which ends the process later.
-    with suppress(*_WITHOUT_VALUES), calling(call), linears.watched(), values.saved(), plain_kernels(layer):
-        output = forward(hidden_BSD, **{**arguments, **caches})
-    attends = call.calls > 0 or (output is None and not stand_in.finals)
-    seen = LayerTraits.of(stand_in, cache, output, attends=attends, asked=call.asked)
-    unread = frozenset[str]() if output is None else values.never_saved(attends=attends)
-    return replace(seen, linears=linears.found(), unread=unread)

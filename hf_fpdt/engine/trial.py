@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..layout import Chunk, ChunkPlan, Documents
 from ..parallel import ChunkDocuments
+from .calls import TrialCall, calling
 from .gradients import GradientSums, mean_size
 from .layer_run import along_tokens, tokens_of
-from .layer_state import build_of
+from .layer_state import LinearsSeen, build_of
 from .recurrent import ByDocuments, LayerTraits, StandInCache, kernels_of, plain_kernels, takes_marks
 from .replay_state import Autocast, NoDropout, untouched_random_state
 from .trial_run import (
@@ -37,6 +38,7 @@ from .trial_run import (
     token_errors,
     unit_of,
 )
+from .unread import ValuesSeen
 
 _visiting: ContextVar[bool] = ContextVar("fpdt_visiting", default=False)
 
@@ -61,6 +63,17 @@ KERNEL_TRIAL_TOKENS = 384
 INSTALL = (
     "install a pair that does (Triton 3.7.1 or newer with flash-linear-attention 0.6.0 or newer; mamba-ssm with "
     "causal-conv1d), or uninstall the package: PyTorch's path is exact, and much slower"
+)
+# What layers raise on tensors without memory: experts, most of all, which look at values. They come after attention,
+# so what is looked for was seen by then.
+_WITHOUT_VALUES = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
 # Tokens between documents of a trial: further than any scale of places that is known.
 FAR = 2**20
@@ -301,6 +314,40 @@ def few_documents(plan: ChunkPlan) -> Documents:
     starts = {0, max(1, border - border // 3), border + (n_tokens - border) // 2}
     starts |= {1} if n_tokens < KERNEL_TRIAL_TOKENS else set()
     return Documents(tuple(sorted(starts)), n_tokens)
+
+
+def traits_without_memory(
+    layer: nn.Module,
+    forward: Callable[..., Any],
+    hidden_BSD: Tensor,
+    arguments: Mapping[str, Any],
+    window: int | None,
+    cache: str | None,
+) -> LayerTraits:
+    """What a layer whose weights have no memory does: attention with what it asks of it, states, linears.
+
+    Args:
+        layer: the layer.
+        forward: its own, hidden states first.
+        hidden_BSD: what it is given, on the meta device.
+        arguments: its other arguments.
+        window: the keys that a query sees, by the mask that the model makes for the layer.
+        cache: what the layer calls its cache.
+
+    Returns:
+        What was seen until an error ended it; of a layer that did nothing by then what most do, attention alone.
+    """
+    stand_in, call, output = StandInCache(0), TrialCall(window), None
+    watched = layer, hidden_BSD, lambda: call.calls > 0
+    linears, values = LinearsSeen(*watched), ValuesSeen(*watched)
+    hidden_BSD, caches = hidden_BSD.detach().requires_grad_(), {} if cache is None else {cache: stand_in}
+    # A package's kernel would read what has no memory: on a GPU an illegal access, which ends the process later.
+    with suppress(*_WITHOUT_VALUES), calling(call), linears.watched(), values.saved(), plain_kernels(layer):
+        output = forward(hidden_BSD, **{**arguments, **caches})
+    attends = call.calls > 0 or (output is None and not stand_in.finals)
+    seen = LayerTraits.of(stand_in, cache, output, attends=attends, asked=call.asked)
+    unread = frozenset[str]() if output is None else values.never_saved(attends=attends)
+    return replace(seen, linears=linears.found(), unread=unread)
 
 
 def mixes_tokens(function: Callable[[Tensor], Tensor], hidden_BSD: Tensor) -> bool:
