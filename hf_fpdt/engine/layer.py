@@ -198,16 +198,16 @@ def _rebuild_input(run: LayerRun, device: torch.device) -> None:
         with (
             record_function(f"fpdt::rebuild {lower.layer.name}"),
             lower.autocast.again(),
-            lower.whole_weights(),
+            lower.gathered_weights(),
         ):
             _forward_again(lower, upper, device)
 
 
 def _forward_again(lower: LayerRun, upper: LayerRun, device: torch.device) -> None:
-    """Keep the output of `lower` as the input of `upper`, as the forward pass would have."""
+    """Keep the output of `lower` as the input of `upper`, as the forward pass would have; inside of its autocast."""
     chunks = lower.plan.chunks
     lower.kept.expect(lower.kept.entries("input", *lower.state_names, "out", chunks=chunks))
-    with torch.no_grad(), lower.autocast.again(), lower.kv_store(device, backward=False) as store:
+    with torch.no_grad(), lower.kv_store(device, backward=False) as store:
         for chunk in chunks:
             lower.random_states[chunk.index].restore()
             x, attends = lower.kept.peek("input", chunk), not lower.kept.holds("out", chunk)

@@ -64,27 +64,27 @@ class Layer:
         return hasattr(self.module, "unshard")
 
     def weights(
-        self, hidden: torch.dtype, device: torch.device, then: int | None = None
+        self, dtype: torch.dtype, device: torch.device, then: int | None = None
     ) -> AbstractContextManager[None]:
         """Entered once for all chunks of a pass: inside, weights that are kept elsewhere or in another form are whole.
 
         Args:
-            hidden: dtype of hidden states.
+            dtype: of hidden states.
             device: where they are.
             then: the place of the layer that is entered next, as far as it is known.
         """
         if self.whole is None:
             return nullcontext()
-        narrow = torch.is_autocast_enabled(device.type) and hidden != torch.float64
-        return self.whole(torch.get_autocast_dtype(device.type) if narrow else hidden, device, then)
+        narrow = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+        return self.whole(torch.get_autocast_dtype(device.type) if narrow else dtype, device, then)
 
     @contextmanager
-    def whole_weights(self, hidden: torch.dtype, device: torch.device, then: int | None = None) -> Iterator[None]:
+    def gathered_weights(self, dtype: torch.dtype, device: torch.device, then: int | None = None) -> Iterator[None]:
         """The same, beside the layer's own forward and backward pass, for which alone FSDP2 gathers it by itself."""
         if self.is_sharded:
             self.module.unshard()
         try:
-            with self.weights(hidden, device, then):
+            with self.weights(dtype, device, then):
                 yield
         finally:
             if self.is_sharded:
@@ -136,7 +136,7 @@ class LayerRun:
     random_states: list[RandomState] = field(init=False, default_factory=list)
     stamps: dict[tuple[str, int], Tensor] = field(init=False, default_factory=dict)  # of kept outputs, by chunk
     autocast: Autocast = field(init=False)
-    _hidden: tuple[torch.dtype, torch.device] = field(init=False)
+    _hidden: tuple[torch.dtype, torch.device] = field(init=False)  # of hidden states
     _modes: tuple[object, ...] = field(init=False, default=())
     _output: tuple[StorageWeakRef, tuple[object, ...]] | None = field(init=False, default=None)
     _versions: tuple[int, ...] = field(init=False, default=())
@@ -180,9 +180,9 @@ class LayerRun:
         after = min(self.index + 1, self.step.model.layers - 1) if self.checkpoint is not None else self.index + 1
         return self.layer.weights(*self._hidden, self._before() if backward else after)
 
-    def whole_weights(self) -> AbstractContextManager[None]:
+    def gathered_weights(self) -> AbstractContextManager[None]:
         """The same where the layer runs for the sake of the one above it, which is next."""
-        return self.layer.whole_weights(*self._hidden, self.index + 1)
+        return self.layer.gathered_weights(*self._hidden, self.index + 1)
 
     def _before(self) -> int | None:
         """The layer that is entered after this one in backward: of those below the first whose input is there."""
