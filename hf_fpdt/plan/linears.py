@@ -35,6 +35,7 @@ LINK_SHARE = 0.6
 ROOM_SHARES = (1.0, 0.98, 0.9, 0.7)
 # Of a pass, the operations that must be saved before more host memory is pinned for it.
 LEAST_GAIN = 0.005
+# A budget of more is none: no tensor is as long, and `NO_LIMIT` less what a step has on the device is still more.
 UNLIMITED = 2**61
 KEEPS_LINEARS = ("auto", "linears")  # values of `FPDTPlugin.checkpoints`
 

@@ -19,13 +19,19 @@ OPTIMIZERS: Mapping[str, tuple[int, int | None]] = MappingProxyType(
 
 
 def state_bytes(kind: str, weights: int, weight_bytes: int) -> int:
-    """Of one kind of `OPTIMIZERS` for so many weights."""
+    """Bytes of what an optimizer keeps beside so many weights and their gradients.
+
+    Args:
+        kind: of `OPTIMIZERS`.
+        weights: numbers that train.
+        weight_bytes: bytes of one.
+    """
     count, element_bytes = OPTIMIZERS[kind]
     return count * weights * (element_bytes or weight_bytes)
 
 
 def sum_bytes(largest_trained: int) -> int:
-    """Of the gradients of so many weights, added up over chunks in fp32 and cast at the end.
+    """Bytes of gradients that are added up over chunks: the sums in fp32, and what they are cast to at the end.
 
     Args:
         largest_trained: the most that train in one layer, or outside of the layers.
