@@ -227,7 +227,7 @@ def _fit(training: Training, machines: Machines, n_tokens: int) -> PlannedStep:
         )
     kept = room if machines.kept_bytes is None else min(room, machines.kept_bytes)
     budgets = Budgets(kept, host, machines.disk_bytes // machines.gpus)
-    plan = plan_pass(training.checkpoints, step, training.model.layers, budgets, {})
+    plan = plan_pass(training.checkpoints, step, training.model.layers, budgets)
     full = weights.trained == weights.total
     gathering, in_the_way = 0.0, 0.0
     if machines.sharded:

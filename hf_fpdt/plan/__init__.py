@@ -32,9 +32,10 @@ from .by_layer import (
     windows_of,
 )
 from .checkpointing import KeptChunks, KeptLayers, forward_bytes, forward_order, linear_bytes
+from .kv_bytes import KVBytes
 from .layer_bytes import LinearBytes
 from .linears import KEEPS_LINEARS, saved_of, saved_operations, under_way_bytes
-from .model_sizes import CONV, LayerMix, LinearSize, StateSize
+from .model_sizes import CONV, LayerMix, LinearSize, ModelSizes, StateSize
 from .operations import (
     BACKWARD_OPERATIONS,
     Work,
@@ -62,7 +63,7 @@ from .placement import (
     plan_pass,
 )
 from .rehearsal import Rehearsal, pool_of_numbers
-from .sizes import KVBytes, ModelSizes, Phase, StepSizes
+from .sizes import Phase, StepSizes
 from .tiers import (
     LOOKAHEAD,
     SOON,

@@ -9,8 +9,8 @@ from typing import Literal
 
 from ..layout import Chunk, Documents, seen_pairs
 from .checkpointing import KeptLayers
-from .model_sizes import LayerMix
-from .sizes import ModelSizes, StepSizes
+from .model_sizes import LayerMix, ModelSizes
+from .sizes import StepSizes
 
 # The backward kernel of attention makes the scores again: five products where the forward one has two. So it is where
 # keys and values are equally wide; see `ModelSizes.attention_backward`.

@@ -6,7 +6,7 @@ Raises where a step cannot fit, with the arithmetic, instead of the kernel's out
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,15 +14,19 @@ from ..config import FPDTPlugin
 from ..layout import Block
 from ..units import GIB
 from .checkpointing import KeptChunks, KeptLayers, candidates, least_bytes, peak_bytes
+from .kv_bytes import KVBytes
+from .layer_bytes import LayerBytes
 from .linears import saved_of, saved_operations, under_way_bytes, with_linears
 from .rehearsal import Forecast, forecast, without_kv
-from .sizes import KVBytes, LayerBytes, StepSizes
+from .sizes import StepSizes
 from .tiers import STAGING_BUFFERS, Budgets, ExistingBuffers
 
 NO_LIMIT = 2**62
 # Left beside the arithmetic of the device's working set: fragments, libraries' workspaces.
 DEVICE_MARGIN = 1.10
 DEVICE_RESERVE = 1 * GIB
+# Left of the host: what "auto" leaves to Python, CUDA, data loaders.
+HOST_RESERVE = 6 * GIB
 
 
 @dataclass(frozen=True)
@@ -85,21 +89,21 @@ def has_room(plugin: FPDTPlugin, step: StepSizes, there: Available) -> bool:
     if working > there.device:
         return False
     try:
-        plan_pass(plugin.checkpoints, step, step.model.layers, budgets_of(plugin, step, there), {})
+        plan_pass(plugin.checkpoints, step, step.model.layers, budgets_of(plugin, step, there))
     except MemoryError:
         return False
     return True
 
 
 def plan_pass(
-    policy: str, step: StepSizes, layers: int, budgets: Budgets, have: Mapping[int, int] | ExistingBuffers
+    policy: str, step: StepSizes, layers: int, budgets: Budgets, have: ExistingBuffers | None = None
 ) -> PassPlacement:
     """The fastest plan of the policy that the budgets hold.
 
     Args:
         policy: `FPDTPlugin.checkpoints`.
         layers: layers with a backward pass.
-        have: the pinned buffers that stay, see `forecast`.
+        have: the pinned buffers that stay; None: there are none.
 
     Raises:
         MemoryError: there is none; the message has the arithmetic and the ways out.
@@ -108,8 +112,7 @@ def plan_pass(
     # What a window reaches is on the device whatever its budget.
     device = max(0, budgets.device - kv.device_bytes)
     rest = Budgets(device, max(0, budgets.host - _staging_bytes(budgets, sizes)), budgets.disk)
-    have = have if isinstance(have, ExistingBuffers) else ExistingBuffers(have)
-    room = without_kv(rest, kv, ExistingBuffers()).total if rest.host >= kv.host_buffer_bytes else -1
+    room = without_kv(rest, kv).total if rest.host >= kv.host_buffer_bytes else -1
     if room < least_bytes(policy, layers, sizes):
         raise NoRoom(partial(_too_much, policy, step, layers, budgets, kv))
     costs = step.attention_costs(layers)
@@ -157,20 +160,20 @@ def _that_fit(
     step: StepSizes,
     kv: KVBytes,
     rest: Budgets,
-    have: ExistingBuffers,
+    have: ExistingBuffers | None,
 ) -> Iterator[tuple[KeptLayers, PassPlacement]]:
     """Those that the budgets hold, with what there is room for of what linears give; what all ranks would keep first.
 
     Ranks may differ in the buffers that they have: what is kept of linears may then differ too, and nothing else.
     """
-    left = without_kv(rest, kv, ExistingBuffers())
+    left = without_kv(rest, kv)
     for each in plans:
         sizes, agreed = step.layer_bytes(each.layers), None
         for kept in with_linears(policy, each, step, kv, left):
             away = under_way_bytes(kept, sizes)
             within = Budgets(max(0, rest.device - away), rest.host, rest.disk)
             # Without regard to the buffers there are: ranks must keep the same.
-            found = forecast(kept, sizes, kv, within, ExistingBuffers())
+            found = forecast(kept, sizes, kv, within)
             agreed = kept if agreed is None and found is not None else agreed
             if found is not None and have:
                 found = forecast(kept, sizes, kv, within, have)
@@ -207,9 +210,7 @@ def _least_that_fits(policy: str, layers: int, sizes: LayerBytes, kv: KVBytes) -
         needed = least * percent // 100
         # To keep no attention output is what "auto" does at last.
         plans = candidates("segment" if policy == "auto" else policy, sizes, needed, (0.0,) * layers)
-        if any(
-            forecast(kept, sizes, kv, Budgets(0, needed + kv.host_buffer_bytes), ExistingBuffers()) for kept in plans
-        ):
+        if any(forecast(kept, sizes, kv, Budgets(0, needed + kv.host_buffer_bytes)) for kept in plans):
             return needed
     return least
 
@@ -274,6 +275,3 @@ def described_windows(step: StepSizes) -> list[str]:
         f"{count} of {layers} layers see {'blocks of ' if isinstance(window, Block) else ''}{window:,} keys"
         for window, count in sorted(counts.items(), reverse=True)
     ]
-
-
-HOST_RESERVE = 6 * GIB  # what "auto" leaves to Python, CUDA, data loaders

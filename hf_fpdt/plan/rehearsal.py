@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .checkpointing import KeptLayers, forward_order
-from .sizes import KVBytes, LayerBytes
+from .kv_bytes import KVBytes
+from .layer_bytes import LayerBytes
 from .tiers import SOON, Budgets, BufferPool, ExistingBuffers, Observer, Slot, TierAllocator
 
 
-def without_kv(budgets: Budgets, kv: KVBytes, have: ExistingBuffers) -> Budgets:
+def without_kv(budgets: Budgets, kv: KVBytes, have: ExistingBuffers | None = None) -> Budgets:
     """What is left for checkpoints of budgets that count K and V on the host, and the buffers of K, V that exist."""
-    there = sum(size * count for size, count in have.kv.items())
+    there = sum(size * count for size, count in have.kv.items()) if have else 0
     return Budgets(budgets.device, max(0, budgets.host - max(there, kv.host_buffer_bytes)), budgets.disk)
 
 
@@ -39,15 +40,15 @@ class Forecast:
 
 
 def forecast(
-    kept: KeptLayers, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: Mapping[int, int] | ExistingBuffers
+    kept: KeptLayers, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: ExistingBuffers | None = None
 ) -> Forecast | None:
     """Play a step: every layer forward, then every layer backward; None where the budgets do not hold it.
 
     Args:
         budgets: `device` is what checkpoints may take of it, without K and V; `host` counts both.
-        have: the pinned buffers that exist; a plain mapping: of checkpoints alone.
+        have: the pinned buffers that exist; None: there are none.
     """
-    have = have if isinstance(have, ExistingBuffers) else ExistingBuffers(have)
+    have = have or ExistingBuffers()
     left = without_kv(budgets, kv, have)
     pool, kv_pool = pool_of_numbers(have.checkpoints, left.host), pool_of_numbers(have.kv, budgets.host)
     step = Rehearsal(kept, sizes, kv, TierAllocator(left, pool, kv_pool))

@@ -18,8 +18,6 @@ from .kv_bytes import KVBytes, holds
 from .layer_bytes import LayerBytes, LinearBytes
 from .model_sizes import CONV, LayerMix, ModelSizes
 
-__all__ = ["DeviceItem", "KVBytes", "LayerBytes", "ModelSizes", "PHASES", "Phase", "StepSizes"]
-
 Phase = Literal["forward", "loss", "backward"]
 PHASES: tuple[Phase, ...] = ("forward", "loss", "backward")
 # What a row of the table of device memory is of: arithmetic goes by this, and never by the words of the row.

@@ -124,7 +124,7 @@ def test_every_place_has_the_bits_and_takes_what_was_predicted(case: str) -> Non
 
 def on_device(sizes: Any, share: float) -> dict[str, Any]:
     """A device that holds everything else and a share of what linears give, and no host."""
-    every = plan_pass("linears", sizes, LAYERS, Budgets(2**40, 0), {})
+    every = plan_pass("linears", sizes, LAYERS, Budgets(2**40, 0))
     linears = linear_bytes(every.kept, sizes.layer_bytes()).device
     base = every.forecast.device_bytes - linears + every.kv.device_bytes
     return {"device_budget_gib": (base + share * linears) / 2**30, "host_budget_gib": 0}

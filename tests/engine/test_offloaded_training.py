@@ -150,7 +150,7 @@ def test_auto_walks_from_no_rerun_to_reruns_as_the_host_shrinks() -> None:
     exact = step(plain, data)
     handle.remove()
     most, least = (least_host_bytes(policy, sizes) for policy in ("input", "auto"))
-    everything = plan_pass("attention", sizes, LAYERS, Budgets(0, 2**30), {}).forecast
+    everything = plan_pass("attention", sizes, LAYERS, Budgets(0, 2**30)).forecast
     assert everything is not None
     seen = []
     for part in range(6):

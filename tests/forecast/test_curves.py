@@ -11,7 +11,7 @@ from hf_fpdt.forecast.curves import memory_curve, moments, reach_by_host
 from hf_fpdt.forecast.fit import Machines, PlannedStep, Training, Use, Weights, fit
 from hf_fpdt.forecast.rates import GPUS
 from hf_fpdt.forecast.searches import longest
-from hf_fpdt.plan.sizes import ModelSizes
+from hf_fpdt.plan.model_sizes import ModelSizes
 from hf_fpdt.units import GIB
 
 LAYERS = 8

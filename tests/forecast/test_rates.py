@@ -11,8 +11,9 @@ from hf_fpdt.forecast.rates import GPUS, peak_of
 from hf_fpdt.forecast.seconds import WINDOW_EXTRA_KEYS, step_seconds
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.plan.checkpointing import KeptLayers
+from hf_fpdt.plan.model_sizes import ModelSizes
 from hf_fpdt.plan.operations import strict_flops
-from hf_fpdt.plan.sizes import ModelSizes, StepSizes
+from hf_fpdt.plan.sizes import StepSizes
 from tests.helpers.support import assert_rejects
 
 LLAMA_8B = ModelSizes(32, 4096, 14_336, 32, 8, 128, 128, 218_112_000)

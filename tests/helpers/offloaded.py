@@ -89,7 +89,7 @@ def least_host_bytes(policy: str, sizes: StepSizes, device: int = 0) -> int:
         middle = (low + high) // 2
         found: PassPlacement | None = None
         with suppress(MemoryError):
-            found = plan_pass(policy, sizes, sizes.model.layers, Budgets(device, middle), {})
+            found = plan_pass(policy, sizes, sizes.model.layers, Budgets(device, middle))
         low, high = (middle + 1, high) if found is None else (low, middle)
     return low
 
@@ -172,5 +172,5 @@ def _is_checkpoint(entry: Any) -> bool:
 
 def everything_bytes(sizes: StepSizes) -> int:
     """The host bytes with which no layer of a step is rebuilt nor runs attention again."""
-    forecast = plan_pass("attention", sizes, sizes.model.layers, Budgets(0, 2**30), {}).forecast
+    forecast = plan_pass("attention", sizes, sizes.model.layers, Budgets(0, 2**30)).forecast
     return forecast.host_bytes

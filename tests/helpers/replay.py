@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 
 from hf_fpdt.plan.checkpointing import KeptLayers, forward_bytes
+from hf_fpdt.plan.kv_bytes import KVBytes
+from hf_fpdt.plan.layer_bytes import LayerBytes
 from hf_fpdt.plan.rehearsal import Forecast
-from hf_fpdt.plan.sizes import KVBytes, LayerBytes
-from hf_fpdt.plan.tiers import Budgets
+from hf_fpdt.plan.tiers import Budgets, ExistingBuffers
 from hf_fpdt.units import page_rounded
 
 
 def replayed(
-    kept: KeptLayers, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: Mapping[int, int]
+    kept: KeptLayers, sizes: LayerBytes, kv: KVBytes, budgets: Budgets, have: ExistingBuffers
 ) -> Forecast | None:
     """What `plan.rehearsal.forecast` should tell, found without its classes."""
     # Host buffers of checkpoints, and of K, V and their gradients.
-    frees = {False: sorted(size for size, count in have.items() for _ in range(count)), True: list[int]()}
+    frees = {False: sorted(size for size, count in have.checkpoints.items() for _ in range(count)), True: list[int]()}
     mades = {False: list(frees[False]), True: list[int]()}
     last = len(kv.parts) - 1
     widths = {"K": kv.parts, "V": kv.value_parts or kv.parts, "dK": kv.grads, "dV": kv.value_grads or kv.grads}
@@ -143,5 +143,5 @@ def replayed(
     host = sum(map(sum, mades.values()))
     if host > budgets.host:
         return None
-    new = {of_kv: dict(Counter(made) - Counter({} if of_kv else have)) for of_kv, made in mades.items()}
+    new = {of_kv: dict(Counter(made) - Counter({} if of_kv else have.checkpoints)) for of_kv, made in mades.items()}
     return Forecast(kept, most["device"], host, most["disk"], new[False], new[True])

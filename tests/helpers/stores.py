@@ -17,8 +17,9 @@ from hf_fpdt.memory.pinned import PinnedMemory
 from hf_fpdt.memory.transfers import Transfers
 from hf_fpdt.parallel.group import build_group
 from hf_fpdt.plan.checkpointing import KeptChunks, KeptLayers
-from hf_fpdt.plan.layer_bytes import LinearBytes
-from hf_fpdt.plan.sizes import LayerBytes, ModelSizes, StepSizes
+from hf_fpdt.plan.layer_bytes import LayerBytes, LinearBytes
+from hf_fpdt.plan.model_sizes import ModelSizes
+from hf_fpdt.plan.sizes import StepSizes
 from hf_fpdt.plan.tiers import Budgets, BufferPool, TierAllocator
 from hf_fpdt.units import GIB
 

@@ -49,7 +49,7 @@ def least_host_gib(model: torch.nn.Module) -> float:
     handle.remove()
     for mib in itertools.count(1):
         with contextlib.suppress(MemoryError):
-            plan = plan_pass("attention", step, LAYERS, Budgets(0, mib * MIB), {})
+            plan = plan_pass("attention", step, LAYERS, Budgets(0, mib * MIB))
             assert plan.kept.rebuilt
             return mib / 1024
     raise AssertionError

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 import hf_fpdt.model.fused_linear
 from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.layout.chunks import ChunkPlan
-from hf_fpdt.plan.sizes import ModelSizes, StepSizes
+from hf_fpdt.plan.model_sizes import ModelSizes
+from hf_fpdt.plan.sizes import StepSizes
 from tests.engine.test_layer import assert_equal, batch, with_fpdt, with_lora
 from tests.helpers import recurrent
 from tests.helpers.linears import rows_through

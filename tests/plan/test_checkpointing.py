@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from hf_fpdt.plan.checkpointing import KeptLayers, candidates, forward_bytes, least_bytes, peak_bytes, segmented
-from hf_fpdt.plan.sizes import LayerBytes
+from hf_fpdt.plan.layer_bytes import LayerBytes
 from tests.helpers.stores import random_kept, sizes_of, with_linears
 from tests.helpers.support import assert_rejects
 

@@ -12,7 +12,8 @@ import torch
 from hf_fpdt import FPDTPlugin, apply_fpdt, chunked_log_probs
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.model.shapes import build_random, llama_8b, neox_6_9b, with_layers
-from hf_fpdt.plan.sizes import PHASES, ModelSizes, StepSizes
+from hf_fpdt.plan.model_sizes import ModelSizes
+from hf_fpdt.plan.sizes import PHASES, StepSizes
 from tests.helpers.live_bytes import live_bytes
 from tests.helpers.support import assert_rejects
 

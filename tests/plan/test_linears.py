@@ -13,11 +13,12 @@ from hf_fpdt.forecast.rates import GPUS
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.model.shapes import llama_8b, training_of
 from hf_fpdt.plan.checkpointing import KeptChunks, KeptLayers, forward_bytes, linear_bytes, peak_bytes
+from hf_fpdt.plan.layer_bytes import LayerBytes
 from hf_fpdt.plan.linears import LINK_BYTES_AN_OPERATION, saved_of, saved_operations, under_way_bytes, with_linears
 from hf_fpdt.plan.model_sizes import LinearSize, ModelSizes
 from hf_fpdt.plan.operations import pass_work
 from hf_fpdt.plan.placement import linear_share, plan_pass
-from hf_fpdt.plan.sizes import LayerBytes, StepSizes
+from hf_fpdt.plan.sizes import StepSizes
 from hf_fpdt.plan.tiers import Budgets
 from hf_fpdt.units import GIB
 from tests.helpers.stores import TINY, step_of
@@ -115,24 +116,24 @@ def test_only_two_policies_keep_any() -> None:
     for policy in ("attention", "input", "segment"):
         assert [*with_linears(policy, EVERY, sizes, sizes.kv_bytes(2**62), plenty)] == [EVERY]
     for policy in ("auto", "linears"):
-        kept = plan_pass(policy, sizes, LAYERS, plenty, {}).kept
+        kept = plan_pass(policy, sizes, LAYERS, plenty).kept
         assert linear_share(kept, sizes, range(LAYERS)) == 1.0
     nothing_known = step(model=replace(MODEL, linears=()))
-    assert plan_pass("linears", nothing_known, LAYERS, plenty, {}).kept == EVERY
+    assert plan_pass("linears", nothing_known, LAYERS, plenty).kept == EVERY
 
 
 def test_every_output_is_kept_or_refused() -> None:
     sizes = step()
-    every = plan_pass("linears", sizes, LAYERS, Budgets(200 * GIB, 0), {})
+    every = plan_pass("linears", sizes, LAYERS, Budgets(200 * GIB, 0))
     resident, needed = every.kv.device_bytes, every.forecast.device_bytes
     assert needed == forward_bytes(every.kept, sizes.layer_bytes())
     for device in (needed, needed // 2, 0):
         budgets = Budgets(resident + device + under_way_bytes_of(sizes), needed)
-        plan = plan_pass("linears", sizes, LAYERS, budgets, {})
+        plan = plan_pass("linears", sizes, LAYERS, budgets)
         assert linear_share(plan.kept, sizes, range(LAYERS)) == 1.0
     with pytest.raises(MemoryError, match="Nothing was allocated"):
-        plan_pass("linears", sizes, LAYERS, Budgets(resident + needed - 1, 0), {})
-    assert linear_share(plan_pass("auto", sizes, LAYERS, Budgets(resident + needed - 1, 0), {}).kept, sizes, [0]) < 1
+        plan_pass("linears", sizes, LAYERS, Budgets(resident + needed - 1, 0))
+    assert linear_share(plan_pass("auto", sizes, LAYERS, Budgets(resident + needed - 1, 0)).kept, sizes, [0]) < 1
 
 
 def under_way_bytes_of(sizes: StepSizes) -> int:
@@ -207,7 +208,7 @@ def test_a_narrow_window_s_outputs_give_way_to_linears() -> None:
 
     def check(policy: str) -> None:
         budgets = Budgets(ring + inputs + 2 * layer.attention_total, 0)
-        kept = plan_pass(policy, windowed, LAYERS, budgets, {}).kept
+        kept = plan_pass(policy, windowed, LAYERS, budgets).kept
         outputs = KeptLayers((True,) * LAYERS, (False,) * (LAYERS - 2) + (True,) * 2)
         done, with_outputs = (pass_work(windowed, each, full=False).done for each in (kept, outputs))
         assert done < with_outputs and linear_share(kept, windowed, range(LAYERS)) > 0.1
@@ -216,7 +217,7 @@ def test_a_narrow_window_s_outputs_give_way_to_linears() -> None:
     assert_rejects(check, {"outputs first": "input"})
     # One that sees all before it saves more than any of these, and comes first.
     budgets = Budgets(step().kv_bytes(2**62).device_bytes + inputs + LAYERS * layer.attention_total + 100, 0)
-    assert plan_pass("auto", step(), LAYERS, budgets, {}).kept.attention_reruns == 0
+    assert plan_pass("auto", step(), LAYERS, budgets).kept.attention_reruns == 0
 
 
 def test_plans_stay_within_any_budgets() -> None:
@@ -227,7 +228,7 @@ def test_plans_stay_within_any_budgets() -> None:
         total = peak_bytes(EVERY, layer)
         budgets = Budgets(resident + rng.randrange(5 * total), rng.choice((0, total, 9 * total)))
         try:
-            plan = plan_pass("auto", sizes, LAYERS, budgets, {})
+            plan = plan_pass("auto", sizes, LAYERS, budgets)
         except MemoryError:
             continue
         away = under_way_bytes(plan.kept, layer)

@@ -63,18 +63,18 @@ def test_states_stand_at_every_border_and_only_attention_has_keys_and_outputs() 
     assert [sizes.attention_of(layer) > 0 for layer in range(4)] == [False, True, False, False]
     assert [kv.is_windowed(layer) for layer in range(4)] == [True, False, True, True]
     assert step_of(ranks=2).layer_bytes().states_of(0) == {"conv 0": 160, "recurrent 0": 4000}, "its own heads"
-    plan = plan_pass("attention", step, 4, Budgets(NO_LIMIT, 0), {})
+    plan = plan_pass("attention", step, 4, Budgets(NO_LIMIT, 0))
     assert plan.kept.attentions == (True,) * 4 and plan.kept.attention_reruns == 0
     text = described(plan, step, Budgets(NO_LIMIT, 0))
     assert "2 of 4 layers carry a state" in text and "keeps 4 inputs and 1 attention outputs of 4 layers" in text
-    assert plan_pass("input", step, 4, Budgets(NO_LIMIT, 0), {}).kept.attentions == (True, False, True, True)
+    assert plan_pass("input", step, 4, Budgets(NO_LIMIT, 0)).kept.attentions == (True, False, True, True)
     with pytest.raises(MemoryError):
-        plan_pass("segment", step, 4, Budgets(sizes.all_states, 0), {})
+        plan_pass("segment", step, 4, Budgets(sizes.all_states, 0))
 
 
 def test_a_scan_takes_time_and_its_exchange_too() -> None:
     gpu, step = GPUS["h100"], step_of(2**20, 2**15)
-    kept = plan_pass("input", step, 4, Budgets(NO_LIMIT, 0), {}).kept
+    kept = plan_pass("input", step, 4, Budgets(NO_LIMIT, 0)).kept
     without = replace(step, model=replace(MODEL, mixes=(NEITHER, ATTENDS, NEITHER, NEITHER)))
     more = step_seconds(step, kept, gpu, full=False) - step_seconds(without, kept, gpu, full=False)
     products = 2 * 2**21 * 2 * 400 * 3.14 / gpu.matmul

@@ -15,8 +15,10 @@ from hf_fpdt import FPDTPlugin, apply_fpdt
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.memory.available import available
 from hf_fpdt.plan.checkpointing import KeptLayers, least_bytes, peak_bytes
+from hf_fpdt.plan.layer_bytes import LayerBytes
+from hf_fpdt.plan.model_sizes import ModelSizes
 from hf_fpdt.plan.placement import Available, budgets_of, described, described_kv, plan_pass
-from hf_fpdt.plan.sizes import LayerBytes, ModelSizes, StepSizes
+from hf_fpdt.plan.sizes import StepSizes
 from hf_fpdt.plan.tiers import STAGING_BUFFERS, Budgets
 from hf_fpdt.units import GIB
 from tests.helpers.models import assert_same_step, tiny, tokens, train_step
@@ -37,7 +39,7 @@ def numbers(text: str) -> list[float]:
 
 def refusal(policy: str, step: StepSizes, layers: int, budgets: Budgets) -> str:
     with pytest.raises(MemoryError) as raised:
-        plan_pass(policy, step, layers, budgets, {})
+        plan_pass(policy, step, layers, budgets)
     return str(raised.value)
 
 
@@ -55,7 +57,7 @@ def test_a_refusal_has_the_arithmetic_and_the_ways_out(policy: str) -> None:
     assert least - 0.0051 * GIB <= needed <= 1.02 * least, "buffers are hardly longer than what lies in them"
     assert needed + kv.host_bytes > 3 * GIB, "what is needed is more than what there is"
     enough = Budgets(0, int(needed + 0.0051 * GIB) + kv.host_bytes)
-    assert plan_pass(policy, LONG, 32, enough, {}).kept.layers == 32
+    assert plan_pass(policy, LONG, 32, enough).kept.layers == 32
     for way in (
         "Nothing was allocated",
         "device_budget_gib",
@@ -73,7 +75,7 @@ def test_a_refusal_has_the_arithmetic_and_the_ways_out(policy: str) -> None:
 def test_on_the_device_what_a_refusal_asks_for_is_enough(policy: str) -> None:
     resident = LONG.kv_bytes(NO_LIMIT).device_bytes
     needed = resident + least_bytes(policy, 32, LONG.layer_bytes())
-    predicted = plan_pass(policy, LONG, 32, Budgets(needed, 0), {}).forecast
+    predicted = plan_pass(policy, LONG, 32, Budgets(needed, 0)).forecast
     assert predicted is not None and predicted.device_bytes == needed - resident and not predicted.host_bytes
     refusal(policy, LONG, 32, Budgets(needed - 1, 0))
 
@@ -174,12 +176,12 @@ def assert_fewest_reruns(policy: str) -> None:
     reruns = []
     for budget in range(least_bytes("auto", 5, sizes), most + 1, 50_000):
         fits = [n for n in range(6) if any_plan_keeps(n, sizes, budget)]
-        plan = plan_pass(policy, step, 5, Budgets(resident + budget, 0), {})
+        plan = plan_pass(policy, step, 5, Budgets(resident + budget, 0))
         assert peak_bytes(plan.kept, sizes) <= budget
         assert plan.kept.attention_reruns == 5 - max(fits)
         reruns.append(plan.kept.attention_reruns)
     assert reruns == sorted(reruns, reverse=True) and reruns[0] == 5
-    assert plan_pass(policy, step, 5, Budgets(resident + most, 0), {}).kept.attention_reruns == 0
+    assert plan_pass(policy, step, 5, Budgets(resident + most, 0)).kept.attention_reruns == 0
 
 
 def any_plan_keeps(outs: int, sizes: LayerBytes, budget: int) -> bool:
@@ -199,9 +201,9 @@ def test_of_a_pass_without_backward_it_says_where_k_and_v_lie() -> None:
 
 
 def test_resident_keys_are_taken_off_the_device_budget_and_staging_off_the_host() -> None:
-    plan = plan_pass("attention", LONG, 32, Budgets(10 * GIB, 100 * GIB, 0), {})
+    plan = plan_pass("attention", LONG, 32, Budgets(10 * GIB, 100 * GIB, 0))
     assert plan.kv.backward_resident == 4 and plan.budgets.device == 10 * GIB - plan.kv.device_bytes
-    files = plan_pass("attention", LONG, 32, Budgets(10 * GIB, 100 * GIB, GIB), {})
+    files = plan_pass("attention", LONG, 32, Budgets(10 * GIB, 100 * GIB, GIB))
     assert files.budgets.host == 100 * GIB - 7 * LONG.layer_bytes().longest
     text = described(plan, LONG, Budgets(10 * GIB, 100 * GIB))
     assert "keeps 32 inputs and 32 attention outputs of 32 layers (64.50 GiB" in text
@@ -212,7 +214,7 @@ def test_resident_keys_are_taken_off_the_device_budget_and_staging_off_the_host(
 
 @pytest.mark.parametrize("host", [4, 10, 20, 40, 60])
 def test_files_take_what_the_host_cannot_hold_beside_streamed_keys(host: int) -> None:
-    predicted = plan_pass("attention", LONG, 32, Budgets(0, host * GIB, 1000 * GIB), {}).forecast
+    predicted = plan_pass("attention", LONG, 32, Budgets(0, host * GIB, 1000 * GIB)).forecast
     assert (
         predicted is not None
         and predicted.disk_bytes > 0

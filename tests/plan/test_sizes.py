@@ -11,7 +11,8 @@ from transformers import AutoConfig, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from hf_fpdt.layout.chunks import ChunkPlan
 from hf_fpdt.plan.by_layer import LayersDiffer, why_no_sizes
-from hf_fpdt.plan.sizes import PHASES, DeviceItem, ModelSizes, StepSizes
+from hf_fpdt.plan.model_sizes import ModelSizes
+from hf_fpdt.plan.sizes import PHASES, DeviceItem, StepSizes
 from hf_fpdt.units import GIB
 from tests.helpers.stores import NO_LIMIT, TINY
 from tests.helpers.support import assert_rejects

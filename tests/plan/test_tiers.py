@@ -10,15 +10,14 @@ from dataclasses import replace
 import pytest
 
 from hf_fpdt.plan.checkpointing import KeptLayers, linear_bytes
+from hf_fpdt.plan.kv_bytes import KVBytes
+from hf_fpdt.plan.layer_bytes import LayerBytes
 from hf_fpdt.plan.rehearsal import Forecast, Rehearsal, forecast
-from hf_fpdt.plan.sizes import KVBytes, LayerBytes
 from hf_fpdt.plan.tiers import Budgets, BufferPool, ExistingBuffers, ForwardOrder, TierAllocator
 from hf_fpdt.units import PAGE, page_rounded
 from tests.helpers.replay import replayed
 from tests.helpers.stores import NO_LIMIT, random_kept, with_linears
 from tests.helpers.support import assert_rejects
-
-NONE = ExistingBuffers()
 
 
 def test_checkpoints_leave_to_keys_and_values_what_is_theirs() -> None:
@@ -127,7 +126,7 @@ def test_the_last_bytes_of_a_forward_pass_go_to_the_device_and_the_first_to_file
     assert ForwardOrder(30, budgets).next(30)[0] == "device", "all goes to the device where all fits"
 
 
-def random_step(rng: random.Random) -> tuple[KeptLayers, LayerBytes, KVBytes, Budgets, dict[int, int]]:
+def random_step(rng: random.Random) -> tuple[KeptLayers, LayerBytes, KVBytes, Budgets, ExistingBuffers]:
     """Chunks of one length but the last; few distinct sizes, so that buffers are used again."""
     chunks, layers = rng.randrange(1, 6), rng.randrange(1, 7)
     part, last = rng.randrange(1, 5) * PAGE, rng.randrange(1, 2 * PAGE)
@@ -153,7 +152,7 @@ def random_step(rng: random.Random) -> tuple[KeptLayers, LayerBytes, KVBytes, Bu
     total = layers * (sizes.input_total + sizes.attention_total) + sizes.all_states + linear_bytes(kept, sizes).total
     budgets = Budgets(rng.randrange(total), rng.randrange(3 * total // 2) + 4 * PAGE, rng.choice((0, total)))
     have = {page_rounded(rng.choice(lengths)): rng.randrange(4) for _ in range(rng.randrange(3))}
-    return kept, sizes, kv, budgets, have
+    return kept, sizes, kv, budgets, ExistingBuffers(have)
 
 
 def assert_predicted(tell: Callable[..., Forecast | None]) -> None:
@@ -181,7 +180,7 @@ def test_a_forecast_is_what_a_replay_of_the_step_takes(monkeypatch: pytest.Monke
             "every layer attends": lambda k, s, *a: forecast(k, replace(s, attends=()), *a),
             "linears forgotten": lambda k, s, *a: forecast(replace(k, linears=()), s, *a),
             "linears half as long": lambda k, s, *a: forecast(k, half_as_long(s), *a),
-            "buffers that exist forgotten": lambda k, s, kv, budgets, _: forecast(k, s, kv, budgets, NONE),
+            "buffers that exist forgotten": lambda k, s, kv, budgets, _: forecast(k, s, kv, budgets),
         },
     )
     monkeypatch.setattr(Rehearsal, "_close", lambda step, held: None)
@@ -198,7 +197,7 @@ def total(counts: Mapping[int, int]) -> int:
     return sum(size * count for size, count in counts.items())
 
 
-def predicted(n_tokens: int, host: int, have: ExistingBuffers = NONE) -> Forecast | None:
+def predicted(n_tokens: int, host: int, have: ExistingBuffers | None = None) -> Forecast | None:
     """Three layers in chunks of 1,024 tokens, 64 bytes a token, all on the host."""
     lengths = [min(1024, n_tokens - start) for start in range(0, n_tokens, 1024)]
     inputs, outs, lses = (tuple(n * width for n in lengths) for width in (64, 64, 2))

@@ -186,14 +186,14 @@ def test_a_pass_has_the_windows_of_the_last_layers() -> None:
     assert step.kv_bytes(0, 2).windowed == (True, False) and step.kv_bytes(0, 1).windowed == ()
     last = step_of(replace(MIXED, windows=(None, None, 5, 3)))
     assert last.kv_bytes(0, 2).all_windowed and last.kv_bytes(0, 3).windowed == (False, True, True)
-    two, three = (plan_pass("attention", last, layers, Budgets(0, GIB), {}).forecast for layers in (2, 3))
+    two, three = (plan_pass("attention", last, layers, Budgets(0, GIB)).forecast for layers in (2, 3))
     assert not two.new_kv_buffers and three.new_kv_buffers
 
 
 def test_a_plan_of_windows_alone_has_no_host_buffers_for_keys_and_values() -> None:
     for model, some in ((ALL, False), (MIXED, True), (TINY, True)):
         step = step_of(model)
-        plan = plan_pass("auto", step, 4, Budgets(0, GIB), {})
+        plan = plan_pass("auto", step, 4, Budgets(0, GIB))
         assert bool(plan.forecast.new_kv_buffers) == bool(plan.kv.host_buffer_bytes) == some
         assert plan.budgets.device == 0, "a ring that is longer than the budget leaves nothing, and no less"
     assert described_windows(step_of(MIXED)) == ["1 of 4 layers see 5 keys", "1 of 4 layers see 3 keys"]

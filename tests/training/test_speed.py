@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback
 from hf_fpdt import FPDTPlugin, FPDTTrainer, FPDTTrainerMixin, apply_fpdt
 from hf_fpdt.model import applied_settings
 from hf_fpdt.parallel.group import SequenceParallelGroup
+from hf_fpdt.plan.model_sizes import ModelSizes
 from hf_fpdt.plan.operations import strict_flops
-from hf_fpdt.plan.sizes import ModelSizes
 from hf_fpdt.training.speed import TrainingSpeed
 from tests.helpers.models import tiny
 from tests.training.test_fpdt_trainer import STEPS, trainer
