@@ -20,7 +20,10 @@ from .options import exit_status
 from .plan.command import add_plan
 from .trace.command import add_trace
 
-VERSIONS = ("torch", "transformers", "accelerate", "peft", "flash-attn-4", "liger-kernel")
+VERSIONS = (
+    *("torch", "transformers", "accelerate", "peft", "trl", "bitsandbytes"),
+    *("flash-attn-4", "liger-kernel", "flash-linear-attention", "triton"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +50,7 @@ class _Version(argparse.Action):
     """`--version`: what a report of a problem begins with."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        own = import_module(__name__.partition(".")[0]).__version__
+        own = import_module("hf_fpdt").__version__  # by name: run as a module, this one is called __main__
         print(f"hf-fpdt {own} ({versions_of(VERSIONS)}, python {platform.python_version()})")
         parser.exit()
 
