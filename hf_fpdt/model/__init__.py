@@ -17,7 +17,8 @@ In reading order:
     weights/            linears of bitsandbytes (quantised), quantised as transformers does (packing), frozen weights
                         on the host (host), a layer's weights whole while it runs (whole)
     scoring/            log-probabilities: TRL's call and ours (log_probs), the head on some tokens (head_call), rows
-                        that are padded on the left (left_padding)
+                        that are padded on the left (left_padding), or cut over ranks (whole_rows); the router's
+                        loss of experts (router)
     liger               Liger's kernels, where they are
     shapes              known models as configurations; sizes of a model for the planner
 """

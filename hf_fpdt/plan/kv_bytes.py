@@ -32,7 +32,8 @@ class KVBytes:
         backward_resident: chunks on the device, with their gradients, in a backward pass; likewise.
         value_parts: V of each chunk; (): as K.
         value_grads: dV of each chunk; (): as dK.
-        windowed: of each layer of the pass whether it has a window that the sequence reaches; (): none has.
+        windowed: of each layer of the pass whether it has no K and V of the whole sequence, since it has a window that
+            the sequence reaches, or no attention; (): every layer has them.
         forward_ring, backward_ring: the most that such a layer holds.
     """
 
