@@ -12,7 +12,7 @@ In reading order:
     trial                 may a layer be cut at all? Each distinct one is tried
     trial_run             one layer on a few random tokens
     unread                which values inside a layer nobody reads
-    layer_state           how a layer is built, and whether it still is
+    layer_state           what a layer was seen to do, how it is built, and whether it still is
     loss                  final norm, head and loss, chunk by chunk
     cross_entropy         the loss of a chunk with its gradient, in one kernel too
     log_probs             log-probabilities of tokens, chunk by chunk, for losses of one's own
@@ -22,11 +22,11 @@ In reading order:
 from .calls import current_call
 from .layer import run_layer
 from .layer_run import Layer, LayerRun
-from .layer_state import hooks_everywhere, hooks_of, is_fsdps, look_of
+from .layer_state import Asked, LayerTraits, hooks_everywhere, hooks_of, is_fsdps, look_of
 from .log_probs import STATISTICS, LastUse, LogProbs, chunked_log_probs
 from .loss import Head, chunked_loss, norm_by_chunks
 from .progress import StepProgress
-from .recurrent import Asked, LayerTraits, StandInCache, cache_argument, plain_kernels, scan_packages
+from .recurrent import StandInCache, cache_argument, plain_kernels, scan_packages
 from .replay_state import RandomState, untouched_random_state
 from .trial import LayerTrials, mixes_tokens, traits_without_memory, visit, visiting
 from .trial_run import TRIAL_TOKENS

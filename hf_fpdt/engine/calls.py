@@ -26,7 +26,7 @@ from ..layout import Chunk, Documents, Span
 from ..parallel import repeat_heads, sum_repeated_heads
 from ..plan import AttentionSizes
 from .layer_run import LayerKV, LayerRun
-from .recurrent import Asked
+from .layer_state import Asked
 
 # Keys of one backward call at most: a kernel's own dK, dV and fp32 sums are as long as its keys, and must not grow
 # with the sequence.

@@ -15,8 +15,9 @@ from ..layout import Chunk, ChunkPlan, Documents
 from ..memory import CheckpointStore, KVStore, LayerCheckpoint, ModelPass, WindowedKV
 from ..parallel import ChunkDocuments, SequenceParallelGroup
 from ..plan import KVBytes, StepSizes, Work, WorkPhase, chunk_work, pass_work, spared_operations
+from .layer_state import LayerTraits
 from .progress import StepProgress
-from .recurrent import LayerTraits, StandInCache
+from .recurrent import StandInCache
 from .replay_state import Autocast, OwnWrites, RandomState, modes_of
 
 LayerKV = KVStore | WindowedKV  # K and V of one layer in one pass

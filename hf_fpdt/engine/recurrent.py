@@ -14,13 +14,11 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import AttentionSpec
 from ..parallel import (
     STATES,
     ChunkDocuments,
@@ -33,94 +31,11 @@ from ..parallel import (
     scan_marks,
     scan_of_documents,
 )
-from ..plan import CONV, AttentionSizes, LinearSize, StateSize
+from ..plan import CONV
 
 # What layers call a cache: since transformers 5.24, and before.
 _NAMES = ("cache", "past_key_values", "past_key_value", "cache_params")
 RECURRENT = "recurrent"
-# How a layer that asks for its cache runs on a chunk of several documents: once, its scans given marks of them; once,
-# its scans called for each of them; once, told of each token how many came before; or as a whole for each of them.
-ByDocuments = Literal["marks", "scans", "places", "layer"]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a layer asks of attention when it is called.
-
-    Attributes:
-        spec: the kind, with the window that the mask has.
-        dtype: of queries.
-        heads: how many there are, and how wide they are.
-    """
-
-    spec: AttentionSpec
-    dtype: torch.dtype
-    heads: AttentionSizes
-
-
-@dataclass(frozen=True)
-class LayerTraits:
-    """What a layer was seen to do when it was tried.
-
-    Attributes:
-        attends: whether it calls attention.
-        cache: what it calls its cache, where it is to be given one.
-        states: what it hands from chunk to chunk.
-        channels: of its convolutions together.
-        scan_heads: of each input of its scan.
-        outputs: where it returns a tuple, of how many, hidden states and Nones; 0: hidden states alone.
-        asked: of attention, where it calls that.
-        by_documents: how it runs on packed rows, where it asks for its cache and that was tried.
-        linears: those whose outputs may be kept.
-        unread: modules whose values no gradient and no state is made of.
-    """
-
-    attends: bool = True
-    cache: str | None = None
-    states: tuple[StateSize, ...] = ()
-    channels: int = 0
-    scan_heads: tuple[int, ...] = ()
-    outputs: int = 0
-    asked: Asked | None = None
-    by_documents: ByDocuments | None = None
-    linears: tuple[LinearSize, ...] = ()
-    unread: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(
-        cls, given: StandInCache, name: str | None, output: Any, *, attends: bool, asked: Asked | None
-    ) -> LayerTraits:
-        """As a layer was seen to do on some tokens.
-
-        Args:
-            given: what it was given in place of a cache.
-            name: what it calls its cache.
-            output: what it returned; None where it did not get so far.
-            attends: whether it called attention.
-            asked: what it asked of attention.
-        """
-        inputs = {state: value for state, value in given.finals.items() if state.startswith(CONV)}
-        return cls(
-            attends=attends,
-            cache=name if given.asked or given.finals else None,
-            # Inputs of convolutions are as wide as hidden states are.
-            states=tuple(
-                StateSize(state, value[0].numel(), 0 if state in inputs else value.element_size())
-                for state, value in given.finals.items()
-            ),
-            channels=sum(value.shape[1] for value in inputs.values()),
-            outputs=len(output) if isinstance(output, (tuple, list)) else 0,
-            asked=asked,
-        )
-
-    @property
-    def is_recurrent(self) -> bool:
-        """Whether it carries a state."""
-        return bool(self.states)
-
-    def returned(self, hidden_BSD: Tensor) -> Any:
-        """Hidden states as the layer returns them."""
-        return (hidden_BSD, *(None,) * (self.outputs - 1)) if self.outputs else hidden_BSD
 
 
 class StandInCache:

@@ -23,8 +23,8 @@ from ..parallel import ChunkDocuments
 from .calls import TrialCall, calling
 from .gradients import GradientSums, mean_size
 from .layer_run import along_tokens, tokens_of
-from .layer_state import LinearsSeen, build_of
-from .recurrent import ByDocuments, LayerTraits, StandInCache, kernels_of, plain_kernels, takes_marks
+from .layer_state import ByDocuments, LayerTraits, LinearsSeen, build_of
+from .recurrent import StandInCache, kernels_of, plain_kernels, takes_marks
 from .replay_state import Autocast, NoDropout, untouched_random_state
 from .trial_run import (
     LEAST_TRIAL_TOKENS,

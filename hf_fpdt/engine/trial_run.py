@@ -29,8 +29,8 @@ from ..parallel import SequenceParallelGroup
 from .calls import TrialCall, calling, current_call
 from .gradients import GradientSums, mean_size, norm_of
 from .layer_run import along_tokens, tokens_of
-from .layer_state import Buffers, LinearsSeen
-from .recurrent import LayerTraits, StandInCache, hidden_states_of, scans_over, scans_seen
+from .layer_state import Buffers, LayerTraits, LinearsSeen
+from .recurrent import StandInCache, hidden_states_of, scans_over, scans_seen
 from .replay_state import RandomState
 from .unread import ValuesSeen, unread_values
 

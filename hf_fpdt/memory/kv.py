@@ -159,7 +159,7 @@ class KVStore:
         if self._grads is None and whole_call:
             # The first row sees every key: its gradients ARE the sums so far. A plan of one row needs no cast at all.
             one_row = len(self.plan.chunks) == 1
-            self._grads = (dk_BSGH, dv_BSGH) if one_row else (_accumulator(dk_BSGH), _accumulator(dv_BSGH))
+            self._grads = (dk_BSGH, dv_BSGH) if one_row else (_in_sums_dtype(dk_BSGH), _in_sums_dtype(dv_BSGH))
             return
         if self._grads is None:
             assert self._kv is not None
@@ -193,5 +193,6 @@ class KVStore:
             self._streamed.close()
 
 
-def _accumulator(grad: Tensor) -> Tensor:
+def _in_sums_dtype(grad: Tensor) -> Tensor:
+    """The gradient itself where it has that dtype already: nobody else holds what a kernel gave."""
     return grad.to(accumulation_dtype(grad.dtype))
