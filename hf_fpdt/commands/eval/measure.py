@@ -19,7 +19,7 @@ from ..finetune.base_model import (
     load_weights,
     model_without_weights,
 )
-from ..finetune.options import DTYPES, fpdt_plugin
+from ..finetune.options import dtype_of, fpdt_plugin
 from ..finetune.output import make_folder
 from ..finetune.quantise import check_quantised, loading
 from ..finetune.rope import pretrained_tokens
@@ -69,8 +69,8 @@ def _windows_and_model(options: EvalOptions, progress: Progress) -> tuple[list[d
     check_weights(options.base, config)
     check_quantised(options.quantize, options.base, config)
     rows = _windows(options, tokenizer, ids, progress)
-    dtype, on_gpu = DTYPES[options.dtype], torch.cuda.is_available() and not options.use_cpu
-    device = torch.device("cuda" if on_gpu else "cpu")
+    on_gpu = torch.cuda.is_available() and not options.use_cpu
+    dtype, device = dtype_of(options.dtype, on_gpu=on_gpu), torch.device("cuda" if on_gpu else "cpu")
     how = loading(options.quantize, config, dtype, device)
     model = load_weights(options.base, dtype, config, how)
     apply_fpdt(model, plugin)

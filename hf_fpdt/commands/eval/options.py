@@ -27,7 +27,9 @@ class EvalOptions:
     max_length: int = option(8 * 1024, "tokens of a window: 8192, 32K (1,024 each), 1M", metavar="TOKENS")
     eval_windows: int = option(16, "at most so many", metavar="N")
     chunk_tokens: str = option("auto", "tokens of a chunk of FPDT: auto, or a number like 32K", metavar="TOKENS")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "of the weights; auto: bfloat16 on a GPU, as hf-fpdt finetune has it, float32 on a CPU"
+    )
     quantize: Literal["none", "nf4", "int8"] = option(
         "none", "hold the model, or the adapter's base, in 4 or 8 bits, as it was trained; bitsandbytes"
     )

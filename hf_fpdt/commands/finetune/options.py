@@ -127,7 +127,7 @@ class Options(ModelOptions, DataOptions, LengthOptions, WeightOptions, OutputOpt
     @property
     def torch_dtype(self) -> torch.dtype:
         """What --dtype comes to here."""
-        return DTYPES[_dtype_name(self.dtype, on_gpu=self.device == "cuda")]
+        return dtype_of(self.dtype, on_gpu=self.device == "cuda")
 
     @property
     def factor(self) -> float | None:
@@ -217,13 +217,14 @@ def read_options(parsed: argparse.Namespace) -> Options:
     plugin = fpdt_plugin({f.name: getattr(parsed, f.name) for f in fields(FPDTPlugin)})
     _check_numbers(own)
     on_gpu = torch.cuda.is_available() and not parsed.use_cpu
-    half = _dtype_name(parsed.dtype, on_gpu=on_gpu) == "bfloat16"
+    half = dtype_of(parsed.dtype, on_gpu=on_gpu) == torch.bfloat16
     values = trainer_values(parsed, on_gpu=on_gpu, half=half)
     return Options(**own, plugin=plugin, trainer=build_arguments(values, plugin), words=tuple(parsed.words))
 
 
-def _dtype_name(name: str, *, on_gpu: bool) -> str:
-    return name if name != "auto" else ("bfloat16" if on_gpu else "float32")
+def dtype_of(name: str, *, on_gpu: bool) -> torch.dtype:
+    """What --dtype comes to; "auto" is bfloat16 on a GPU, float32 on a CPU."""
+    return DTYPES[name if name != "auto" else ("bfloat16" if on_gpu else "float32")]
 
 
 def fpdt_plugin(texts: Mapping[str, str | None]) -> FPDTPlugin:

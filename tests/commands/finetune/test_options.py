@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 import hf_fpdt
 from hf_fpdt import FPDTPlugin
 from hf_fpdt.commands.conditions import version_of
+from hf_fpdt.commands.eval.options import EvalOptions
 from hf_fpdt.commands.finetune.command import add_finetune
-from hf_fpdt.commands.finetune.options import Options, read_options
+from hf_fpdt.commands.finetune.options import Options, dtype_of, read_options
 from hf_fpdt.commands.finetune.trainer_options import intervals_line
 from hf_fpdt.commands.main import main
 from hf_fpdt.commands.options import UserMistake
@@ -105,6 +107,13 @@ def test_our_defaults_and_what_follows_from_them() -> None:
     half = options("--dtype", "bfloat16")
     assert half.trainer.bf16 and not options("--dtype", "bfloat16", "--bf16", "no").trainer.bf16
     assert options("--lr", "1e-3", "--steps", "3", "--output", "p").trainer.output_dir == "p"
+
+
+def test_weights_are_measured_in_the_dtype_that_they_are_trained_in() -> None:
+    measured = EvalOptions(model="m", data=["d"], output_dir=Path("o"))
+    assert measured.dtype == options().dtype == "auto"
+    assert [dtype_of("auto", on_gpu=on_gpu) for on_gpu in (True, False)] == [torch.bfloat16, torch.float32]
+    assert dtype_of("float32", on_gpu=True) == options().torch_dtype == torch.float32
 
 
 def intervals(*words: str) -> tuple[Any, ...]:
