@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..finetune.base_model import (
     model_without_weights,
 )
 from ..finetune.options import dtype_of, fpdt_plugin
-from ..finetune.output import make_folder
+from ..finetune.output import SETTINGS, make_folder
 from ..finetune.quantise import check_quantised, loading
 from ..finetune.rope import pretrained_tokens
 from ..finetune.sources import read_documents
@@ -68,6 +69,7 @@ def _windows_and_model(options: EvalOptions, progress: Progress) -> tuple[list[d
     ids = known_ids(model_without_weights(options.base, config, plugin))
     check_weights(options.base, config)
     check_quantised(options.quantize, options.base, config)
+    _say_of_another_base(options, progress)
     rows = _windows(options, tokenizer, ids, progress)
     on_gpu = torch.cuda.is_available() and not options.use_cpu
     dtype, device = dtype_of(options.dtype, on_gpu=on_gpu), torch.device("cuda" if on_gpu else "cpu")
@@ -76,6 +78,23 @@ def _windows_and_model(options: EvalOptions, progress: Progress) -> tuple[list[d
     apply_fpdt(model, plugin)
     model = _with_adapter(model, options.adapter) if options.adapter else model
     return [rows[index] for index in range(len(rows))], model if how else model.to(device)
+
+
+def _say_of_another_base(options: EvalOptions, progress: Progress) -> None:
+    trained = _trained_over(options.adapter) if options.adapter else None
+    if trained not in (None, options.quantize):
+        progress.say(
+            f"{options.model} was trained with --quantize {trained} and is measured with --quantize "
+            f"{options.quantize}: losses over another base differ"
+        )
+
+
+def _trained_over(adapter: str) -> str | None:
+    """What --quantize was when `hf-fpdt finetune` wrote the adapter; None where that is not known, as of others'."""
+    try:
+        return str(json.loads((Path(adapter) / SETTINGS).read_text(encoding="utf-8"))["settings"]["quantize"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _windows(options: EvalOptions, tokenizer: Any, ids: int, progress: Progress) -> WindowDataset:

@@ -86,7 +86,9 @@ def test_eval_takes_the_adapter_over_a_quantised_base(
     words = f"--data {data} --max_length 1K --output_dir {folder} --use_cpu --eval_windows 2".split()
     assert main(["eval", "--model", str(output), "--quantize", "nf4", *words]) == 0
     quantised = (folder / "loss_by_position.csv").read_text()
+    assert "was trained with" not in capsys.readouterr().out
     assert main(["eval", "--model", str(output), *words]) == 0
+    assert "was trained with --quantize nf4 and is measured with --quantize none" in capsys.readouterr().out
     assert quantised != (folder / "loss_by_position.csv").read_text()
 
 
