@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -175,7 +176,7 @@ class Settings:
 
 
 def no_single_token(n_tokens: int, chunk_tokens: int, sp_size: int = 1) -> int:
-    """Tokens of a chunk, a little fewer where the last chunk would be of one token.
+    """Tokens of a chunk, a little fewer where the last chunk would be of one token; more where no fewer will do.
 
     Recurrent layers take a single token by a way of its own, for decoding: it writes states in place, and its kernels
     have no backward pass. Borders stay multiples of 256 where they were, so that a kernel's inner blocks do.
@@ -189,8 +190,11 @@ def no_single_token(n_tokens: int, chunk_tokens: int, sp_size: int = 1) -> int:
             "ranks a single token, which recurrent layers take as one to be decoded: pad the sequence by "
             f"{sp_size} tokens (ShardingCollator(two_each=True) does), or choose another chunk_tokens."
         )
-    while n_tokens > chunk_tokens > 2 and n_tokens % chunk_tokens == 1:
+    asked = chunk_tokens
+    while n_tokens > chunk_tokens > 1 and n_tokens % chunk_tokens == 1:
         chunk_tokens -= KERNEL_BLOCK if chunk_tokens % KERNEL_BLOCK == 0 < chunk_tokens - KERNEL_BLOCK else 1
+    if sp_size == 1 and chunk_tokens == 1 < n_tokens:  # an odd sequence in twos, or chunks of one that were asked for
+        return next(more for more in itertools.count(max(2, asked)) if n_tokens <= more or n_tokens % more != 1)
     return chunk_tokens
 
 

@@ -81,6 +81,12 @@ def test_every_length_is_exact(length: int, batch: int) -> None:
         assert sum(sizes) == length and (1 not in sizes or length == 1)
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_odd_sequences_in_twos_have_no_chunk_of_one_token(chunk: int) -> None:
+    model, ids = recurrent("mamba2"), tokens(1, 5)
+    assert_exact(ours(model, ids, FPDTPlugin(chunk_tokens=chunk)), train_step(model, ids))
+
+
 PLACES: dict[str, dict[str, Any]] = {
     "device": {},
     "host": {"device_budget_gib": 0, "host_budget_gib": 1},

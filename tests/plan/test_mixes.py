@@ -86,10 +86,13 @@ def test_a_scan_takes_time_and_its_exchange_too() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "chunk", "expected"),
-    [(33, 8, 7), (32, 8, 8), (9, 8, 7), (1, 8, 8), (2049, 1024, 768), (65_537, 32_768, 32_512), (5, 2, 2)],
+    [
+        *((33, 8, 7), (32, 8, 8), (9, 8, 7), (1, 8, 8), (2049, 1024, 768), (65_537, 32_768, 32_512)),
+        *((5, 2, 3), (37, 4, 5), (6, 1, 2), (3, 2, 3), (1, 1, 1)),
+    ],
 )
 def test_no_chunk_is_of_one_token(tokens: int, chunk: int, expected: int) -> None:
     found = no_single_token(tokens, chunk)
-    assert found == expected and (tokens % found != 1 or tokens == 1 or chunk == 2)
+    assert found == expected and (tokens % found != 1 or tokens in (1, found)) and (found > 1 or tokens == 1)
     with pytest.raises(ValueError, match="leaves each of 2 ranks a single token"):
         no_single_token(2 * 8 + 2, 8, 2)
