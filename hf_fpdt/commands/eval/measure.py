@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from ...model import apply_fpdt
 from ..finetune.base_model import (
+    applying,
     check_weights,
     known_ids,
     load_config_and_tokenizer,
@@ -75,7 +76,8 @@ def _windows_and_model(options: EvalOptions, progress: Progress) -> tuple[list[d
     dtype, device = dtype_of(options.dtype, on_gpu=on_gpu), torch.device("cuda" if on_gpu else "cpu")
     how = loading(options.quantize, config, dtype, device)
     model = load_weights(options.base, dtype, config, how)
-    apply_fpdt(model, plugin)
+    with applying(options.base):
+        apply_fpdt(model, plugin)
     model = _with_adapter(model, options.adapter) if options.adapter else model
     return [rows[index] for index in range(len(rows))], model if how else model.to(device)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,7 +34,7 @@ from transformers.utils import (
 from ...config import FPDTPlugin
 from ...model import apply_fpdt
 from ...parallel import SequenceParallelGroup
-from ..options import UserMistake, check_folder, no_folder_either, one_line
+from ..options import UserMistake, check_folder, no_folder_either, one_line, plain
 
 # In transformers' own order: the first that is there is loaded.
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -132,6 +133,15 @@ def _check_head(path: Path) -> None:
         raise EOFError("neither a zip archive nor a pickle, as torch.save writes them, or cut off")
 
 
+@contextmanager
+def applying(name: str) -> Iterator[None]:
+    """Inside FPDT is applied to a model, with weights or without; a refusal says which model that is."""
+    try:
+        yield
+    except (NotImplementedError, ValueError) as error:
+        raise UserMistake(f"--model: hf_fpdt can't train {name}: {plain(error)}") from error
+
+
 def model_without_weights(
     name: str, config: PreTrainedConfig, plugin: FPDTPlugin, group: SequenceParallelGroup | None = None
 ) -> nn.Module:
@@ -139,11 +149,10 @@ def model_without_weights(
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserMistake(f"--model: {name} is no causal language model ({type(config).__name__}); give one that is")
     try:
-        with torch.device("meta"):
+        with applying(name), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="fpdt")
-        apply_fpdt(model, plugin, group)
-    except (NotImplementedError, ValueError) as error:
-        raise UserMistake(f"--model: hf_fpdt can't train {name}: {error}") from error
+        with applying(name):
+            apply_fpdt(model, plugin, group)
     except CANNOT_BE_BUILT as error:
         raise UserMistake(
             f"--model: the config of {name!r} makes no model: {one_line(error)}; give the config that belongs to it"

@@ -21,6 +21,7 @@ from ..eval.curves import Curve
 from ..eval.loss_by_position import Cut, measure
 from ..options import mistakes
 from .base_model import (
+    applying,
     check_lora_targets,
     check_weights,
     known_ids,
@@ -127,7 +128,7 @@ def load_model(options: Options, group: SequenceParallelGroup, config: PreTraine
     if not how and not waits:  # quantised weights are there already
         model.to(device)
     say_what_is_done()
-    with mistakes(MemoryError):
+    with applying(options.model), mistakes(MemoryError):  # some layers show what they are once they have weights
         handle = apply_fpdt(model, options.plugin, group)
     if waits:
         to_device_but_for_layers(model, device)

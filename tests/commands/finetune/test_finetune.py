@@ -539,6 +539,24 @@ def test_a_model_fpdt_cannot_run_is_refused_before_it_loads(
     assert_refused(command, ["--model", "can't train", "indexed_attention"], capsys)
 
 
+def test_a_model_whose_layers_show_it_when_they_are_tried_is_refused_in_one_line(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mamba-1 looks like any recurrence until there are weights."""
+    from transformers import JambaConfig, JambaForCausalLM
+
+    folder = shutil.copytree(inputs.model, tmp_path / "mamba", ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_experts": 1, "num_experts_per_tok": 1, "num_key_value_heads": 1, "mamba_d_state": 4}
+    places = {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}
+    JambaForCausalLM(JambaConfig(vocab_size=300, **sizes, **places)).save_pretrained(folder)
+    command = arguments(inputs, tmp_path / "output", "--model", str(folder))
+    assert_refused(command, ["--model", "can't train", "cannot be run in chunks"], capsys)
+    data = command[command.index("--data") :][:2]
+    assert main(["eval", "--model", str(folder), *data, "--max-length", "64", "--output", str(tmp_path / "out")]) == 2
+    assert_one_line(capsys.readouterr().err, ["--model", "can't train", "cannot be run in chunks"])
+
+
 def test_a_mistake_in_a_shell(lora: Result, inputs: Inputs) -> None:
     done = run_python(*HF_FPDT, *arguments(inputs, lora.output))
     assert done.returncode == 2
