@@ -49,7 +49,7 @@ def test_commands_options_and_choices_are_completed(folder: Path) -> None:
     assert tab(folder, "plan", "--host-mem", "128", "--checkpoints", "") == set(CHECKPOINT_POLICIES)
     assert "--host-mem" not in tab(folder, "bench", "--")
     assert {"--max_length", "--learning_rate", "--lr_scheduler_type"} <= tab(folder, "finetune", "--")
-    assert tab(folder, "eval", "--dtype", "") == {"float32", "bfloat16"}
+    assert tab(folder, "eval", "--dtype", "") == {"auto", "float32", "bfloat16"}
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def _layer_alone(layer: Any, x: Tensor, arguments: Mapping[str, Any], before: in
     cache = layer._fpdt_traits.cache
     told = {} if cache is None else {cache: StandInCache(before)}
     began.restore()
-    with layer._fpdt_layer.whole_weights(x.dtype, x.device):
+    with layer._fpdt_layer.gathered_weights(x.dtype, x.device):
         y = layer._fpdt_layer.forward(x, **{**arguments, **told})
     return y[0] if isinstance(y, tuple) else y
 
