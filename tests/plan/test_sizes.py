@@ -191,6 +191,17 @@ def test_where_the_mlp_is_narrow_the_peak_is_in_attention() -> None:
     )
 
 
+def test_a_reference_has_room_for_its_whole_forward_pass() -> None:
+    """Measured with two answers of 128K tokens on one H200 (docs/trl.md): 138.61 GiB at the peak, in that pass.
+
+    Of these 100.41 were checkpoints, 15.59 weights, adapters and what AdamW has of them, and 2.00 embeddings that were
+    held for a gradient, which they are no more.
+    """
+    step = llama_step(131_136, batch=2, fused=True, loss_tokens=2048, vocabulary=128_256, awaited=True)
+    kv, measured = step.kv_bytes(NO_LIMIT), 138.61 - 100.41 - 15.59 - 2.00
+    assert step.phase_bytes(kv, "forward", resident=True) / GIB == pytest.approx(measured, rel=0.02)
+
+
 def test_the_table_of_device_memory_says_what_grows_with_the_sequence() -> None:
     short, long = (llama_step(n, loss_tokens=512, vocabulary=128_256) for n in (64 * K, 128 * K))
     tables = [list(step.device_rows(step.kv_bytes(NO_LIMIT))) for step in (short, long)]

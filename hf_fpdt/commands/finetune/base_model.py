@@ -149,9 +149,9 @@ def model_without_weights(
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserMistake(f"--model: {name} is no causal language model ({type(config).__name__}); give one that is")
     try:
-        with applying(name), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="fpdt")
         with applying(name):
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, attn_implementation="fpdt")
             apply_fpdt(model, plugin, group)
     except CANNOT_BE_BUILT as error:
         raise UserMistake(
