@@ -30,6 +30,7 @@ model_seconds=$((SECONDS - began))
 length=8K size=(--chunk_tokens 2K --max_steps 32 --warmup_steps 2 --eval_windows 24)
 if [ -n "$tiny" ]; then length=1K size=(--chunk_tokens 256 --max_steps 2 --warmup_steps 0 --eval_windows 2); fi
 echo "[quickstart] 2 of 2: extend it to $length tokens in chunks, with attn_implementation=\"fpdt\""
+rm -rf "$output"/extended/checkpoint-*  # of a run before, which extended another model
 # Two processes on the CPU share every sequence, as two GPUs would. Those that spin for the same core slow each other down
 # tenfold; waiting threads sleep in place of that.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
